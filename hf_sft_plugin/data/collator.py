@@ -1,0 +1,131 @@
+"""Step 5 of the walk: examples become one right-padded batch."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from hf_sft_plugin.data.tokenization import make_options, tokenize_rows
+from hf_sft_plugin.types import IGNORE_INDEX, TokenizedExample
+
+
+class DataCollatorForPromptResponse:
+    """Pads rows of prompts and responses into a batch in which only responses carry labels.
+
+    Works in any `transformers.Trainer` and in a hand-written loop. Rows may be raw (they are
+    tokenized on the fly) or come from `prepare_dataset`. Masks go by position, never by token id,
+    so a pad token that is also the eos token is harmless.
+
+    Args:
+        tokenizer: Gives the pad token (the eos token where it has none), and tokenizes raw rows.
+        pad_to_multiple_of: Rounds S up to a multiple of this.
+        return_response_mask: False leaves `response_mask` out of the batch, for models that refuse
+            inputs they do not know.
+        stop_token_ids: See `tokenize_example`.
+        **options: Fields of `DataOptions`, such as `max_length` or `prompt_format`.
+
+    Raises:
+        ValueError: If the tokenizer has neither a pad nor an eos token.
+
+    Examples:
+        Two rows of 4 and 3 tokens, of which 2 and 1 are trained:
+
+        >>> collator = DataCollatorForPromptResponse(tokenizer)
+        >>> batch = collator([
+        ...     {"input_ids": [5, 6, 7, 2], "response_mask": [0, 0, 1, 1]},
+        ...     {"input_ids": [5, 6, 2], "response_mask": [0, 0, 1]},
+        ... ])
+        >>> batch["input_ids"]
+        tensor([[5, 6, 7, 2],
+                [5, 6, 2, 0]])
+        >>> batch["attention_mask"]
+        tensor([[1, 1, 1, 1],
+                [1, 1, 1, 0]])
+        >>> batch["labels"]
+        tensor([[-100, -100,    7,    2],
+                [-100, -100,    2, -100]])
+        >>> batch["response_mask"]
+        tensor([[0, 0, 1, 1],
+                [0, 0, 1, 0]])
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        pad_to_multiple_of: int | None = None,
+        return_response_mask: bool = True,
+        stop_token_ids: Collection[int] | None = None,
+        **options: Any,
+    ) -> None:
+        pad_token_id = tokenizer.pad_token_id
+        if pad_token_id is None:
+            pad_token_id = tokenizer.eos_token_id
+        if pad_token_id is None:
+            raise ValueError(
+                "The tokenizer has neither a pad nor an eos token, so rows cannot be padded. Set "
+                "tokenizer.pad_token."
+            )
+        self.tokenizer = tokenizer
+        self.pad_token_id = pad_token_id
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.return_response_mask = return_response_mask
+        self.stop_token_ids = stop_token_ids
+        self.options = make_options(options)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Builds one batch.
+
+        Args:
+            rows: Raw rows or tokenized examples.
+
+        Returns:
+            `input_ids`, `attention_mask`, `labels` and `response_mask`, int64 of shape `(B, S)`,
+            and `loss_weights`, float32 of the same shape, where the rows carry them. B exceeds
+            the number of rows where the chat template rewrites earlier turns.
+
+        Raises:
+            RowError: If a row cannot be trained; its number is the position in `rows`.
+        """
+        if not rows:
+            raise ValueError("There are no rows to collate: a batch needs at least one.")
+        examples = self._tokenized(rows)
+        length = max(len(example["input_ids"]) for example in examples)
+        if self.pad_to_multiple_of:
+            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        shape = (len(examples), length)
+        input_ids = torch.full(shape, self.pad_token_id)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
+        response_mask = torch.zeros(shape, dtype=torch.long)
+        has_weights = any(example.get("loss_weights") is not None for example in examples)
+        loss_weights = torch.zeros(shape) if has_weights else None
+        for row, example in enumerate(examples):
+            end = len(example["input_ids"])
+            input_ids[row, :end] = torch.as_tensor(example["input_ids"])
+            attention_mask[row, :end] = 1
+            response_mask[row, :end] = torch.as_tensor(example["response_mask"])
+            if loss_weights is not None:
+                weights = example.get("loss_weights")
+                loss_weights[row, :end] = 1.0 if weights is None else torch.as_tensor(weights)
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": input_ids.masked_fill(response_mask == 0, IGNORE_INDEX),
+        }
+        if self.return_response_mask:
+            batch["response_mask"] = response_mask
+        if loss_weights is not None:
+            batch["loss_weights"] = loss_weights * response_mask
+        return batch
+
+    def _tokenized(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[TokenizedExample]:
+        if all("input_ids" in row and "response_mask" in row for row in rows):
+            return rows  # type: ignore[return-value]  # these are the keys of TokenizedExample
+        outcomes = tokenize_rows(
+            rows, range(len(rows)), self.tokenizer, self.options, self.stop_token_ids
+        )
+        for outcome in outcomes:
+            if outcome.error is not None:
+                raise outcome.error
+        return [example for outcome in outcomes for example in outcome.examples]

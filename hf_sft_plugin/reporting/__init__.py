@@ -1,0 +1,1 @@
+"""What a run leaves behind: log, plots, report and model card; knows neither torch nor models."""

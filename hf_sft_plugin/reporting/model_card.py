@@ -1,0 +1,128 @@
+"""The model card: what was trained, on what, and what was measured."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+_EVAL_NAMES = {
+    "eval_loss": "Loss (nats per response token)",
+    "eval_perplexity": "Perplexity",
+    "eval_token_accuracy": "Token accuracy",
+    "eval_token_entropy": "Token entropy (nats)",
+    "eval_exact_match": "Exact match of generated responses",
+}
+
+
+@dataclass
+class CardFacts:
+    """What a card says; every value was measured or set, none is guessed.
+
+    Attributes:
+        model_name: Name of the result.
+        base_model: Name of the model it was tuned from; None for one that has no name.
+        library_name: `peft` for an adapter, else `transformers`.
+        settings: Hyperparameters by name.
+        versions: Versions of the libraries by name.
+        ledger: The account of the training data, as lines of text.
+        before: Evaluation before training; empty where it was not run.
+        after: The last evaluation.
+        tags: Tags besides our own.
+        license: Licence of the result, if it is known.
+        language: Its language, if it is known.
+        datasets: Names of the datasets, if they are known.
+    """
+
+    model_name: str
+    base_model: str | None
+    library_name: str
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    ledger: str = ""
+    before: Mapping[str, float] = field(default_factory=dict)
+    after: Mapping[str, float] = field(default_factory=dict)
+    tags: Sequence[str] = ()
+    license: str | None = None
+    language: str | None = None
+    datasets: Sequence[str] = ()
+
+
+def write_model_card(output_dir: Path, facts: CardFacts, plots: Sequence[Path] = ()) -> Path:
+    """Writes `README.md`, the model card, into the folder of a run.
+
+    Args:
+        output_dir: Folder of the run.
+        facts: What the card says.
+        plots: PNG files inside the folder, shown in the card.
+    """
+    data = ModelCardData(
+        model_name=facts.model_name,
+        base_model=facts.base_model,
+        library_name=facts.library_name,
+        pipeline_tag="text-generation",
+        tags=sorted({"hf_sft_plugin", "sft", *facts.tags}),
+        license=facts.license,
+        language=facts.language,
+        datasets=list(facts.datasets) or None,
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="held-out",
+                dataset_name="held-out rows",
+                metric_type=key.removeprefix("eval_"),
+                metric_name=name,
+                metric_value=facts.after[key],
+            )
+            for key, name in _EVAL_NAMES.items()
+            if key in facts.after
+        ]
+        or None,
+    )
+    path = output_dir / "README.md"
+    content = f"---\n{data.to_yaml()}\n---\n\n{_body(facts, plots, output_dir)}"
+    ModelCard(content).save(path)
+    return path
+
+
+def _body(facts: CardFacts, plots: Sequence[Path], output_dir: Path) -> str:
+    base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
+    sections = [
+        f"# {facts.model_name}\n",
+        "Fine-tuned with hf_sft_plugin from "
+        + (base if facts.base_model else "a model without a name")
+        + ". The loss was taken over response tokens only.\n",
+        _evaluation(facts),
+    ]
+    for plot in plots:
+        relative = plot.relative_to(output_dir).as_posix()
+        sections.append(f"![{plot.stem.replace('_', ' ')}]({relative})\n")
+    if facts.ledger:
+        sections.append(f"## Training data\n\n```\n{facts.ledger}\n```\n")
+    sections.append("## Settings\n\n" + _table(("setting", "value"), facts.settings.items()))
+    sections.append("## Versions\n\n" + _table(("library", "version"), facts.versions.items()))
+    return "\n".join(section for section in sections if section)
+
+
+def _evaluation(facts: CardFacts) -> str:
+    rows = [
+        (name, _figure(facts.before.get(key)), _figure(facts.after[key]))
+        for key, name in _EVAL_NAMES.items()
+        if key in facts.after
+    ]
+    if not rows:
+        return ""
+    return "## Evaluation on held-out rows\n\n" + _table(
+        ("", "before training", "after training"), rows
+    )
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _table(header: Sequence[str], rows: Any) -> str:
+    lines = [f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
+    lines += [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]
+    return "\n".join(lines) + "\n"

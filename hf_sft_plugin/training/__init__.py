@@ -1,0 +1,1 @@
+"""Everything that touches Trainer, Accelerate, PEFT and evaluate."""

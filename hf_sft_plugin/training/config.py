@@ -1,0 +1,131 @@
+"""The settings of a run: those of `TrainingArguments`, those of the data, and a few of our own."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_sft_plugin.loss.masked_loss import LossNormalization
+from hf_sft_plugin.types import DataOptions
+
+
+@dataclass
+class MaskedSFTConfig(DataOptions, TrainingArguments):
+    """Settings of a `MaskedSFTTrainer`.
+
+    Everything that `TrainingArguments` takes, everything in `DataOptions` (how rows become tokens),
+    and the fields below. The help text of each field is its documentation.
+
+    Three defaults differ from `TrainingArguments`: `remove_unused_columns` is False, because the
+    collator knows what it needs; `logging_nan_inf_filter` is False, because it makes every
+    micro-batch wait for the device and hides losses that are not finite; and `logging_steps` is 10.
+
+    Raises:
+        ValueError: If a value is impossible; says what is possible.
+    """
+
+    loss_normalization: str = field(
+        default=LossNormalization.TOKEN.value,
+        metadata={
+            "help": "What the loss of an optimizer step is divided by, over all micro-batches and "
+            "processes: the number of response tokens ('token'), of rows ('example', each row "
+            "counts the same), or normalize_constant ('constant').",
+            "choices": [choice.value for choice in LossNormalization],
+        },
+    )
+    normalize_constant: float | None = field(
+        default=None,
+        metadata={"help": "The divisor of loss_normalization='constant', in tokens."},
+    )
+    fused_head: str = field(
+        default="auto",
+        metadata={
+            "help": "Whether the loss is computed without holding the logits: 'auto' where the "
+            "model allows it, 'on' (an error where it does not), 'off' (full logits).",
+            "choices": ["auto", "on", "off"],
+        },
+    )
+    max_dropped_share: float = field(
+        default=0.05,
+        metadata={"help": "Largest share of rows, 0 to 1, that may be dropped before it stops."},
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize the dataset. None: one."}
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Rounds the length of each batch up to a multiple of this."}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of from_pretrained, as JSON, when the model is a name."},
+    )
+    predict_with_generate: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether evaluation also generates a response to every prompt and compares it "
+            "with the expected one."
+        },
+    )
+    generation_metrics: list[str] = field(
+        default_factory=lambda: ["exact_match"],
+        metadata={
+            "help": "Metrics of generated responses: 'exact_match' is built in, any other name is "
+            "loaded with evaluate.load."
+        },
+    )
+    generation_max_new_tokens: int = field(
+        default=256, metadata={"help": "Longest generated response in tokens."}
+    )
+    generation_num_rows: int | None = field(
+        default=None, metadata={"help": "Generates for the first rows only. None: for all."}
+    )
+    remove_unused_columns: bool = field(
+        default=False,
+        metadata={"help": "Whether columns that the model's forward does not take are removed."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Whether losses that are not finite are left out of the logged loss."},
+    )
+    logging_steps: float = field(
+        default=10,
+        metadata={"help": "Log every this many steps; below 1, this share of all steps."},
+    )
+
+    # Strings that may be JSON on the command line, as `TrainingArguments` wants them listed.
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+
+    def __post_init__(self) -> None:
+        """Checks our own settings, then lets both parents check theirs."""
+        if self.loss_normalization not in list(LossNormalization):
+            raise ValueError(
+                f"loss_normalization is {self.loss_normalization!r}; choose one of "
+                f"{', '.join(LossNormalization)}."
+            )
+        is_constant = self.loss_normalization == LossNormalization.CONSTANT
+        if is_constant != (self.normalize_constant is not None):
+            raise ValueError(
+                "normalize_constant and loss_normalization='constant' go together: "
+                f"normalize_constant is {self.normalize_constant} and loss_normalization is "
+                f"{str(self.loss_normalization)!r}."
+            )
+        if self.normalize_constant is not None and self.normalize_constant <= 0:
+            raise ValueError(
+                f"normalize_constant is {self.normalize_constant}; a divisor is positive."
+            )
+        if self.fused_head not in ("auto", "on", "off"):
+            raise ValueError(f"fused_head is {self.fused_head!r}; choose auto, on or off.")
+        if not 0 <= self.max_dropped_share <= 1:
+            raise ValueError(
+                f"max_dropped_share is {self.max_dropped_share}; a share is between 0 and 1."
+            )
+        DataOptions.__post_init__(self)
+        TrainingArguments.__post_init__(self)
+
+    def data_options(self) -> dict[str, Any]:
+        """The fields of `DataOptions`, as the functions of data/ take them."""
+        return {name: getattr(self, name) for name in DataOptions.__dataclass_fields__}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves the Hub token out of every pickle: `training_args.bin` is pushed to the Hub."""
+        return {**self.__dict__, "hub_token": None}

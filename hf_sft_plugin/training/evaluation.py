@@ -1,0 +1,196 @@
+"""Evaluation by generating: the prompts of prepared rows are continued and judged."""
+
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple, cast
+
+import datasets
+import evaluate
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_sft_plugin.types import TokenizedExample
+
+
+class GeneratedResponse(NamedTuple):
+    """One prompt, what the model answered and what it should have answered, as text."""
+
+    prompt: str
+    response: str
+    reference: str
+
+
+class ExactMatch(evaluate.Metric):
+    """Share of predictions that equal their reference, ignoring space around them.
+
+    Works offline, unlike `evaluate.load("exact_match")`.
+
+    Examples:
+        >>> ExactMatch().compute(predictions=["4", "5 "], references=["4", "6"])
+        {'exact_match': 0.5}
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Share of predictions that equal their reference.",
+            citation="",
+            inputs_description="predictions and references: lists of texts of equal length.",
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+            ),
+        )
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        pairs = list(zip(predictions, references, strict=True))
+        hits = sum(prediction.strip() == reference.strip() for prediction, reference in pairs)
+        return {"exact_match": hits / len(pairs)}
+
+
+def load_metric(metric: "str | evaluate.Metric") -> evaluate.Metric:
+    """The built-in `exact_match`, any other metric of `evaluate` by name, or the metric itself."""
+    if isinstance(metric, str):
+        return ExactMatch() if metric == "exact_match" else evaluate.load(metric)
+    return metric
+
+
+def last_prompt(example: TokenizedExample) -> tuple[list[int], list[int]]:
+    """Splits a row where its last response begins.
+
+    What comes before it is exactly what inference supplies, so nothing is rendered again.
+
+    Returns:
+        The token ids of the prompt, and those of the response with its stop token.
+
+    Examples:
+        >>> last_prompt({"input_ids": [5, 6, 7, 2, 9], "response_mask": [0, 0, 1, 1, 0]})
+        ([5, 6], [7, 2])
+    """
+    mask = example["response_mask"]
+    end = len(mask) - mask[::-1].index(1)
+    start = end
+    while start > 0 and mask[start - 1]:
+        start -= 1
+    return example["input_ids"][:start], example["input_ids"][start:end]
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop_token_ids: Collection[int],
+    pad_token_id: int,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: str | None = None,
+) -> list[list[int]]:
+    """Continues prompts greedily, in batches of similar length, padded on the left.
+
+    Args:
+        model: The unwrapped model.
+        prompts: Token ids; none is empty.
+        stop_token_ids: Tokens that end a response.
+        pad_token_id: Fills prompts on the left; masked, so any id will do.
+        max_new_tokens: Longest response.
+        batch_size: Prompts at a time.
+        progress: Title of a progress bar; None shows none.
+
+    Returns:
+        Per prompt, in order, the new tokens up to and without the stop token.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=sorted(stop_token_ids),
+        pad_token_id=pad_token_id,
+    )
+    responses: list[list[int]] = [[] for _ in prompts]
+    was_training = model.training
+    model.eval()
+    batches = range(0, len(order), batch_size)
+    for start in tqdm(batches, desc=progress, disable=progress is None, leave=False):
+        indices = order[start : start + batch_size]
+        width = max(len(prompts[index]) for index in indices)
+        input_ids = torch.full((len(indices), width), pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, index in enumerate(indices):
+            input_ids[row, width - len(prompts[index]) :] = torch.as_tensor(prompts[index])
+            attention_mask[row, width - len(prompts[index]) :] = 1
+        sequences = cast(Any, model).generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            generation_config=config,
+        )
+        for index, sequence in zip(indices, sequences[:, width:].tolist(), strict=True):
+            stop = next((i for i, t in enumerate(sequence) if t in stop_token_ids), len(sequence))
+            responses[index] = sequence[:stop]
+    model.train(was_training)
+    return responses
+
+
+def generate_responses(
+    model: PreTrainedModel,
+    examples: Sequence[TokenizedExample],
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    *,
+    stop_token_ids: Collection[int],
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[GeneratedResponse]:
+    """Answers the last prompt of each example; each process takes its share, all get the result.
+
+    Args:
+        model: The unwrapped model.
+        examples: Prepared rows.
+        tokenizer: Turns tokens into text, without special tokens.
+        accelerator: Knows the processes.
+        stop_token_ids: See `generate`.
+        max_new_tokens: See `generate`.
+        batch_size: Prompts at a time on each process.
+
+    Returns:
+        One response per example, in order.
+    """
+    pairs = [last_prompt(example) for example in examples]
+    mine = range(accelerator.process_index, len(pairs), accelerator.num_processes)
+    pad_token_id = tokenizer.pad_token_id
+    answers = generate(
+        model,
+        [pairs[index][0] for index in mine],
+        stop_token_ids=stop_token_ids,
+        pad_token_id=pad_token_id if pad_token_id is not None else min(stop_token_ids),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress="Generating" if accelerator.is_main_process else None,
+    )
+    responses = [
+        (
+            index,
+            GeneratedResponse(
+                *(
+                    str(tokenizer.decode(ids, skip_special_tokens=True))
+                    for ids in (pairs[index][0], answer, pairs[index][1])
+                )
+            ),
+        )
+        for index, answer in zip(mine, answers, strict=True)
+    ]
+    return [response for _, response in sorted(gather_object(responses))]
+
+
+def judge(
+    responses: Sequence[GeneratedResponse], metrics: Sequence["str | evaluate.Metric"]
+) -> dict[str, float]:
+    """Computes metrics of `evaluate` over generated responses; only their numbers are kept."""
+    predictions = [response.response for response in responses]
+    references = [response.reference for response in responses]
+    results: dict[str, float] = {}
+    for metric in metrics:
+        values = load_metric(metric).compute(predictions=predictions, references=references)
+        results.update({k: float(v) for k, v in values.items() if isinstance(v, int | float)})
+    return results

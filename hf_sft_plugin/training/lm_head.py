@@ -1,0 +1,193 @@
+"""Steps 6 and 7 of the walk on a real model: its body runs as it is, its LM head gives the loss.
+
+The model is called as always, through whatever Accelerate and PEFT wrapped around it, so their
+hooks see an ordinary forward pass. Only while it runs, its LM head answers with the summed loss of
+the response positions instead of the logits of all positions. Nothing on the model is changed for
+good.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from hf_sft_plugin.loss.fused_head import fused_head_loss
+from hf_sft_plugin.loss.masked_loss import weighted_nll
+from hf_sft_plugin.loss.token_stats import TokenStats, token_stats
+from hf_sft_plugin.types import IGNORE_INDEX
+
+LogitTransform = Callable[[Tensor], Tensor]
+_RESULT_KEY = "response_result"
+
+
+class ResponseResult(NamedTuple):
+    """What one forward pass gives for the N response positions of a batch.
+
+    Attributes:
+        loss: Scalar, sum of weight * -log p(target).
+        stats: Detached statistics of shape `(N,)`, in row-major order of the positions.
+        aux_loss: The router loss of a mixture-of-experts model, where it computes one.
+    """
+
+    loss: Tensor
+    stats: TokenStats
+    aux_loss: Tensor | None
+
+
+def forward_full(
+    model: nn.Module, inputs: Mapping[str, Any], targets: Tensor, weights: Tensor
+) -> tuple[ResponseResult, Any]:
+    """The reference: the model's own logits at all positions, then the loss at response positions.
+
+    Args:
+        model: The model as Accelerate prepared it.
+        inputs: What its forward takes, without labels.
+        targets: `(B, S)`, shifted labels.
+        weights: `(B, S)`, what the loss at each position is multiplied with.
+
+    Returns:
+        The result, and the model's own outputs with the logits.
+    """
+    outputs = model(**inputs, use_cache=False)
+    keep = targets != IGNORE_INDEX
+    # Virtual tokens of a prompt-learning adapter come first and have no labels.
+    logits = outputs.logits[:, -targets.shape[1] :][keep]
+    stats = token_stats(logits, targets[keep])
+    loss = weighted_nll(stats.log_probs, weights[keep])
+    detached = TokenStats(*(stat.detach() for stat in stats))
+    return ResponseResult(loss, detached, outputs.get("aux_loss")), outputs
+
+
+class FusedHead:
+    """Runs a model so that its logits are never held all at once.
+
+    Args:
+        model: The model that owns the head, unwrapped from Accelerate but not from PEFT.
+        transform: What the model does to the output of its head, as `find_transform` measured it.
+    """
+
+    def __init__(self, model: nn.Module, transform: LogitTransform) -> None:
+        lm_head = _lm_head(model)
+        assert lm_head is not None, "find_transform gave a transformation, so there is a head"
+        self.model = model
+        self.lm_head = lm_head
+        self.transform = transform
+
+    def forward(
+        self, model: nn.Module, inputs: Mapping[str, Any], targets: Tensor, weights: Tensor
+    ) -> ResponseResult:
+        """Like `forward_full`, within rounding, in memory that does not grow with the batch."""
+        keep = targets != IGNORE_INDEX
+        head = self.lm_head.forward
+        parameters = [p for p in self.lm_head.parameters() if p.requires_grad]
+        answers: list[Any] = []
+
+        def answer_with_loss(hidden_states: Tensor) -> Tensor:
+            answer = fused_head_loss(
+                hidden_states[:, -targets.shape[1] :][keep],
+                targets[keep],
+                weights[keep],
+                head=lambda rows: self.transform(head(rows)),
+                parameters=parameters,
+                vocab_size=_vocab_size(self.lm_head),
+            )
+            answers.append(answer)
+            # The model goes on with this as if it were logits; whatever it computes is discarded.
+            return answer.loss.view(1, 1, 1)
+
+        def attach_result(_: nn.Module, __: Any, outputs: Any) -> dict[str, Any]:
+            # Wrappers such as DDP look at the outputs to find what the gradient will reach.
+            (answer,) = answers
+            aux_loss = outputs.get("aux_loss")
+            return {_RESULT_KEY: ResponseResult(answer.loss, answer.stats, aux_loss)}
+
+        hook = self.model.register_forward_hook(attach_result, prepend=True)
+        try:
+            with _replaced_forward(self.lm_head, answer_with_loss):
+                result = model(**inputs, use_cache=False)[_RESULT_KEY]
+        finally:
+            hook.remove()
+        assert isinstance(result, ResponseResult)
+        return result
+
+
+def find_transform(
+    wrapped: nn.Module, model: nn.Module, inputs: Mapping[str, Any]
+) -> LogitTransform | None:
+    """Measures what a model does to the output of its LM head: nothing, a scaling or a soft cap.
+
+    One row is run, and each transformation that the model's config can stand for is compared with
+    the logits that come out.
+
+    Args:
+        wrapped: The model as Accelerate prepared it.
+        model: The same model, unwrapped from Accelerate.
+        inputs: A batch; its first row is used.
+
+    Returns:
+        The transformation, or None where no known one fits, or where the logits do not come from
+        an LM head.
+    """
+    lm_head = _lm_head(model)
+    if lm_head is None:
+        return None
+    raw: list[Tensor] = []
+    hook = lm_head.register_forward_hook(lambda _, __, output: raw.append(output))
+    was_training = wrapped.training
+    first_row = {
+        name: value[:1] if isinstance(value, Tensor) else value for name, value in inputs.items()
+    }
+    try:
+        wrapped.eval()
+        with torch.no_grad():
+            logits = wrapped(**first_row, use_cache=False).logits
+    finally:
+        wrapped.train(was_training)
+        hook.remove()
+    if len(raw) != 1 or raw[0].shape != logits.shape:
+        return None
+    for transform in _candidates(model):
+        if torch.allclose(transform(raw[0]).to(logits.dtype), logits, rtol=1e-5, atol=1e-6):
+            return transform
+    return None
+
+
+def _candidates(model: nn.Module) -> Iterator[LogitTransform]:
+    config = cast(Any, model).config.get_text_config()
+    yield lambda logits: logits
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+        scale = getattr(config, name, None)
+        if scale:
+            yield partial(torch.mul, other=scale)
+            yield partial(torch.div, other=scale)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap:
+        yield lambda logits: torch.tanh(logits / cap) * cap
+
+
+def _lm_head(model: nn.Module) -> nn.Module | None:
+    head = cast(Any, model).get_output_embeddings()
+    return head if isinstance(head, nn.Module) else None
+
+
+def _vocab_size(lm_head: nn.Module) -> int:
+    """Rows of the head's weight; only sets how many rows of hidden states make a tile."""
+    return max((p.shape[0] for p in lm_head.parameters()), default=2**17)
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Gives one module instance another forward for a while."""
+    # Accelerate and others leave a forward of their own on the instance; it has to come back.
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.forward = own

@@ -1,0 +1,121 @@
+"""Models and tokenizers from names, checked against each other before anything is trained."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hf_sft_plugin.data.tokenization import find_stop_token, max_row_length
+
+
+def load_model(
+    model: str | PreTrainedModel | PeftModel, init_kwargs: Mapping[str, Any] | str | None
+) -> PreTrainedModel | PeftModel:
+    """The model itself, or the one that a name or path stands for.
+
+    Args:
+        model: A model, or what `from_pretrained` takes.
+        init_kwargs: Further arguments of `from_pretrained`, also as JSON; only for a name.
+
+    Raises:
+        ValueError: If arguments were given for a model that is already there.
+    """
+    arguments = json.loads(init_kwargs) if isinstance(init_kwargs, str) else init_kwargs or {}
+    if isinstance(model, str):
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, **arguments)
+        return loaded
+    if arguments:
+        raise ValueError(
+            "model_init_kwargs was given together with a model that is already loaded, so it would "
+            "have no effect. Pass the model's name, or load it with these arguments."
+        )
+    return model
+
+
+def load_tokenizer(
+    processing_class: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel | PeftModel,
+    stop_token: str | None,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, or the one saved with the model; able to pad and to stop.
+
+    Args:
+        processing_class: A tokenizer, or None for that of the model.
+        model: Loaded, so that its config knows its name.
+        stop_token: Becomes the eos token, so that it is saved with the tokenizer and inference
+            stops there.
+
+    Raises:
+        ValueError: If there is no tokenizer, if it knows more tokens than the model, or if it has
+            nothing to end or pad a row with.
+    """
+    tokenizer = processing_class
+    if tokenizer is None:
+        name = model.config._name_or_path
+        if not name:
+            raise ValueError(
+                "There is no tokenizer: the model was not loaded from a name, so its tokenizer "
+                "cannot be found. Pass one as processing_class."
+            )
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"processing_class is a {type(tokenizer).__name__}, but text needs a tokenizer. For a "
+            "processor pass its tokenizer, processor.tokenizer."
+        )
+    if stop_token is not None:
+        find_stop_token(tokenizer, stop_token)
+        tokenizer.eos_token = stop_token
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            "The tokenizer has no eos token, so nothing would end a response. Set "
+            "tokenizer.eos_token, or stop_token to one of its tokens."
+        )
+    if tokenizer.pad_token is None:
+        # Masks go by position, so padding with the eos token hides no response.
+        tokenizer.pad_token = tokenizer.eos_token
+    weight = model.get_input_embeddings().weight
+    num_embeddings = weight.shape[0] if isinstance(weight, Tensor) else 0
+    # ZeRO-3 leaves empty shards in place of parameters, which say nothing of the vocabulary.
+    if 0 < num_embeddings < len(tokenizer):
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer):,} tokens but the model embeds only "
+            f"{num_embeddings:,}, so some ids would have no embedding. Call "
+            "model.resize_token_embeddings(len(tokenizer)), or use the model's own tokenizer."
+        )
+    return tokenizer
+
+
+def stop_tokens(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, stop_token: str | None
+) -> frozenset[int]:
+    """The tokens at which inference stops: the tokenizer's eos token and those of generation.
+
+    With an explicit stop token it is the only one.
+    """
+    stops = {tokenizer.eos_token_id}
+    generation_config = getattr(model, "generation_config", None)
+    if stop_token is None and generation_config is not None:
+        own = generation_config.eos_token_id
+        stops |= set(own) if isinstance(own, list) else {own}
+    return frozenset(token_id for token_id in stops if token_id is not None)
+
+
+def limit_length(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | PeftModel, max_length: int | None
+) -> int | None:
+    """Longest row in tokens: as asked, else as long as the tokenizer and the model allow."""
+    text_config = model.config.get_text_config()
+    own = getattr(text_config, "max_position_embeddings", None)
+    limit = max_row_length(tokenizer, max_length)
+    if max_length is not None or own is None:
+        return limit
+    return own if limit is None else min(own, limit)

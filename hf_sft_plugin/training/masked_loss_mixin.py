@@ -1,0 +1,355 @@
+"""The loss, the counts and the logs, for any `Trainer`: steps 6 to 9 of the walk."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_sft_plugin.loss.masked_loss import LossNormalization, token_weights, widest_float
+from hf_sft_plugin.loss.token_stats import shift_labels
+from hf_sft_plugin.training.checkpoint import load_totals, save_totals
+from hf_sft_plugin.training.lm_head import FusedHead, ResponseResult, find_transform, forward_full
+from hf_sft_plugin.training.metrics import NUM_TOTALS, Totals, WindowedTotals, row_totals
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    # A mixin stands in front of a Trainer, which type checkers cannot know from its bases.
+    _TrainerBase = Trainer
+else:
+    _TrainerBase = object
+
+
+class ResponseBatch(NamedTuple):
+    """A collated batch, taken apart.
+
+    Attributes:
+        model_inputs: What the model's forward takes.
+        labels: `(B, S)`, unshifted.
+        targets: `(B, S)`, shifted labels.
+        weights: `(B, S)`, what the loss of each target is multiplied with before the division.
+        divisors: `(B,)`, the share of each row in the global divisor.
+        num_tokens: `(B,)`, tokens without padding.
+    """
+
+    model_inputs: dict[str, Any]
+    labels: Tensor
+    targets: Tensor
+    weights: Tensor
+    divisors: Tensor
+    num_tokens: Tensor
+
+
+def split_batch(inputs: Mapping[str, Any], normalization: LossNormalization) -> ResponseBatch:
+    """Takes a batch apart into what the model reads and what the loss needs.
+
+    Args:
+        inputs: A batch of `DataCollatorForPromptResponse`, or of any collator that gives labels.
+        normalization: See `LossNormalization`.
+
+    Raises:
+        ValueError: If the batch has no labels.
+    """
+    if "labels" not in inputs:
+        raise ValueError(
+            f"The batch has no labels, only {', '.join(inputs)}. Use DataCollatorForPromptResponse "
+            "or another collator that gives labels."
+        )
+    labels = inputs["labels"]
+    targets = shift_labels(labels)
+    loss_weights = inputs.get("loss_weights")
+    if loss_weights is not None:
+        loss_weights = shift_labels(loss_weights, fill=0)
+    weights, divisors = token_weights(targets, loss_weights, normalization)
+    attention_mask = inputs.get("attention_mask")
+    return ResponseBatch(
+        model_inputs={
+            name: value
+            for name, value in inputs.items()
+            if name not in ("labels", "response_mask", "loss_weights")
+        },
+        labels=labels,
+        targets=targets,
+        weights=weights,
+        divisors=divisors,
+        num_tokens=(
+            torch.full_like(targets[:, 0], targets.shape[1])
+            if attention_mask is None
+            else attention_mask.sum(-1)
+        ),
+    )
+
+
+class MaskedLossMixin(_TrainerBase):
+    """Gives a `Trainer` the response-masked loss, divided by one global count, and exact logs.
+
+    Put it in front: `class MyTrainer(MaskedLossMixin, Trainer)`. It works with every collator that
+    gives labels, and uses `loss_weights` where the batch has them.
+
+    The gradient depends on the rows of an optimizer step alone, not on how they were split into
+    micro-batches or over processes. Every `logging_steps` it logs `loss`, `token_entropy` and
+    `token_accuracy`, each one sum over the window divided by one count, and the cumulative
+    `num_response_tokens` and `num_tokens`. Evaluation gives the same with the prefix `eval_`, and
+    `eval_perplexity`, whatever the evaluation batch size.
+
+    Attributes:
+        loss_normalization: What the loss is divided by; see `LossNormalization`.
+        normalize_constant: The divisor for `LossNormalization.CONSTANT`.
+        fused_head: `auto`, `on` or `off`; see `MaskedSFTConfig`.
+
+    Raises:
+        ValueError: From the constructor, if a setting would make the numbers inexact.
+    """
+
+    loss_is_scaled_for_ga: bool | None = True
+    loss_normalization: LossNormalization = LossNormalization.TOKEN
+    normalize_constant: float = 1.0
+    fused_head: str = "auto"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _refuse_inexact_settings(self)
+        self._train_totals = WindowedTotals()
+        self._eval_totals = self._no_totals()
+        self._num_microbatches = 1
+        self._head: FusedHead | None = None
+        self._model_of_head: nn.Module | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; the counts begin at 0, or where the checkpoint stopped."""
+        self._train_totals = WindowedTotals()
+        output = super().train(*args, **kwargs)
+        # The Trainer's own figure is a mean over steps of means over tokens.
+        exact = output.metrics.get("train_loss", output.training_loss)
+        return output._replace(training_loss=exact)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """Collects the micro-batches of one optimizer step and counts its global divisor.
+
+        Returns:
+            The micro-batches, and the response tokens (or weights, or rows) in them over all
+            processes, a scalar; the constant for `LossNormalization.CONSTANT`.
+        """
+        batches = list(islice(epoch_iterator, num_batches))
+        self._num_microbatches = max(len(batches), 1)
+        count = torch.zeros((), dtype=widest_float(device), device=device)
+        if self.loss_normalization is LossNormalization.CONSTANT:
+            return batches, count + self.normalize_constant
+        for batch in batches:
+            count += split_batch(batch, self.loss_normalization).divisors.sum().to(device)
+        if self.accelerator.num_processes > 1:
+            count = self.accelerator.reduce(count, reduction="sum")
+        # Tensor-parallel processes see the same rows.
+        return batches, count / self.get_tp_size()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The summed loss of a micro-batch, divided by the global count of its optimizer step.
+
+        Args:
+            model: The model as Accelerate prepared it.
+            inputs: A collated batch.
+            return_outputs: Also returns the model's outputs, for which the full logits are held.
+            num_items_in_batch: The global divisor; None divides by that of this batch alone.
+
+        Returns:
+            The loss, a scalar; with `return_outputs` the loss and the outputs.
+        """
+        batch = split_batch(inputs, self.loss_normalization)
+        scaled = batch._replace(weights=batch.weights * self._scale(batch, num_items_in_batch))
+        result, outputs = self._forward(model, scaled, needs_outputs=return_outputs)
+        loss = result.loss + self._weighted_aux_loss(model, result)
+        if model.training:
+            self._train_totals.add(self._totals(batch, result))
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor | None, Tensor | None]:
+        """Adds a batch to the totals of the evaluation.
+
+        Returns:
+            None for the loss, which `evaluation_loop` makes of the totals. Unless
+            `prediction_loss_only`: the most probable token of each position, `(B, S)` (or the
+            logits, where `preprocess_logits_for_metrics` will reduce them), and the labels.
+        """
+        batch = split_batch(self._prepare_inputs(inputs), self._eval_normalization)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            result, outputs = self._forward(model, batch, needs_outputs=not prediction_loss_only)
+        totals = row_totals(
+            result.stats, batch.targets, batch.weights, batch.divisors, batch.num_tokens
+        )
+        self._eval_totals += self.accelerator.gather_for_metrics(totals).sum(0)
+        if prediction_loss_only:
+            return None, None, None
+        logits = outputs.logits[:, -batch.targets.shape[1] :]
+        if self.preprocess_logits_for_metrics is None:
+            logits = logits.argmax(-1)
+        return None, logits, batch.labels
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`, with metrics made of sums over all rows, whatever the batch size.
+
+        Raises:
+            ValueError: If no row of the dataset has a response token.
+        """
+        self._eval_totals = self._no_totals()
+        output: EvalLoopOutput = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        totals = Totals(*self._eval_totals.tolist())
+        if not totals.means():
+            raise ValueError(
+                f"No row of the {description.lower()} data has a response token, so there is "
+                "nothing to measure. Check its response_mask or labels."
+            )
+        metrics = {**totals.means(), "perplexity": totals.perplexity(), **totals.counts()}
+        prefixed = {f"{prefix}_{name}": value for name, value in metrics.items()}
+        return output._replace(metrics={**prefixed, **(output.metrics or {})})
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `Trainer`, with the exact means of the window in place of its loss."""
+        if "loss" in logs:
+            del logs["loss"]
+            means = self._train_totals.close(self.accelerator).means()
+            rest = dict(logs)
+            logs.clear()
+            logs.update({**means, **rest, **self._train_totals.run.counts()})
+        elif "train_loss" in logs:
+            self._train_totals.close(self.accelerator)
+            logs.update({f"train_{k}": v for k, v in self._train_totals.run.means().items()})
+        super().log(logs, start_time)
+
+    @property
+    def _eval_normalization(self) -> LossNormalization:
+        # A constant divisor belongs to an optimizer step; an evaluation has a mean per token.
+        if self.loss_normalization is LossNormalization.CONSTANT:
+            return LossNormalization.TOKEN
+        return self.loss_normalization
+
+    def _forward(
+        self, model: nn.Module, batch: ResponseBatch, needs_outputs: bool
+    ) -> tuple[ResponseResult, Any]:
+        """Steps 6 and 7: the body and the head of the model."""
+        if not needs_outputs:
+            head = self._fused_head(model, batch)
+            if head is not None:
+                return head.forward(model, batch.model_inputs, batch.targets, batch.weights), None
+        return forward_full(model, batch.model_inputs, batch.targets, batch.weights)
+
+    def _fused_head(self, model: nn.Module, batch: ResponseBatch) -> FusedHead | None:
+        """The fused head, where the model allows one; decided once per model."""
+        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if self.fused_head == "off" or unwrapped is self._model_of_head:
+            return self._head
+        self._model_of_head = unwrapped
+        transform = find_transform(model, unwrapped, batch.model_inputs)
+        self._head = None if transform is None else FusedHead(unwrapped, transform)
+        if transform is None:
+            problem = (
+                f"The logits of {type(unwrapped).__name__} are not those of its LM head, scaled or "
+                "soft-capped as its config says, so the loss needs the full logits"
+            )
+            if self.fused_head == "on":
+                raise ValueError(f"{problem}. Set fused_head to 'auto' to allow that.")
+            logger.warning("%s: memory grows with batch size times vocabulary.", problem)
+        return self._head
+
+    def _scale(self, batch: ResponseBatch, num_items: Tensor | int | None) -> Tensor:
+        """What every weight is multiplied with: one over the divisor, times the processes.
+
+        DDP, FSDP and DeepSpeed average gradients over the data-parallel processes; the sum is what
+        is needed.
+        """
+        if num_items is None:
+            is_constant = self.loss_normalization is LossNormalization.CONSTANT
+            divisor = batch.divisors.sum()
+            divisor = torch.full_like(divisor, self.normalize_constant) if is_constant else divisor
+            num_averaged = 1
+        else:
+            divisor = torch.as_tensor(num_items, device=batch.divisors.device)
+            num_averaged = self.accelerator.num_processes // self.get_tp_size()
+        # Without a single response token the sum is 0, and so shall be the loss.
+        return num_averaged / divisor.where(divisor > 0, 1).to(batch.weights.dtype)
+
+    def _weighted_aux_loss(self, model: nn.Module, result: ResponseResult) -> Tensor | float:
+        """The router loss of a mixture of experts: a mean over the micro-batches of the step."""
+        if result.aux_loss is None:
+            return 0.0
+        config = self.accelerator.unwrap_model(model).config.get_text_config()
+        return result.aux_loss.to(result.loss.device) * (
+            config.router_aux_loss_coef / self._num_microbatches
+        )
+
+    def _totals(self, batch: ResponseBatch, result: ResponseResult) -> Tensor:
+        """Step 9: the sums and counts of a micro-batch, `(7,)`."""
+        divisors = batch.divisors
+        if self.loss_normalization is LossNormalization.CONSTANT:
+            parts = len(divisors) * self._num_microbatches * self.accelerator.num_processes
+            divisors = torch.full_like(divisors, self.normalize_constant / parts)
+        return row_totals(
+            result.stats, batch.targets, batch.weights, divisors, batch.num_tokens
+        ).sum(0)
+
+    def _no_totals(self) -> Tensor:
+        device = self.args.device
+        return torch.zeros(NUM_TOTALS, dtype=widest_float(device), device=device)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        missing = {"response_mask", "loss_weights"} - set(self._signature_columns)
+        self._signature_columns += sorted(missing)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_totals(output_dir, self._train_totals, self.accelerator)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_totals(checkpoint, self._train_totals, self.accelerator)
+
+
+def _refuse_inexact_settings(trainer: Trainer) -> None:
+    """Raises on settings under which the promised numbers could not hold."""
+    conflicts: Sequence[tuple[bool, str]] = (
+        (
+            trainer.args.n_gpu > 1,
+            "Several GPUs are visible to one process, which DataParallel would split each batch "
+            f"over. Start one process per GPU: accelerate launch --num_processes "
+            f"{trainer.args.n_gpu} your_script.py",
+        ),
+        (
+            trainer.compute_loss_func is not None,
+            "compute_loss_func was given, but the masked loss would never call it. Leave it out, "
+            "or use a Trainer without MaskedLossMixin.",
+        ),
+        (
+            trainer.args.label_smoothing_factor != 0,
+            "label_smoothing_factor is not 0, but the masked loss has no label smoothing. Set it "
+            "to 0.",
+        ),
+        (
+            trainer.get_cp_size() * trainer.get_sp_size() > 1,
+            "Context or sequence parallelism splits rows between processes, and the label of a "
+            "split's last token would be lost. Use data, tensor or fully sharded parallelism.",
+        ),
+    )
+    for is_conflict, message in conflicts:
+        if is_conflict:
+            raise ValueError(message)

@@ -1,0 +1,136 @@
+"""Step 9 of the walk: sums and counts stay on the device and are reduced once per log."""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from hf_sft_plugin.loss.masked_loss import widest_float
+from hf_sft_plugin.loss.token_stats import TokenStats
+from hf_sft_plugin.types import IGNORE_INDEX
+
+
+@dataclass
+class Totals:
+    """Sums and counts over any number of rows, from which every mean is made by one division.
+
+    Attributes:
+        loss: Sum of the weighted negative log-likelihoods, in nats.
+        divisor: What the loss is divided by: see `LossNormalization`.
+        nll: Sum of the unweighted negative log-likelihoods of trained tokens, in nats.
+        token_entropy: Sum of the entropies at trained positions, in nats.
+        num_correct: Trained tokens that were the most probable token.
+        num_response_tokens: Trained tokens.
+        num_tokens: Tokens read, without padding.
+    """
+
+    loss: float = 0.0
+    divisor: float = 0.0
+    nll: float = 0.0
+    token_entropy: float = 0.0
+    num_correct: float = 0.0
+    num_response_tokens: float = 0.0
+    num_tokens: float = 0.0
+
+    def __add__(self, other: "Totals") -> "Totals":
+        """Totals of both together."""
+        return Totals(*(a + b for a, b in zip(self.to_list(), other.to_list(), strict=True)))
+
+    def to_list(self) -> list[float]:
+        """The values in the order of the fields."""
+        return [getattr(self, f.name) for f in fields(self)]
+
+    def means(self) -> dict[str, float]:
+        """Loss, entropy and accuracy; empty where no token was trained."""
+        if self.num_response_tokens == 0 or self.divisor == 0:
+            return {}
+        return {
+            "loss": self.loss / self.divisor,
+            "token_entropy": self.token_entropy / self.num_response_tokens,
+            "token_accuracy": self.num_correct / self.num_response_tokens,
+        }
+
+    def perplexity(self) -> float:
+        """Perplexity of the trained tokens without weights: exp of their mean -log p."""
+        mean = self.nll / self.num_response_tokens
+        return math.exp(mean) if mean < 709 else math.inf
+
+    def counts(self) -> dict[str, int]:
+        """Tokens trained and read."""
+        return {
+            "num_response_tokens": round(self.num_response_tokens),
+            "num_tokens": round(self.num_tokens),
+        }
+
+
+NUM_TOTALS = len(fields(Totals))
+
+
+def row_totals(
+    stats: TokenStats, targets: Tensor, weights: Tensor, divisors: Tensor, num_tokens: Tensor
+) -> Tensor:
+    """Sums what is known about the positions of each row; nothing leaves the device.
+
+    Args:
+        stats: Statistics of the N trained positions, in row-major order.
+        targets: `(B, S)`, shifted labels with IGNORE_INDEX where nothing is trained.
+        weights: `(B, S)`, as `token_weights` gave them.
+        divisors: `(B,)`, likewise.
+        num_tokens: `(B,)`, tokens of each row without padding.
+
+    Returns:
+        `(B, 7)`: a row for each row, a column for each field of `Totals`.
+    """
+    keep = targets != IGNORE_INDEX
+    dtype = widest_float(targets.device)
+    log_probs, entropy, hits = (stat.to(dtype) for stat in stats)
+    per_token = torch.stack([-log_probs * weights[keep], -log_probs, entropy, hits], dim=-1)
+    sums = per_token.new_zeros(len(targets), 4)
+    sums.index_add_(0, keep.nonzero()[:, 0], per_token)
+    counts = torch.stack([keep.sum(-1), num_tokens], dim=-1).to(dtype)
+    return torch.cat([sums[:, :1], divisors.unsqueeze(-1).to(dtype), sums[:, 1:], counts], dim=-1)
+
+
+class WindowedTotals:
+    """Totals of the steps since the last log, on the device, and of the whole run, reduced."""
+
+    def __init__(self) -> None:
+        self.run = Totals()
+        self._window: Tensor | None = None
+
+    def add(self, totals: Tensor) -> None:
+        """Adds a `(7,)` tensor to the window; no host is asked and no process waits."""
+        if self._window is None:
+            self._window = torch.zeros_like(totals)
+        self._window += totals
+
+    def peek(self, accelerator: Accelerator) -> Totals:
+        """The window's totals over all processes; one reduction."""
+        window = self._window
+        if window is None:
+            window = torch.zeros(
+                NUM_TOTALS, dtype=widest_float(accelerator.device), device=accelerator.device
+            )
+        return Totals(*accelerator.reduce(window, reduction="sum").tolist())
+
+    def close(self, accelerator: Accelerator) -> Totals:
+        """Ends the window: returns its totals over all processes and adds them to the run's."""
+        totals = self.peek(accelerator)
+        self.run += totals
+        self._window = None
+        return totals
+
+    def restore(self, run: Totals, window: Totals, accelerator: Accelerator) -> None:
+        """Takes up where a saved run stopped; one process carries the open window for all."""
+        self.run = run
+        self._window = None
+        if accelerator.is_main_process:
+            self.add(
+                torch.tensor(
+                    window.to_list(),
+                    dtype=widest_float(accelerator.device),
+                    device=accelerator.device,
+                )
+            )

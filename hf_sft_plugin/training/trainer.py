@@ -1,0 +1,207 @@
+"""The trainer: rows and a model in, a fine-tuned model and an exact account of it out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, cast
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+from hf_sft_plugin.data.collator import DataCollatorForPromptResponse
+from hf_sft_plugin.data.prepare import Ledger, prepare_dataset
+from hf_sft_plugin.loss.masked_loss import LossNormalization
+from hf_sft_plugin.training.adapters import add_adapter
+from hf_sft_plugin.training.callbacks import RunRecorder
+from hf_sft_plugin.training.config import MaskedSFTConfig
+from hf_sft_plugin.training.evaluation import GeneratedResponse, generate_responses, judge
+from hf_sft_plugin.training.loading import limit_length, load_model, load_tokenizer, stop_tokens
+from hf_sft_plugin.training.masked_loss_mixin import MaskedLossMixin
+
+AnyDataset: TypeAlias = Dataset | IterableDataset
+
+
+class MaskedSFTTrainer(MaskedLossMixin, Trainer):
+    """Fine-tunes a causal language model on the responses of a dataset, and only on them.
+
+    Raw rows are tokenized, checked and counted; prepared rows are checked and used as they are; a
+    streaming dataset is tokenized as its rows come. The output folder gets `metrics.jsonl`,
+    `report/` with curves, `data_ledger_*.json` and a model card.
+
+    Args:
+        model: A model, a `PeftModel`, or a name or path.
+        args: Settings; None takes the defaults.
+        data_collator: None takes `DataCollatorForPromptResponse`.
+        train_dataset: Raw or prepared rows; see `prepare_dataset`.
+        eval_dataset: The same, or several by name.
+        processing_class: The tokenizer; None loads that of the model.
+        peft_config: For example a `peft.LoraConfig`: trains an adapter and freezes the model.
+        compute_metrics: As in `Trainer`; its predictions are the most probable tokens, `(B, S)`,
+            unless `preprocess_logits_for_metrics` makes something else of the logits.
+        callbacks: As in `Trainer`.
+        optimizers: As in `Trainer`.
+        optimizer_cls_and_kwargs: As in `Trainer`.
+        preprocess_logits_for_metrics: As in `Trainer`.
+
+    Attributes:
+        ledgers: Accounts of the prepared datasets by name: `train`, `eval` or `eval_<name>`.
+        responses: What was generated in the last evaluation with `predict_with_generate`.
+
+    Raises:
+        ValueError: If model, tokenizer, data and settings do not fit each other; before any step.
+        RowError: If one row is the cause.
+    """
+
+    args: MaskedSFTConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: MaskedSFTConfig | None = None,
+        data_collator: Callable[..., Any] | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | Mapping[str, AnyDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        compute_metrics: Callable[..., dict[str, Any]] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        args = MaskedSFTConfig() if args is None else args
+        if not isinstance(args, MaskedSFTConfig):
+            raise ValueError(
+                f"args is a {type(args).__name__}; MaskedSFTTrainer needs a MaskedSFTConfig, which "
+                "takes the same arguments and some more."
+            )
+        model = load_model(model, args.model_init_kwargs)
+        tokenizer = load_tokenizer(processing_class, model, args.stop_token)
+        model = add_adapter(model, peft_config)
+        self.stop_token_ids = stop_tokens(model, tokenizer, args.stop_token)
+        self.ledgers: dict[str, Ledger] = {}
+        self.responses: list[GeneratedResponse] = []
+        options = {
+            **args.data_options(),
+            "max_length": limit_length(tokenizer, model, args.max_length),
+            "stop_token_ids": self.stop_token_ids,
+        }
+        with args.main_process_first(desc="tokenizing the data"):
+            train = self._prepare("train", train_dataset, tokenizer, args, options)
+            if isinstance(eval_dataset, Mapping):
+                evaluation: Any = {
+                    name: self._prepare(f"eval_{name}", rows, tokenizer, args, options)
+                    for name, rows in eval_dataset.items()
+                }
+            else:
+                evaluation = self._prepare("eval", eval_dataset, tokenizer, args, options)
+        self._recorder = RunRecorder(self.ledgers)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator
+            or DataCollatorForPromptResponse(
+                tokenizer, pad_to_multiple_of=args.pad_to_multiple_of, **options
+            ),
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            compute_metrics=compute_metrics,
+            callbacks=[self._recorder, *callbacks],
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        self.loss_normalization = LossNormalization(args.loss_normalization)
+        self.normalize_constant = args.normalize_constant or 1.0
+        self.fused_head = args.fused_head
+
+    def generate_responses(
+        self, dataset: Dataset | None = None, num_rows: int | None = None
+    ) -> list[GeneratedResponse]:
+        """Answers the last prompt of each row greedily.
+
+        Args:
+            dataset: Prepared rows; None takes the evaluation data.
+            num_rows: Only the first rows; None takes all.
+
+        Returns:
+            Prompt, response and expected response of each row, as text, on every process.
+        """
+        rows: Any = self.eval_dataset if dataset is None else dataset
+        count = len(rows) if num_rows is None else min(num_rows, len(rows))
+        return generate_responses(
+            self.accelerator.unwrap_model(self.model),
+            [rows[index] for index in range(count)],
+            cast(PreTrainedTokenizerBase, self.processing_class),
+            self.accelerator,
+            stop_token_ids=self.stop_token_ids,
+            max_new_tokens=self.args.generation_max_new_tokens,
+            batch_size=self.args.per_device_eval_batch_size,
+        )
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """As in `MaskedLossMixin`; with `predict_with_generate` also judges generated responses."""
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        if not self.args.predict_with_generate:
+            return output
+        self.responses = self.generate_responses(
+            dataloader.dataset, num_rows=self.args.generation_num_rows
+        )
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        metrics = judge(self.responses, self.args.generation_metrics)
+        generated = {f"{prefix}_{name}": value for name, value in metrics.items()}
+        return output._replace(metrics={**output.metrics, **generated})
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,  # noqa: A002  # the name is that of Trainer
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Writes the model card with the figures of the run, as `push_to_hub` asks for it.
+
+        The arguments are those of `Trainer`. The card has no place for `tasks`, `dataset` and
+        `dataset_args`.
+        """
+        if not self.is_world_process_zero():
+            return
+        given = {
+            "language": language,
+            "license": license,
+            "tags": [tags] if isinstance(tags, str) else tags,
+            "model_name": model_name,
+            "base_model": finetuned_from,
+            "datasets": [dataset_tags] if isinstance(dataset_tags, str) else dataset_tags,
+        }
+        facts = {name: value for name, value in given.items() if value}
+        self._recorder.write(
+            self.args, self.state, self.accelerator.unwrap_model(self.model), **facts
+        )
+
+    def _prepare(
+        self,
+        name: str,
+        dataset: AnyDataset | None,
+        tokenizer: PreTrainedTokenizerBase,
+        args: MaskedSFTConfig,
+        options: Mapping[str, Any],
+    ) -> AnyDataset | None:
+        """Tokenizes and counts a dataset; a streaming one is left to the collator."""
+        if not isinstance(dataset, Dataset):
+            return dataset
+        prepared, self.ledgers[name] = prepare_dataset(
+            dataset,
+            tokenizer,
+            max_dropped_share=args.max_dropped_share,
+            num_proc=args.dataset_num_proc,
+            **options,
+        )
+        return prepared
