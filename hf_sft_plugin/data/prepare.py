@@ -119,8 +119,8 @@ class Ledger:
     def __str__(self) -> str:
         """The account as lines of text that add up."""
         lines = [
-            f"rows    {self.num_rows:,} in = {self.num_rows_trained:,} trained + "
-            f"{self.num_rows_dropped:,} dropped",
+            f"rows    {self.num_rows:,} in = {self.num_rows_trained:,} trained "
+            f"({self.num_rows_truncated:,} truncated) + {self.num_rows_dropped:,} dropped",
         ]
         for reason, drop in self.drops.items():
             rows = ", ".join(map(str, drop.first_rows))
@@ -131,13 +131,13 @@ class Ledger:
         dropped_tokens = sum(drop.num_tokens for drop in self.drops.values())
         lines.append(
             f"tokens  {self.num_tokens:,} in = {self.num_response_tokens:,} trained + "
-            f"{self.num_context_tokens:,} context + {self.num_truncated_tokens:,} truncated + "
-            f"{dropped_tokens:,} in dropped rows"
+            f"{self.num_context_tokens:,} context\n"
+            f"        + {self.num_truncated_tokens:,} truncated + {dropped_tokens:,} dropped"
         )
         limit = "no limit" if self.max_length is None else f"limit {self.max_length:,}"
         lines.append(
             f"        {self.trained_share:.1%} of the tokens read are trained; longest row "
-            f"{self.longest:,}, {limit}, {self.num_rows_truncated:,} rows truncated"
+            f"{self.longest:,}, {limit}"
         )
         return "\n".join(lines)
 

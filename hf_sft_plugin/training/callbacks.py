@@ -154,8 +154,9 @@ def summarize_run(
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     table.add_row(
         "model",
-        f"{_model_name(model)}: {num_parameters:,} parameters, {num_trained:,} of them trained "
-        f"({num_trained / num_parameters:.1%})",
+        f"{_model_name(model)}: {num_parameters:,} parameters, "
+        + ("all" if num_trained == num_parameters else f"{num_trained:,} of them")
+        + " trained",
     )
     if ledger is not None:
         table.add_row("data", str(ledger))
@@ -163,9 +164,9 @@ def summarize_run(
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
     table.add_row(
         "steps",
-        f"{state.max_steps:,} optimizer steps of {batch} rows "
-        f"({args.per_device_train_batch_size} per batch x {args.gradient_accumulation_steps} "
-        f"accumulated x {num_processes} processes), {state.num_train_epochs:g} epochs",
+        f"{state.max_steps:,} of {batch} rows ({args.per_device_train_batch_size} per batch x "
+        f"{args.gradient_accumulation_steps} accumulated x {num_processes} processes), "
+        f"{state.num_train_epochs:g} epochs",
     )
     device = f"{args.device}" + (
         f" with {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""

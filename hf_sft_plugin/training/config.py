@@ -121,6 +121,9 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
             )
         DataOptions.__post_init__(self)
         TrainingArguments.__post_init__(self)
+        if self.device.type == "cpu":
+            # There is no device to copy to, and torch would warn at every data loader.
+            self.dataloader_pin_memory = False
 
     def data_options(self) -> dict[str, Any]:
         """The fields of `DataOptions`, as the functions of data/ take them."""
