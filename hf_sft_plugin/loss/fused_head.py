@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_sft_plugin.loss.masked_loss import weighted_nll
-from hf_sft_plugin.loss.token_stats import TokenStats, token_stats
+from hf_sft_plugin.loss.token_stats import TokenStats, refuse_second_derivative, token_stats
 
 # Logits held at a time: 2^24 numbers are 64 MiB in float32.
 _TILE_SIZE = 2**24
@@ -106,8 +105,8 @@ class _FusedHeadFunction(torch.autograd.Function):
         return loss, *stats
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("torch.log_softmax on the full logits")
         saved = iter(ctx.saved_tensors)
         return tuple(
             next(saved) * grad_loss if needed and position >= 4 else None

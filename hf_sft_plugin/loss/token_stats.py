@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_sft_plugin.types import IGNORE_INDEX
 
@@ -68,7 +67,7 @@ def token_stats(logits: Tensor, targets: Tensor) -> TokenStats:
     Examples:
         >>> stats = token_stats(torch.tensor([[0.0, 0.0], [0.0, 30.0]]), torch.tensor([0, 1]))
         >>> [round(value, 4) for value in stats.log_probs.tolist()]
-        [-0.6931, -0.0]
+        [-0.6931, 0.0]
         >>> [round(value, 4) for value in stats.token_entropy.tolist()]
         [0.6931, 0.0]
     """
@@ -87,8 +86,8 @@ def compute_entropy(logits: Tensor) -> Tensor:
         Differentiable once.
 
     Examples:
-        >>> compute_entropy(torch.zeros(1, 8)).exp()
-        tensor([8.])
+        >>> compute_entropy(torch.zeros(1, 4)).exp()
+        tensor([4.])
         >>> compute_entropy(torch.tensor([0.0, 0.0, -torch.inf])).exp()
         tensor(2.)
     """
@@ -137,6 +136,21 @@ def get_response_log_probs(
     return result
 
 
+def refuse_second_derivative(alternative: str) -> None:
+    """Called in a backward pass: raises where its result would have to be differentiated again.
+
+    Raises:
+        RuntimeError: If the gradient was asked for with `create_graph=True`; without it the result
+            would silently count as a constant.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "The gradient of this loss was asked for with create_graph=True, but it can be "
+            f"differentiated only once. Use {alternative}, which keeps what a second derivative "
+            "needs."
+        )
+
+
 def _row_tiles(logits: Tensor, *per_row: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Views of some rows of the logits at a time, with what belongs to them; copies nothing."""
     if logits.dim() > 2:
@@ -175,8 +189,8 @@ class _TokenStatsFunction(torch.autograd.Function):
         return log_probs, entropy, is_top1
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor, _: Tensor) -> Any:
+        refuse_second_derivative("torch.log_softmax on the logits")
         logits, targets, entropy = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
         matrix, grad_matrix = (t if t.dim() > 1 else t.unsqueeze(0) for t in (logits, grad_logits))
@@ -190,13 +204,7 @@ class _TokenStatsFunction(torch.autograd.Function):
             target, h, g_log_prob, g_entropy = (
                 t.unsqueeze(-1) for t in (target, h, g_log_prob, g_entropy)
             )
-            log_p_target = log_p.gather(-1, target)
             p = log_p.exp()
-            grad = log_p.clamp_min_(torch.finfo(log_p.dtype).min).add_(h).mul_(p)
-            at_target = -g_entropy * grad.gather(-1, target) - g_log_prob * torch.expm1(
-                log_p_target
-            )
-            grad.mul_(-g_entropy).sub_(p.mul_(g_log_prob))
-            # 1 - p is computed without cancellation, so a well-learned token keeps its gradient.
-            out.copy_(grad.scatter_(-1, target, at_target))
+            grad = log_p.clamp_min_(torch.finfo(log_p.dtype).min).add_(h).mul_(p).mul_(-g_entropy)
+            out.copy_(grad.sub_(p.mul_(g_log_prob)).scatter_add_(-1, target, g_log_prob))
         return grad_logits, None

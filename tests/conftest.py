@@ -1,0 +1,135 @@
+"""Tiny tokenizers and models, built on the spot; nothing is ever downloaded."""
+
+import os
+
+# Before any Hugging Face library is imported: a test that reaches for the network must fail.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_EVALUATE_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from hf_sft_plugin import MaskedSFTConfig
+
+datasets.disable_progress_bars()
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT = "hello world what is the answer to this question user assistant system 0123456789"
+
+
+def make_tokenizer(**overrides: Any) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 300 tokens: 0 <|endoftext|>, 1 <|im_start|>, 2 <|im_end|>."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT] * 3, trainer)
+    settings = {
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": CHATML,
+        **overrides,
+    }
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """See `make_tokenizer`."""
+    return make_tokenizer()
+
+
+@pytest.fixture
+def tokenizer_factory() -> Callable[..., PreTrainedTokenizerFast]:
+    """Makes tokenizers with other settings."""
+    return make_tokenizer
+
+
+def make_model(model_type: str = "qwen3", seed: int = 0, **overrides: Any) -> Any:
+    """A causal language model of two layers and 300 tokens, with random weights."""
+    fields = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        **overrides,
+    }
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))
+
+
+@pytest.fixture
+def model() -> Any:
+    """See `make_model`."""
+    return make_model()
+
+
+@pytest.fixture
+def model_factory() -> Callable[..., Any]:
+    """Makes models with other settings."""
+    return make_model
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> Callable[..., MaskedSFTConfig]:
+    """Settings of a short, quiet run on the CPU that writes below the test's own folder."""
+
+    def make(**overrides: Any) -> MaskedSFTConfig:
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "use_cpu": True,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "max_steps": 2,
+            "logging_steps": 1,
+            "per_device_train_batch_size": 2,
+            "per_device_eval_batch_size": 2,
+            "learning_rate": 1e-3,
+            **overrides,
+        }
+        return MaskedSFTConfig(**settings)
+
+    return make
+
+
+@pytest.fixture
+def chat_rows() -> list[dict[str, Any]]:
+    """Eight conversations, half of them with two responses."""
+    rows = []
+    for number in range(8):
+        turns = [("user", f"hello {number}"), ("assistant", "world " * (number % 3 + 1) + "!")]
+        if number % 2:
+            turns += [("user", "again"), ("assistant", str(number))]
+        rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
+    return rows
