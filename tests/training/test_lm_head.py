@@ -1,0 +1,197 @@
+"""The fused head on real architectures: the same loss and gradient as their own full logits."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from hf_sft_plugin.training.lm_head import FusedHead, find_transform, forward_full
+
+GEMMA = {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 5.0}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3 tied": ("qwen3", {}),
+    "qwen3 untied": ("qwen3", {"tie_word_embeddings": False}),
+    "llama": ("llama", {}),
+    "gemma2 soft-capped": ("gemma2", GEMMA),
+    "gemma3 soft-capped": ("gemma3_text", GEMMA),
+    "cohere scaled": ("cohere", {"logit_scale": 0.25}),
+    "granite scaled": ("granite", {"logits_scaling": 4.0}),
+    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),
+    "phi biased head": ("phi", {"tie_word_embeddings": False}),
+    "mixtral": (
+        "mixtral",
+        {"num_local_experts": 4, "output_router_logits": True, "experts_implementation": "eager"},
+    ),
+}
+
+
+def make_batch() -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Inputs with padding, shifted targets and weights; the second row has no target."""
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(3, 300, (3, 9), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[2, 6:] = 0
+    targets = torch.randint(3, 300, (3, 9), generator=generator)
+    targets[0, :4] = -100
+    targets[1] = -100
+    targets[2, 5:] = -100
+    weights = torch.rand(3, 9, generator=generator, dtype=torch.float64)
+    return {"input_ids": input_ids, "attention_mask": attention_mask}, targets, weights
+
+
+def run(
+    forward: Callable[..., Any], model: Any, *batch: Any
+) -> tuple[Tensor, dict[str, Tensor], Any]:
+    model.zero_grad()
+    result = forward(model, *batch)
+    result = result[0] if isinstance(result, tuple) and len(result) == 2 else result
+    result.loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return result.loss.detach(), gradients, result
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_fused_head_equals_the_models_own_logits(
+    name: str, model_factory: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_sft_plugin.loss.fused_head._TILE_SIZE", 3 * 300)
+    model_type, fields = ARCHITECTURES[name]
+    model = model_factory(model_type, **fields).double().eval()
+    inputs, targets, weights = make_batch()
+    transform = find_transform(model, model, inputs)
+    assert transform is not None
+    fused, fused_gradients, a = run(
+        FusedHead(model, transform).forward, model, inputs, targets, weights
+    )
+    full, full_gradients, b = run(forward_full, model, inputs, targets, weights)
+    torch.testing.assert_close(fused, full, rtol=1e-12, atol=1e-12)
+    for one, other in zip(a.stats, b.stats, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert fused_gradients.keys() == full_gradients.keys()
+    for key, gradient in full_gradients.items():
+        torch.testing.assert_close(fused_gradients[key], gradient, rtol=1e-10, atol=1e-13)
+    assert (a.aux_loss is None) == (name != "mixtral")
+    if name == "mixtral":
+        torch.testing.assert_close(a.aux_loss, b.aux_loss)
+
+
+def test_scaling_and_soft_capping_are_measured_not_assumed(
+    model_factory: Callable[..., Any],
+) -> None:
+    """With a wrong transformation the loss would differ; the measured one is the model's."""
+    inputs, targets, weights = make_batch()
+    model = model_factory("cohere", logit_scale=0.25).double().eval()
+    wrong = FusedHead(model, lambda logits: logits).forward(model, inputs, targets, weights)
+    right, _ = forward_full(model, inputs, targets, weights)
+    assert abs(wrong.loss.item() - right.loss.item()) > 1e-3
+
+
+def test_an_unknown_transformation_of_the_logits_is_noticed(model: Any) -> None:
+    own_forward = model.forward
+
+    def forward_with_a_twist(*args: Any, **kwargs: Any) -> Any:
+        outputs = own_forward(*args, **kwargs)
+        outputs.logits = outputs.logits + outputs.logits.mean()
+        return outputs
+
+    model.forward = forward_with_a_twist
+    inputs, _, _ = make_batch()
+    assert find_transform(model, model, inputs) is None
+
+
+def test_a_model_without_an_lm_head_is_noticed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: None)
+    inputs, _, _ = make_batch()
+    assert find_transform(model, model, inputs) is None
+
+
+def test_the_model_is_left_as_it_was(model: Any) -> None:
+    inputs, targets, weights = make_batch()
+    model.train()
+    before = (
+        dict(model.lm_head.__dict__),
+        len(model._forward_hooks),
+        len(model.lm_head._forward_hooks),
+    )
+    transform = find_transform(model, model, inputs)
+    assert transform is not None
+    head = FusedHead(model, transform)
+    head.forward(model, inputs, targets, weights)
+    with pytest.raises(RuntimeError):
+        head.forward(model, {"input_ids": inputs["input_ids"].float()}, targets, weights)
+    after = (
+        dict(model.lm_head.__dict__),
+        len(model._forward_hooks),
+        len(model.lm_head._forward_hooks),
+    )
+    assert before == after
+    assert model.training
+    assert model(**inputs).logits.shape == (3, 9, 300)
+
+
+def test_a_forward_of_its_own_on_the_head_is_used_and_comes_back(model: Any) -> None:
+    """Accelerate's hooks replace the forward of a module instance, to move inputs for example."""
+    inputs, targets, weights = make_batch()
+    plain, _ = forward_full(model, inputs, targets, weights)
+    own = model.lm_head.forward
+    calls = []
+
+    def hooked(hidden_states: Tensor) -> Tensor:
+        calls.append(hidden_states.shape)
+        return own(hidden_states)
+
+    model.lm_head.forward = hooked
+    head = FusedHead(model, lambda logits: logits)
+    result = head.forward(model, inputs, targets, weights)
+    assert calls == [(10, 32)]  # the response rows alone
+    assert model.lm_head.forward is hooked
+    torch.testing.assert_close(result.loss, plain.loss)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "use_dora": True},
+    ],
+    ids=["all-linear", "lora on the head", "trained copy of the head", "dora"],
+)
+def test_adapters_train_with_the_same_gradient_as_on_full_logits(
+    settings: dict[str, Any], model_factory: Callable[..., Any]
+) -> None:
+    base = model_factory(tie_word_embeddings=False).double()
+    model: Any = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, **settings))
+    model = model.double()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    inputs, targets, weights = make_batch()
+    transform = find_transform(model, model, inputs)
+    assert transform is not None
+    fused, fused_gradients, _ = run(
+        FusedHead(model, transform).forward, model, inputs, targets, weights
+    )
+    full, full_gradients, _ = run(forward_full, model, inputs, targets, weights)
+    torch.testing.assert_close(fused, full, rtol=1e-12, atol=1e-12)
+    assert fused_gradients.keys() == full_gradients.keys()
+    assert all(gradient.any() for gradient in full_gradients.values())
+    for key, gradient in full_gradients.items():
+        torch.testing.assert_close(fused_gradients[key], gradient, rtol=1e-10, atol=1e-13)
+
+
+def test_gradient_checkpointing_changes_nothing(model_factory: Callable[..., Any]) -> None:
+    inputs, targets, weights = make_batch()
+    gradients = []
+    for checkpointing in (False, True):
+        model = model_factory().double().train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        head = FusedHead(model, lambda logits: logits)
+        gradients.append(run(head.forward, model, inputs, targets, weights)[1])
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-12, atol=1e-14)

@@ -1,0 +1,451 @@
+"""The numbers of the trainer, against float64 arithmetic that knows nothing of batches."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+
+from hf_sft_plugin import (
+    DataCollatorForPromptResponse,
+    LossNormalization,
+    MaskedLossMixin,
+    MaskedSFTConfig,
+    MaskedSFTTrainer,
+)
+
+NUM_ROWS = 16
+
+
+def make_rows(with_weights: bool = False) -> list[dict[str, Any]]:
+    """Rows with prompts of 2 to 9 tokens and responses of 1 to 40."""
+    generator = torch.Generator().manual_seed(3)
+    rows = []
+    for number in range(NUM_ROWS):
+        num_prompt = 2 + number % 8
+        num_response = 1 + (number * 39) // (NUM_ROWS - 1)
+        ids = torch.randint(3, 300, (num_prompt + num_response,), generator=generator).tolist()
+        row: dict[str, Any] = {
+            "input_ids": ids,
+            "response_mask": [0] * num_prompt + [1] * num_response,
+        }
+        if with_weights:
+            row["loss_weights"] = [0.25 * (1 + (number + t) % 4) for t in range(len(ids))]
+        rows.append(row)
+    return rows
+
+
+def truth(
+    model: Any, rows: Sequence[dict[str, Any]], normalization: str, constant: float = 1.0
+) -> dict[str, Any]:
+    """Loss, entropy, accuracy and gradient in float64, one row at a time, without padding."""
+    model = model.double()
+    model.zero_grad()
+    loss_sum, divisor, nll_sum, entropy_sum, hits, count = 0.0, 0.0, 0.0, 0.0, 0, 0
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        log_p = torch.log_softmax(model(ids).logits[0], dim=-1)
+        weights = row.get("loss_weights", [1.0] * len(row["input_ids"]))
+        trained = [t for t in range(1, len(weights)) if row["response_mask"][t]]
+        row_weight = math.fsum(weights[t] for t in trained)
+        for t in trained:
+            weight = weights[t] / row_weight if normalization == "example" else weights[t]
+            loss_sum = loss_sum - weight * log_p[t - 1, ids[0, t]]
+            nll_sum -= log_p[t - 1, ids[0, t]].item()
+            entropy_sum -= (log_p[t - 1].exp() * log_p[t - 1]).sum().item()
+            hits += int(log_p[t - 1].argmax() == ids[0, t])
+            count += 1
+        divisor += {"token": row_weight, "example": 1.0, "constant": 0.0}[normalization]
+    loss = loss_sum / (constant if normalization == "constant" else divisor)
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    return {
+        "loss": loss.item(),
+        "token_entropy": entropy_sum / count,
+        "token_accuracy": hits / count,
+        "perplexity": math.exp(nll_sum / count),
+        "num_response_tokens": count,
+        "num_tokens": sum(len(row["input_ids"]) for row in rows),
+        "gradient": flat_gradient(model),
+    }
+
+
+def flat_gradient(model: Any) -> Tensor:
+    return torch.cat([p.grad.flatten().double() for p in model.parameters()])
+
+
+class GradientKeeper(TrainerCallback):
+    """Keeps the gradient of the last optimizer step."""
+
+    gradient: Tensor
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.gradient = flat_gradient(kwargs["model"])
+
+
+def relative(found: Any, expected: Any) -> float:
+    found, expected = torch.as_tensor(found).double(), torch.as_tensor(expected).double()
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "fused_head"),
+    [
+        *((size, steps, "on") for size, steps in [(16, 1), (4, 4), (2, 8), (1, 16)]),
+        # The last micro-batch has one row, one row, two rows.
+        *((size, steps, "on") for size, steps in [(5, 4), (3, 6), (7, 3)]),
+        *((size, steps, "off") for size, steps in [(16, 1), (3, 6)]),
+    ],
+)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_loss_metrics_and_gradient_do_not_depend_on_how_a_step_is_split(
+    batch_size: int,
+    accumulation: int,
+    fused_head: str,
+    dtype: torch.dtype,
+    bound: float,
+    tokenizer: Any,
+    model_factory: Callable[..., Any],
+    make_config: Callable[..., MaskedSFTConfig],
+) -> None:
+    rows = make_rows()
+    expected = truth(model_factory(), rows, "token")
+    keeper = GradientKeeper()
+    trainer = MaskedSFTTrainer(
+        model_factory().to(dtype),
+        make_config(
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            learning_rate=0.0,
+            max_grad_norm=0.0,
+            fused_head=fused_head,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[keeper],
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    for key in ("loss", "token_entropy", "token_accuracy"):
+        assert relative(log[key], expected[key]) < bound, key
+    assert log["num_response_tokens"] == expected["num_response_tokens"]
+    assert log["num_tokens"] == expected["num_tokens"]
+    assert relative(keeper.gradient, expected["gradient"]) < bound
+
+
+@pytest.mark.parametrize("normalization", ["token", "example", "constant"])
+@pytest.mark.parametrize("with_weights", [False, True], ids=["unweighted", "weighted"])
+@pytest.mark.parametrize("split", [(16, 1), (3, 6)])
+def test_every_normalization_is_global(
+    normalization: str,
+    with_weights: bool,
+    split: tuple[int, int],
+    tokenizer: Any,
+    model_factory: Callable[..., Any],
+    make_config: Callable[..., MaskedSFTConfig],
+) -> None:
+    rows = make_rows(with_weights)
+    constant = 100.0 if normalization == "constant" else None
+    expected = truth(model_factory(), rows, normalization, constant or 1.0)
+    keeper = GradientKeeper()
+    trainer = MaskedSFTTrainer(
+        model_factory().double(),
+        make_config(
+            per_device_train_batch_size=split[0],
+            gradient_accumulation_steps=split[1],
+            max_steps=1,
+            learning_rate=0.0,
+            max_grad_norm=0.0,
+            loss_normalization=normalization,
+            normalize_constant=constant,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[keeper],
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    for key in ("loss", "token_entropy", "token_accuracy"):
+        assert relative(log[key], expected[key]) < 1e-12, key
+    assert relative(keeper.gradient, expected["gradient"]) < 1e-12
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 16])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("normalization", ["token", "example"])
+def test_evaluation_does_not_depend_on_its_batch_size(
+    batch_size: int,
+    dtype: torch.dtype,
+    bound: float,
+    normalization: str,
+    tokenizer: Any,
+    model_factory: Callable[..., Any],
+    make_config: Callable[..., MaskedSFTConfig],
+) -> None:
+    rows = make_rows(with_weights=normalization == "example")
+    expected = truth(model_factory(), rows, normalization)
+    trainer = MaskedSFTTrainer(
+        model_factory().to(dtype),
+        make_config(per_device_eval_batch_size=batch_size, loss_normalization=normalization),
+        eval_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    metrics = trainer.evaluate()
+    for key in ("loss", "token_entropy", "token_accuracy", "perplexity"):
+        assert relative(metrics[f"eval_{key}"], expected[key]) < bound, key
+    assert metrics["eval_num_response_tokens"] == expected["num_response_tokens"]
+    assert metrics["eval_num_tokens"] == expected["num_tokens"]
+
+
+def test_a_logging_window_is_one_mean_over_all_its_tokens_not_a_mean_of_steps(
+    tokenizer: Any, model_factory: Callable[..., Any], make_config: Callable[..., MaskedSFTConfig]
+) -> None:
+    rows = make_rows()
+    expected = truth(model_factory(), rows, "token")
+    trainer = MaskedSFTTrainer(
+        model_factory().double(),
+        make_config(max_steps=8, logging_steps=8, learning_rate=0.0, save_strategy="no"),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    output = trainer.train()
+    log = trainer.state.log_history[0]
+    assert relative(log["loss"], expected["loss"]) < 1e-12
+    assert relative(log["token_accuracy"], expected["token_accuracy"]) < 1e-12
+    assert output.training_loss == output.metrics["train_loss"]
+    assert relative(output.training_loss, expected["loss"]) < 1e-12
+
+
+def test_counts_go_on_over_windows_and_begin_anew_with_a_new_run(
+    tokenizer: Any, model: Any, make_config: Callable[..., MaskedSFTConfig]
+) -> None:
+    rows = make_rows()
+    trainer = MaskedSFTTrainer(
+        model,
+        make_config(max_steps=8, logging_steps=2),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    for _ in range(2):
+        trainer.train()
+        counts = [log["num_tokens"] for log in trainer.state.log_history if "loss" in log]
+        assert counts == sorted(counts)
+        assert counts[-1] == sum(len(row["input_ids"]) for row in rows)
+
+
+def test_a_batch_without_response_tokens_adds_a_connected_zero(
+    tokenizer: Any, model: Any, make_config: Callable[..., MaskedSFTConfig]
+) -> None:
+    trainer = MaskedSFTTrainer(
+        model,
+        make_config(),
+        train_dataset=Dataset.from_list(make_rows()),
+        processing_class=tokenizer,
+    )
+    masked = {
+        "input_ids": torch.randint(0, 300, (2, 5)),
+        "attention_mask": torch.ones(2, 5, dtype=torch.long),
+        "labels": torch.full((2, 5), -100),
+    }
+    for fused_head in ("on", "off"):
+        trainer.fused_head = fused_head
+        for count in (None, torch.tensor(0.0), torch.tensor(7.0)):
+            model.zero_grad()
+            loss = trainer.compute_loss(model, masked, num_items_in_batch=count)
+            assert loss.item() == 0.0
+            loss.backward()
+            assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_a_step_in_which_one_micro_batch_is_all_masked_equals_the_step_without_it(
+    tokenizer: Any, model_factory: Callable[..., Any], make_config: Callable[..., MaskedSFTConfig]
+) -> None:
+    rows = make_rows()[:3]
+    expected = truth(model_factory(), rows, "token")
+    masked = {"input_ids": [5, 6, 7], "labels": [-100, -100, -100]}
+    all_rows = [
+        *({"input_ids": r["input_ids"], "labels": _labels(r)} for r in rows),
+        masked,
+    ]
+    keeper = GradientKeeper()
+    trainer = MaskedSFTTrainer(
+        model_factory().double(),
+        make_config(
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=4,
+            max_steps=1,
+            learning_rate=0.0,
+            max_grad_norm=0.0,
+        ),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        train_dataset=all_rows,
+        processing_class=tokenizer,
+        callbacks=[keeper],
+    )
+    trainer.train()
+    assert relative(trainer.state.log_history[0]["loss"], expected["loss"]) < 1e-12
+    assert relative(keeper.gradient, expected["gradient"]) < 1e-12
+
+
+def _labels(row: dict[str, Any]) -> list[int]:
+    pairs = zip(row["input_ids"], row["response_mask"], strict=True)
+    return [token if trained else -100 for token, trained in pairs]
+
+
+class PlainTrainerWithMaskedLoss(MaskedLossMixin, Trainer):
+    """What a user would write."""
+
+
+def test_the_mixin_gives_any_trainer_the_same_numbers(
+    tokenizer: Any, model_factory: Callable[..., Any], tmp_path: Any
+) -> None:
+    rows = make_rows(with_weights=True)
+    expected = truth(model_factory(), rows, "token")
+    keeper = GradientKeeper()
+    trainer = PlainTrainerWithMaskedLoss(
+        model=model_factory().double(),
+        # The defaults of TrainingArguments remove columns that the model's forward does not take.
+        args=TrainingArguments(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            per_device_train_batch_size=3,
+            gradient_accumulation_steps=6,
+            max_steps=1,
+            learning_rate=0.0,
+            max_grad_norm=0.0,
+            logging_steps=1,
+        ),
+        data_collator=DataCollatorForPromptResponse(tokenizer),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows),
+        callbacks=[keeper],
+    )
+    trainer.train()
+    assert relative(trainer.state.log_history[0]["loss"], expected["loss"]) < 1e-12
+    assert relative(keeper.gradient, expected["gradient"]) < 1e-12
+    assert relative(trainer.evaluate()["eval_loss"], expected["loss"]) < 1e-12
+
+
+def test_labels_alone_are_enough_and_position_0_is_never_a_target(
+    tokenizer: Any, model: Any, make_config: Callable[..., MaskedSFTConfig]
+) -> None:
+    trainer = MaskedSFTTrainer(
+        model,
+        make_config(),
+        train_dataset=Dataset.from_list(make_rows()),
+        processing_class=tokenizer,
+    )
+    ids = torch.tensor([[5, 6, 7]])
+    model.eval()
+    loss = trainer.compute_loss(model, {"input_ids": ids, "labels": ids})
+    assert loss.item() == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
+
+
+def test_outputs_with_logits_are_returned_when_asked(
+    tokenizer: Any, model: Any, make_config: Callable[..., MaskedSFTConfig]
+) -> None:
+    trainer = MaskedSFTTrainer(
+        model,
+        make_config(),
+        train_dataset=Dataset.from_list(make_rows()),
+        processing_class=tokenizer,
+    )
+    ids = torch.tensor([[5, 6, 7]])
+    batch = {"input_ids": ids, "labels": ids}
+    loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
+    assert outputs.logits.shape == (1, 3, 300)
+    torch.testing.assert_close(loss, trainer.compute_loss(model, batch))
+
+
+def test_a_batch_without_labels_is_refused(
+    tokenizer: Any, model: Any, make_config: Callable[..., MaskedSFTConfig]
+) -> None:
+    trainer = MaskedSFTTrainer(model, make_config(), processing_class=tokenizer)
+    with pytest.raises(ValueError, match="has no labels, only input_ids"):
+        trainer.compute_loss(model, {"input_ids": torch.tensor([[5, 6, 7]])})
+
+
+def test_an_evaluation_without_response_tokens_is_refused(
+    tokenizer: Any, model: Any, make_config: Callable[..., MaskedSFTConfig]
+) -> None:
+    trainer = MaskedSFTTrainer(
+        model,
+        make_config(),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        eval_dataset=[{"input_ids": [5, 6], "labels": [-100, -100]}],
+        processing_class=tokenizer,
+    )
+    with pytest.raises(ValueError, match="No row of the evaluation data has a response token"):
+        trainer.evaluate()
+
+
+def test_label_smoothing_that_would_have_no_effect_is_refused(
+    tokenizer: Any, model: Any, make_config: Callable[..., MaskedSFTConfig]
+) -> None:
+    with pytest.raises(ValueError, match="label_smoothing_factor is not 0"):
+        MaskedSFTTrainer(model, make_config(label_smoothing_factor=0.1), processing_class=tokenizer)
+
+
+def test_a_loss_function_that_would_never_be_called_is_refused(
+    model: Any, make_config: Callable[..., MaskedSFTConfig]
+) -> None:
+    with pytest.raises(ValueError, match="compute_loss_func was given"):
+        PlainTrainerWithMaskedLoss(
+            model=model, args=make_config(), compute_loss_func=lambda *args, **kwargs: None
+        )
+
+
+def test_several_gpus_in_one_process_are_refused_with_the_command_to_use(
+    model: Any, make_config: Callable[..., MaskedSFTConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = make_config()
+    monkeypatch.setattr(type(args), "n_gpu", property(lambda self: 4))
+    with pytest.raises(ValueError, match="accelerate launch --num_processes 4"):
+        PlainTrainerWithMaskedLoss(model=model, args=args)
+
+
+def test_the_normalization_can_be_set_on_a_class(
+    tokenizer: Any, model_factory: Callable[..., Any], make_config: Callable[..., MaskedSFTConfig]
+) -> None:
+    class PerExample(MaskedLossMixin, Trainer):
+        loss_normalization = LossNormalization.EXAMPLE
+
+    rows = make_rows()
+    trainer = PerExample(
+        model=model_factory().double(),
+        args=make_config(),
+        data_collator=DataCollatorForPromptResponse(tokenizer),
+        eval_dataset=Dataset.from_list(rows),
+    )
+    expected = truth(model_factory(), rows, "example")
+    assert relative(trainer.evaluate()["eval_loss"], expected["loss"]) < 1e-12
+
+
+def test_a_resumed_run_logs_what_an_uninterrupted_one_logs(
+    tokenizer: Any, model_factory: Callable[..., Any], make_config: Callable[..., MaskedSFTConfig]
+) -> None:
+    """The checkpoint at step 3 falls into the middle of a logging window of 2 steps."""
+
+    def make() -> MaskedSFTTrainer:
+        return MaskedSFTTrainer(
+            model_factory(),
+            make_config(max_steps=6, logging_steps=2, save_strategy="steps", save_steps=3),
+            train_dataset=Dataset.from_list(make_rows()),
+            processing_class=tokenizer,
+        )
+
+    whole = make()
+    whole.train()
+    resumed = make()
+    resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-3")
+    keys = ("loss", "token_entropy", "token_accuracy", "num_response_tokens", "num_tokens")
+    for a, b in zip(whole.state.log_history[:3], resumed.state.log_history[:3], strict=True):
+        assert [a[key] for key in keys] == [b[key] for key in keys]

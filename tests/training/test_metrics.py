@@ -1,0 +1,74 @@
+"""Sums and counts: added on the device, reduced once, divided once."""
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from hf_sft_plugin.loss.token_stats import TokenStats
+from hf_sft_plugin.training.metrics import NUM_TOTALS, Totals, WindowedTotals, row_totals
+
+IGNORED = -100
+
+
+def test_the_totals_of_a_batch_are_sums_by_row() -> None:
+    targets = torch.tensor([[4, 5, IGNORED], [IGNORED] * 3, [IGNORED, 6, IGNORED]])
+    weights = torch.tensor([[1.0, 0.5, 0.0], [0.0] * 3, [0.0, 2.0, 0.0]], dtype=torch.float64)
+    stats = TokenStats(
+        log_probs=torch.tensor([-1.0, -2.0, -4.0]),
+        token_entropy=torch.tensor([0.5, 0.25, 0.125]),
+        is_top1=torch.tensor([1.0, 0.0, 1.0]),
+    )
+    totals = row_totals(
+        stats, targets, weights, divisors=weights.sum(-1), num_tokens=torch.tensor([3, 2, 3])
+    )
+    rows = [Totals(*row) for row in totals.tolist()]
+    assert rows == [
+        Totals(2.0, 1.5, 3.0, 0.75, 1.0, 2.0, 3.0),
+        Totals(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 2.0),
+        Totals(8.0, 2.0, 4.0, 0.125, 1.0, 1.0, 3.0),
+    ]
+    whole = rows[0] + rows[1] + rows[2]
+    assert whole.means() == {
+        "loss": 10.0 / 3.5,
+        "token_entropy": 0.875 / 3,
+        "token_accuracy": 2 / 3,
+    }
+    assert whole.perplexity() == math.exp(7 / 3)
+    assert whole.counts() == {"num_response_tokens": 3, "num_tokens": 8}
+
+
+def test_a_long_run_does_not_lose_tokens_to_rounding() -> None:
+    """In float32 one token more is lost from 2^24 on."""
+    window = WindowedTotals()
+    window.add(torch.full((NUM_TOTALS,), 2.0**24, dtype=torch.float64))
+    window.add(torch.ones(NUM_TOTALS, dtype=torch.float64))
+    assert window.close(Accelerator(cpu=True)).counts()["num_tokens"] == 2**24 + 1
+
+
+def test_no_tokens_have_no_means() -> None:
+    assert Totals(num_tokens=5.0).means() == {}
+
+
+def test_a_hopeless_perplexity_is_infinite_rather_than_an_error() -> None:
+    assert Totals(nll=1e6, num_response_tokens=1.0).perplexity() == math.inf
+
+
+def test_closing_a_window_moves_it_into_the_run() -> None:
+    accelerator = Accelerator(cpu=True)
+    totals = WindowedTotals()
+    totals.add(torch.full((NUM_TOTALS,), 2.0, dtype=torch.float64))
+    assert totals.peek(accelerator).loss == 2.0
+    assert totals.run.loss == 0.0
+    assert totals.close(accelerator).loss == 2.0
+    assert totals.close(accelerator).loss == 0.0
+    assert totals.run.loss == 2.0
+
+
+def test_a_window_that_was_added_keeps_its_own_tensor() -> None:
+    totals, batch = WindowedTotals(), torch.ones(NUM_TOTALS, dtype=torch.float64)
+    totals.add(batch)
+    totals.add(batch)
+    assert batch.tolist() == [1.0] * NUM_TOTALS
+    assert totals.peek(Accelerator(cpu=True)).loss == pytest.approx(2.0)

@@ -1,0 +1,367 @@
+"""The trainer end to end: raw rows in; a model, an adapter, exact logs and a card out."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, TrainingArguments
+
+from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer, RowError, prepare_dataset
+
+Make = Callable[..., MaskedSFTConfig]
+
+
+@pytest.fixture
+def dataset(chat_rows: list[dict[str, Any]]) -> Dataset:
+    return Dataset.from_list(chat_rows)
+
+
+def test_training_lowers_the_loss_and_leaves_everything_in_the_output_folder(
+    dataset: Dataset, model: Any, tokenizer: Any, make_config: Make
+) -> None:
+    args = make_config(max_steps=30, logging_steps=5, learning_rate=1e-2, eval_on_start=True)
+    trainer = MaskedSFTTrainer(
+        model, args, train_dataset=dataset, eval_dataset=dataset, processing_class=tokenizer
+    )
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert losses[-1] < 0.7 * losses[0]
+    folder = Path(args.output_dir)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert records == trainer.state.log_history
+    for name in ("loss.png", "token_entropy.png"):
+        assert (folder / "report" / name).read_bytes().startswith(b"\x89PNG")
+    ledger = json.loads((folder / "data_ledger_train.json").read_text())
+    assert ledger["num_rows"] == ledger["num_rows_trained"] == len(dataset)
+    card = ModelCard.load(folder / "README.md")
+    assert f"{losses[-1]:.4f}" in card.text
+    assert f"{losses[0]:.4f}" in card.text
+    reloaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(reloaded(ids).logits, trainer.model.eval()(ids).logits)
+    assert (
+        AutoTokenizer.from_pretrained(folder)("hello")["input_ids"]
+        == tokenizer("hello")["input_ids"]
+    )
+    assert reloaded.generation_config.eos_token_id in (2, [2])
+
+
+def test_an_adapter_reloads_onto_its_base_and_reproduces_the_logits(
+    dataset: Dataset, model_factory: Any, tokenizer: Any, make_config: Make
+) -> None:
+    base = model_factory()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    args = make_config(max_steps=5, learning_rate=1e-2)
+    trainer = MaskedSFTTrainer(
+        base,
+        args,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"),
+    )
+    trainer.train()
+    trainer.save_model()
+    assert (Path(args.output_dir) / "adapter_model.safetensors").is_file()
+    assert not (Path(args.output_dir) / "model.safetensors").exists()
+    fresh = model_factory()
+    assert all(torch.equal(fresh.state_dict()[name], tensor) for name, tensor in before.items())
+    reloaded = PeftModel.from_pretrained(fresh, args.output_dir).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    trained = trainer.model.eval()(ids).logits
+    torch.testing.assert_close(reloaded(ids).logits, trained)
+    assert not torch.allclose(model_factory().eval()(ids).logits, trained)
+    assert AutoTokenizer.from_pretrained(args.output_dir).chat_template == tokenizer.chat_template
+
+
+def test_prepared_rows_train_like_raw_rows(
+    dataset: Dataset, model_factory: Any, tokenizer: Any, make_config: Make
+) -> None:
+    prepared, _ = prepare_dataset(dataset, tokenizer)
+    logs = []
+    for rows in (dataset, prepared):
+        trainer = MaskedSFTTrainer(
+            model_factory(), make_config(), train_dataset=rows, processing_class=tokenizer
+        )
+        trainer.train()
+        logs.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert logs[0] == logs[1]
+
+
+def test_a_streaming_dataset_is_tokenized_as_its_rows_come(
+    dataset: Dataset, model: Any, tokenizer: Any, make_config: Make
+) -> None:
+    trainer = MaskedSFTTrainer(
+        model,
+        make_config(max_steps=4),
+        train_dataset=dataset.to_iterable_dataset(),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    _, ledger = prepare_dataset(dataset, tokenizer)
+    counts = trainer.state.log_history[-2]
+    assert counts["num_response_tokens"] == ledger.num_response_tokens
+    assert counts["num_tokens"] == ledger.num_tokens
+
+
+def test_several_evaluation_sets_are_told_apart(
+    dataset: Dataset, model: Any, tokenizer: Any, make_config: Make
+) -> None:
+    trainer = MaskedSFTTrainer(
+        model,
+        make_config(),
+        eval_dataset={"short": dataset.select([0]), "long": dataset},
+        processing_class=tokenizer,
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_short_num_tokens"] < metrics["eval_long_num_tokens"]
+    assert set(trainer.ledgers) == {"eval_short", "eval_long"}
+
+
+def test_generated_responses_are_judged_in_evaluation(
+    dataset: Dataset, model: Any, tokenizer: Any, make_config: Make
+) -> None:
+    trainer = MaskedSFTTrainer(
+        model,
+        make_config(predict_with_generate=True, generation_max_new_tokens=4, generation_num_rows=3),
+        eval_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    metrics = trainer.evaluate()
+    hits = sum(r.response.strip() == r.reference.strip() for r in trainer.responses)
+    assert metrics["eval_exact_match"] == hits / 3
+    assert len(trainer.responses) == 3
+
+
+def test_compute_metrics_gets_the_most_probable_tokens(
+    dataset: Dataset, model: Any, tokenizer: Any, make_config: Make
+) -> None:
+    seen = {}
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        predictions, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+        seen["dtype"] = predictions.dtype.kind
+        kept = labels != -100
+        return {"accuracy": float((predictions == labels)[kept].mean())}
+
+    trainer = MaskedSFTTrainer(
+        model,
+        make_config(),
+        eval_dataset=dataset,
+        processing_class=tokenizer,
+        compute_metrics=compute_metrics,
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_accuracy"] == pytest.approx(metrics["eval_token_accuracy"])
+    assert seen["dtype"] == "i"
+
+
+def test_preprocess_logits_for_metrics_gets_the_logits(
+    dataset: Dataset, model: Any, tokenizer: Any, make_config: Make
+) -> None:
+    shapes = []
+
+    def preprocess(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        shapes.append((logits.shape, labels.shape))
+        return logits.amax(-1)
+
+    trainer = MaskedSFTTrainer(
+        model,
+        make_config(per_device_eval_batch_size=8),
+        eval_dataset=dataset,
+        processing_class=tokenizer,
+        compute_metrics=lambda prediction: {"rows": len(prediction.predictions)},
+        preprocess_logits_for_metrics=preprocess,
+    )
+    assert trainer.evaluate()["eval_rows"] == 8
+    (logits, labels) = shapes[0]
+    assert logits == (*labels, 300)
+
+
+class FakeHub:
+    """Stands in for the Hub: remembers what was created and uploaded."""
+
+    def __init__(self) -> None:
+        self.created: list[str] = []
+        self.uploads: list[dict[str, bytes]] = []
+
+    def create_repo(self, name: str, **_: Any) -> Any:
+        self.created.append(name)
+        return type("RepoUrl", (), {"repo_id": f"somebody/{name}"})()
+
+    def upload_folder(self, folder_path: str, **_: Any) -> str:
+        folder = Path(folder_path)
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        self.uploads.append({str(p.relative_to(folder)): p.read_bytes() for p in files})
+        return "https://example.org/commit"
+
+
+def test_an_adapter_reaches_the_hub_with_its_card_and_without_the_token(
+    dataset: Dataset,
+    model: Any,
+    tokenizer: Any,
+    make_config: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hub = FakeHub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    token = "hf_" + "s" * 34
+    trainer = MaskedSFTTrainer(
+        model,
+        make_config(push_to_hub=True, hub_model_id="my-adapter", hub_token=token),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4),
+    )
+    trainer.train()
+    trainer.evaluate()
+    trainer.push_to_hub(license="apache-2.0", tags="demo")
+    assert hub.created == ["my-adapter"]
+    files = hub.uploads[-1]
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= set(files)
+    assert {"README.md", "metrics.jsonl", "report/loss.png"} <= set(files)
+    assert not [name for name, content in files.items() if token.encode() in content]
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.license == "apache-2.0"
+    assert card.data.library_name == "peft"
+    assert {"demo", "hf_sft_plugin"} <= set(card.data.tags)
+    assert "after training" in card.text
+
+
+def test_a_checkpoint_in_training_pushes_without_the_token_too(
+    dataset: Dataset,
+    model: Any,
+    tokenizer: Any,
+    make_config: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hub = FakeHub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    token = "hf_" + "s" * 34
+    trainer = MaskedSFTTrainer(
+        model,
+        make_config(
+            push_to_hub=True,
+            hub_model_id="my-model",
+            hub_token=token,
+            save_strategy="steps",
+            save_steps=1,
+            hub_always_push=True,
+        ),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    monkeypatch.setattr(trainer, "_finish_current_push", lambda: None)
+    trainer.push_in_progress = None
+    trainer.train()
+    assert hub.uploads
+    for files in hub.uploads:
+        assert not [name for name, content in files.items() if token.encode() in content]
+
+
+def one_row(**row: Any) -> Dataset:
+    return Dataset.from_list([row])
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (one_row(question="q", answer="a"), "No known format.*columns are answer, question"),
+        (one_row(prompt="p", messages=[]), "both a prompt and a messages column"),
+        (one_row(prompt="p", response="r").select([]), "The dataset is empty"),
+        (one_row(prompt="p", response=""), "Row 0: the response is empty"),
+        (one_row(prompt="p", response=3), "Row 0: column 'response' holds int"),
+        (one_row(input_ids=[5, 6], response_mask=[0, 0]), "Row 0: no token of the row is trained"),
+        (one_row(input_ids=[5, 6], labels=[-100, -100]), "Row 0: no token of the row is trained"),
+        (one_row(input_ids=[5, 300], labels=[-100, 300]), "Row 0: input_ids holds 300"),
+        (one_row(input_ids=[5, 6], labels=[6, -100]), "Row 0: labels holds 6 where"),
+    ],
+)
+def test_data_that_cannot_be_trained_is_refused_before_any_step(
+    dataset: Dataset, message: str, model: Any, tokenizer: Any, make_config: Make
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        MaskedSFTTrainer(model, make_config(), train_dataset=dataset, processing_class=tokenizer)
+
+
+def test_a_row_too_long_is_an_error_when_asked(
+    dataset: Dataset, model: Any, tokenizer: Any, make_config: Make
+) -> None:
+    with pytest.raises(RowError, match=r"Row 0: the row has \d+ tokens, but max_length is 5"):
+        MaskedSFTTrainer(
+            model,
+            make_config(max_length=5, overflow="error"),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+        )
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(
+    model_factory: Any, tokenizer: Any, make_config: Make
+) -> None:
+    with pytest.raises(ValueError, match=r"300 tokens but the model embeds only\s+200"):
+        MaskedSFTTrainer(model_factory(vocab_size=200), make_config(), processing_class=tokenizer)
+
+
+def test_conversations_need_a_chat_template(
+    dataset: Dataset, model: Any, tokenizer_factory: Any, make_config: Make
+) -> None:
+    with pytest.raises(ValueError, match="the tokenizer has no chat template"):
+        MaskedSFTTrainer(
+            model,
+            make_config(),
+            train_dataset=dataset,
+            processing_class=tokenizer_factory(chat_template=None),
+        )
+
+
+def test_the_settings_of_another_trainer_are_refused(
+    model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="MaskedSFTTrainer needs a MaskedSFTConfig"):
+        MaskedSFTTrainer(
+            model,
+            TrainingArguments(output_dir=str(tmp_path)),  # type: ignore[arg-type]
+            processing_class=tokenizer,
+        )
+
+
+def test_a_model_is_loaded_by_its_name_with_its_own_tokenizer(
+    dataset: Dataset, model: Any, tokenizer: Any, make_config: Make, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    trainer = MaskedSFTTrainer(
+        str(tmp_path / "base"),
+        make_config(model_init_kwargs='{"dtype": "bfloat16"}'),
+        train_dataset=dataset,
+    )
+    assert trainer.model.dtype == torch.bfloat16
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_the_stop_token_is_the_one_named_and_is_saved(
+    dataset: Dataset, model: Any, tokenizer_factory: Any, make_config: Make
+) -> None:
+    tokenizer = tokenizer_factory(eos_token="<|endoftext|>")
+    trainer = MaskedSFTTrainer(
+        model,
+        make_config(stop_token="<|im_end|>"),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    for row in trainer.train_dataset:
+        trained = [i for i, m in zip(row["input_ids"], row["response_mask"], strict=True) if m]
+        assert trained[-1] == 2
+    trainer.save_model()
+    saved = AutoTokenizer.from_pretrained(trainer.args.output_dir)
+    assert saved.eos_token == "<|im_end|>"
