@@ -77,10 +77,12 @@ def test_the_last_response_is_asked_for_with_everything_before_it(tokenizer: Any
 
 
 def test_responses_are_text_in_the_order_of_the_rows(tokenizer: Any, model: Any) -> None:
-    examples: Any = [
-        {"input_ids": tokenizer(text)["input_ids"] + [2], "response_mask": mask}
-        for text, mask in (("hello world", [0, 1, 1]), ("what is this", [0, 0, 1, 1]))
-    ]
+    examples: Any = []
+    for prompt, response in (("hello", " world"), ("what is", " this")):
+        ids, trained = tokenizer(prompt)["input_ids"], [*tokenizer(response)["input_ids"], 2]
+        examples.append(
+            {"input_ids": ids + trained, "response_mask": [0] * len(ids) + [1] * len(trained)}
+        )
     responses = generate_responses(
         model,
         examples,
