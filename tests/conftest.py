@@ -61,7 +61,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tokenizer_factory() -> Callable[..., PreTrainedTokenizerFast]:
     """Makes tokenizers with other settings."""
     return make_tokenizer
@@ -94,7 +94,7 @@ def model() -> Any:
     return make_model()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def model_factory() -> Callable[..., Any]:
     """Makes models with other settings."""
     return make_model

@@ -1,0 +1,71 @@
+"""What every process of a distributed test runs: `torchrun worker.py FOLDER`.
+
+FOLDER holds a model, a tokenizer, the datasets `train` and `eval` and `settings.json`, a list of
+settings. For each a trainer takes its steps and evaluates; the main process writes what it found
+to `results.json`.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import load_from_disk
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
+
+
+class GradientKeeper(TrainerCallback):
+    """Keeps the gradient of the last optimizer step."""
+
+    gradient: torch.Tensor
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        grads = [p.grad.flatten() for p in kwargs["model"].parameters()]
+        self.gradient = torch.cat(grads).double()
+
+
+def run(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    keeper = GradientKeeper()
+    trainer = MaskedSFTTrainer(
+        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64),
+        MaskedSFTConfig(
+            output_dir=str(folder / "run"),
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            logging_steps=1,
+            max_grad_norm=0.0,
+            **settings,
+        ),
+        train_dataset=load_from_disk(folder / "train"),
+        eval_dataset=load_from_disk(folder / "eval"),
+        processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        callbacks=[keeper],
+    )
+    trainer.train()
+    return {
+        "num_processes": trainer.accelerator.num_processes,
+        "log": trainer.state.log_history[0],
+        "metrics": trainer.evaluate(),
+        "gradient": keeper.gradient.tolist(),
+        "responses": trainer.responses,
+    }
+
+
+def main(folder: Path) -> None:
+    """Runs all settings, one after the other."""
+    settings = json.loads((folder / "settings.json").read_text())
+    results = [run(folder, each) for each in settings]
+    state = PartialState()
+    if state.is_main_process:
+        (folder / "results.json").write_text(json.dumps(results))
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
