@@ -5,7 +5,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from transformers import HfArgumentParser
@@ -30,7 +30,7 @@ def parse_arguments(
         SystemExit: With code 2 and one clear message, if a name or value is wrong.
     """
     parser = HfArgumentParser(
-        classes,
+        cast(Any, classes),
         description=description,
         allow_abbrev=False,
         usage="%(prog)s [config.yaml] [--flag value ...]",

@@ -119,18 +119,13 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     use_all_cores(args, data_args.num_cpu_threads)
     set_seed(args.seed)
-    train_rows, eval_rows = load_rows(data_args, seed=args.seed)
-    model, tokenizer = load_model_and_tokenizer(model_args, train_rows)
-    trainer = MaskedSFTTrainer(
-        model,
-        args,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        processing_class=tokenizer,
-        peft_config=lora_config(model_args),
-    )
+    try:
+        trainer = make_trainer(model_args, data_args, args)
+    except ValueError as error:
+        # Whatever is wrong with settings or data is said there; a traceback would only hide it.
+        raise SystemExit(f"sft.py: {error}") from None
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if eval_rows is not None:
+    if trainer.eval_dataset is not None:
         trainer.evaluate()
     if args.push_to_hub:
         trainer.push_to_hub()
@@ -139,6 +134,26 @@ def main() -> None:
     if trainer.is_world_process_zero():
         print_results(trainer, data_args.num_samples)
     trainer.accelerator.end_training()
+
+
+def make_trainer(
+    model_args: ModelArguments, data_args: DataArguments, args: MaskedSFTConfig
+) -> MaskedSFTTrainer:
+    """Loads everything and puts it together.
+
+    Raises:
+        ValueError: If settings, data and model do not fit each other.
+    """
+    train_rows, eval_rows = load_rows(data_args, seed=args.seed)
+    model, tokenizer = load_model_and_tokenizer(model_args, train_rows)
+    return MaskedSFTTrainer(
+        model,
+        args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        peft_config=lora_config(model_args),
+    )
 
 
 def use_all_cores(args: MaskedSFTConfig, num_threads: int | None) -> None:
@@ -178,6 +193,8 @@ def read_rows(path: str, split: str) -> Dataset:
     if Path(path).is_dir():
         saved = load_from_disk(path)
         return saved[split] if isinstance(saved, DatasetDict) else saved
+    if not Path(path).exists():
+        raise ValueError(f"There is no '{path}' to read rows from.")
     suffix = Path(path).suffix
     if suffix not in FILE_FORMATS:
         raise ValueError(

@@ -1,5 +1,6 @@
 """The model card: what was trained, on what, and what was measured."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +77,8 @@ def write_model_card(output_dir: Path, facts: CardFacts, plots: Sequence[Path] =
                 metric_value=facts.after[key],
             )
             for key, name in _EVAL_NAMES.items()
-            if key in facts.after
+            # The Hub reads these figures as JSON, which has no NaN or infinity.
+            if math.isfinite(facts.after.get(key, math.nan))
         ]
         or None,
     )

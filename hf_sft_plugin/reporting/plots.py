@@ -36,7 +36,8 @@ def plot_curve(
         ]
         if points:
             steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, label=label, color=color, marker=marker)
+            # A line through a single point would draw nothing.
+            axes.plot(steps, values, label=label, color=color, marker=marker if points[1:] else "o")
     axes.set_title(title)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(unit)

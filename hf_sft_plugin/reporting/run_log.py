@@ -36,9 +36,18 @@ def read_log(output_dir: Path) -> list[dict[str, Any]]:
 
 
 def _to_line(record: Mapping[str, Any]) -> str:
-    # JSON has no NaN or infinity, and a log that some reader refuses is no log.
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in record.items()
-    }
-    return json.dumps(finite, default=str) + "\n"
+    return json.dumps(_to_plain(record), default=str, allow_nan=False) + "\n"
+
+
+def _to_plain(value: Any) -> Any:
+    """Plain numbers for those of numpy and torch, null for what JSON cannot write."""
+    if isinstance(value, Mapping):
+        return {str(key): _to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_plain(item) for item in value]
+    if isinstance(value, float):
+        # JSON has no NaN or infinity, and a log that some reader refuses is no log.
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "tolist"):
+        return _to_plain(value.tolist())
+    return value

@@ -17,7 +17,8 @@ def add_adapter(
         ValueError: If the model already carries an adapter, or if nothing in it would be trained.
     """
     if peft_config is not None:
-        if isinstance(model, PeftModel):
+        # The second is how transformers marks adapters that it loaded itself.
+        if isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
                 "The model already carries an adapter, and a peft_config would put a second one "
                 "around it. Leave peft_config out to train the adapter that is there, or merge it "

@@ -1,15 +1,20 @@
 """What happens around a run: the summary before it, the log during it, report and card after it."""
 
 import importlib.metadata
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 from transformers import (
     SchedulerType,
@@ -38,16 +43,19 @@ class RunRecorder(TrainerCallback):
     def __init__(self, ledgers: Mapping[str, Ledger]) -> None:
         self.ledgers = ledgers
         self._has_log = False
+        self._has_trained = False
         self._is_training = False
+        self._before: Mapping[str, float] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Says what will be done; a resumed run takes over the log that it continues."""
-        self._is_training = True
+        begins_log = state.global_step > 0 or self._has_trained
+        self._has_trained = self._is_training = True
         if not state.is_world_process_zero:
             return
-        if state.global_step > 0:
+        if begins_log:
             start_log(_output_dir(args), state.log_history)
             self._has_log = True
         for name, ledger in self.ledgers.items():
@@ -69,6 +77,9 @@ class RunRecorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Brings report and card up to date, unless training will do it at its end."""
+        if not self._has_trained and state.global_step == 0 and state.log_history:
+            # Training begins with an empty history, but the card shows what was measured before.
+            self._before = state.log_history[-1]
         if not self._is_training and state.is_world_process_zero:
             self.write(args, state, kwargs["model"])
 
@@ -98,6 +109,7 @@ class RunRecorder(TrainerCallback):
         output_dir = _output_dir(args)
         plots = write_report(output_dir)
         facts = card_facts(args, state, model, self.ledgers.get("train"))
+        facts.before = facts.before or self._before
         for name, value in card.items():
             setattr(facts, name, value)
         write_model_card(output_dir, facts, plots)
@@ -110,11 +122,10 @@ def card_facts(
     evaluations = [record for record in state.log_history if "eval_loss" in record]
     untrained = [record for record in evaluations if record["step"] == 0]
     num_devices = args.world_size
-    base_model = getattr(getattr(model, "config", None), "_name_or_path", "") or None
+    base_model = getattr(getattr(model, "config", None), "_name_or_path", "")
     return CardFacts(
-        model_name=(args.hub_model_id or str(_output_dir(args).absolute())).split("/")[-1],
-        # A folder of this machine means nothing to a reader, and would make a dead link.
-        base_model=None if base_model and Path(base_model).exists() else base_model,
+        model_name=Path(args.hub_model_id or os.path.abspath(_output_dir(args))).name,
+        base_model=base_model if _is_on_hub(base_model) else None,
         library_name="peft" if isinstance(model, PeftModel) else "transformers",
         settings={
             "learning rate": args.learning_rate,
@@ -159,27 +170,38 @@ def summarize_run(
         + " trained",
     )
     if ledger is not None:
-        table.add_row("data", str(ledger))
+        # As text, or rich would take brackets in it for its markup.
+        table.add_row("data", Text(str(ledger)))
     num_processes = PartialState().num_processes
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
+    # A stream has no length, for which the Trainer puts the largest integer in place of epochs.
+    epochs = f", {state.num_train_epochs:g} epochs" if state.num_train_epochs < sys.maxsize else ""
     table.add_row(
         "steps",
         f"{state.max_steps:,} of {batch} rows ({args.per_device_train_batch_size} per batch x "
-        f"{args.gradient_accumulation_steps} accumulated x {num_processes} processes), "
-        f"{state.num_train_epochs:g} epochs",
+        f"{args.gradient_accumulation_steps} accumulated x {num_processes} processes){epochs}",
     )
     device = f"{args.device}" + (
         f" with {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
     )
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     table.add_row("device", f"{device}, weights {dtype}, mixed precision {args.mixed_precision}")
-    table.add_row("output", str(args.output_dir))
+    table.add_row("output", Text(str(args.output_dir)))
     return table
 
 
 def _model_name(model: nn.Module) -> str:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return type(base).__name__ + (" with an adapter" if isinstance(model, PeftModel) else "")
+
+
+def _is_on_hub(name: str) -> bool:
+    """False for a folder of this machine, which would be a dead link to anybody else."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
 
 
 def _version(library: str) -> str:

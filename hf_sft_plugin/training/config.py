@@ -1,5 +1,8 @@
 """The settings of a run: those of `TrainingArguments`, those of the data, and a few of our own."""
 
+import copy
+import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,26 +112,87 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
                 f"normalize_constant is {self.normalize_constant} and loss_normalization is "
                 f"{str(self.loss_normalization)!r}."
             )
-        if self.normalize_constant is not None and self.normalize_constant <= 0:
+        if self.normalize_constant is not None and not 0 < self.normalize_constant < math.inf:
             raise ValueError(
-                f"normalize_constant is {self.normalize_constant}; a divisor is positive."
+                f"normalize_constant is {self.normalize_constant}; a divisor is positive and "
+                "finite."
             )
         if self.fused_head not in ("auto", "on", "off"):
-            raise ValueError(f"fused_head is {self.fused_head!r}; choose auto, on or off.")
+            raise ValueError(
+                f"fused_head is {self.fused_head!r}; choose auto, on or off. In YAML put quotes "
+                "around on and off, which it otherwise reads as true and false."
+            )
         if not 0 <= self.max_dropped_share <= 1:
             raise ValueError(
                 f"max_dropped_share is {self.max_dropped_share}; a share is between 0 and 1."
             )
+        self._check_counts()
+        self._check_model_init_kwargs()
         DataOptions.__post_init__(self)
         TrainingArguments.__post_init__(self)
         if self.device.type == "cpu":
             # There is no device to copy to, and torch would warn at every data loader.
             self.dataloader_pin_memory = False
 
+    # The one that a dataclass gets would show the Hub token, which `TrainingArguments` hides.
+    __repr__ = TrainingArguments.__repr__
+
     def data_options(self) -> dict[str, Any]:
         """The fields of `DataOptions`, as the functions of data/ take them."""
         return {name: getattr(self, name) for name in DataOptions.__dataclass_fields__}
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in `TrainingArguments`, which takes `stop_token` for a secret because of its name."""
+        return {**super().to_dict(), "stop_token": self.stop_token}
+
+    def __copy__(self) -> "MaskedSFTConfig":
+        """Keeps the Hub token, unlike a pickle: a copy stays in memory."""
+        duplicate = object.__new__(type(self))
+        duplicate.__dict__.update(self.__dict__)
+        return duplicate
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MaskedSFTConfig":
+        """Keeps the Hub token, like `__copy__`."""
+        duplicate = object.__new__(type(self))
+        memo[id(self)] = duplicate
+        duplicate.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return duplicate
+
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the Hub token out of every pickle: `training_args.bin` is pushed to the Hub."""
         return {**self.__dict__, "hub_token": None}
+
+    def _check_counts(self) -> None:
+        for name in (
+            "dataset_num_proc",
+            "pad_to_multiple_of",
+            "generation_max_new_tokens",
+            "generation_num_rows",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it counts from 1.")
+        metrics: Any = self.generation_metrics
+        if isinstance(metrics, str):
+            raise ValueError(
+                f"generation_metrics is {metrics!r}; give a list of names, such as [{metrics!r}]."
+            )
+
+    def _check_model_init_kwargs(self) -> None:
+        arguments = self.model_init_kwargs
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except json.JSONDecodeError:
+                arguments = None
+            if not isinstance(arguments, dict):
+                raise ValueError(
+                    f"model_init_kwargs is {self.model_init_kwargs!r}; give a JSON object, such as "
+                    '{"dtype": "bfloat16"}.'
+                )
+        if isinstance((arguments or {}).get("token"), str):
+            raise ValueError(
+                "model_init_kwargs holds a token, which would be saved and pushed with the "
+                "settings of the run. Set the environment variable HF_TOKEN instead, or log in "
+                "with `hf auth login`."
+            )

@@ -1,6 +1,7 @@
 """Models and tokenizers from names, checked against each other before anything is trained."""
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,8 @@ from hf_sft_plugin.data.tokenization import find_stop_token, max_row_length
 
 
 def load_model(
-    model: str | PreTrainedModel | PeftModel, init_kwargs: Mapping[str, Any] | str | None
+    model: str | os.PathLike[str] | PreTrainedModel | PeftModel,
+    init_kwargs: Mapping[str, Any] | str | None,
 ) -> PreTrainedModel | PeftModel:
     """The model itself, or the one that a name or path stands for.
 
@@ -29,7 +31,7 @@ def load_model(
         ValueError: If arguments were given for a model that is already there.
     """
     arguments = json.loads(init_kwargs) if isinstance(init_kwargs, str) else init_kwargs or {}
-    if isinstance(model, str):
+    if isinstance(model, str | os.PathLike):
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, **arguments)
         return loaded
     if arguments:
@@ -66,6 +68,11 @@ def load_tokenizer(
                 "cannot be found. Pass one as processing_class."
             )
         tokenizer = AutoTokenizer.from_pretrained(name)
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            raise ValueError(
+                f"{name} holds a model but no tokenizer: what was found there knows nothing but "
+                f"{', '.join(tokenizer.all_special_tokens)}. Pass one as processing_class."
+            )
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(
             f"processing_class is a {type(tokenizer).__name__}, but text needs a tokenizer. For a "

@@ -312,8 +312,9 @@ class MaskedLossMixin(_TrainerBase):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        known: list[str] = self._signature_columns or []
-        self._signature_columns = [*known, "response_mask", "loss_weights"]
+        trainer: Any = self
+        known = trainer._signature_columns or []
+        trainer._signature_columns = [*known, "response_mask", "loss_weights"]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

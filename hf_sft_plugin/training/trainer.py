@@ -186,6 +186,14 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             self.args, self.state, self.accelerator.unwrap_model(self.model), **facts
         )
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = self.args.output_dir if output_dir is None else output_dir
+        is_adapter = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+        if is_adapter and folder == self.args.output_dir:
+            # PEFT has just put the base model's path and its own tags into our card.
+            self.create_model_card()
+
     def _prepare(
         self,
         name: str,

@@ -1,0 +1,240 @@
+"""Measures training with hf_sft_plugin against other trainers, side by side in one run.
+
+    python recipes/benchmark.py step
+    python recipes/benchmark.py step --shape qwen3-0.6b --rows train.jsonl --contestants ours plain
+
+Every contestant trains the same model on the same rows in the same order, each in a process of its
+own. They take turns, one optimizer step at a time, so that whatever disturbs the machine disturbs
+all of them. The others need the extra `bench`: pip install "hf_sft_plugin[bench]".
+"""
+
+import argparse
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from contestants import CONTESTANTS, SHAPES, Setup, make_model, make_rows
+from datasets import disable_progress_bars
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import TrainerCallback
+
+
+@dataclass
+class StepRecord:
+    """One optimizer step of one contestant.
+
+    Attributes:
+        wall: Seconds.
+        cpu: Processor seconds of the whole process.
+        peak: Bytes at the highest point: of the process, or of the GPU where there is one.
+        loss: What the trainer logged.
+    """
+
+    wall: float
+    cpu: float
+    peak: int
+    loss: float
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the benchmark that the arguments name."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    step = commands.add_parser(
+        "step",
+        help="time and peak memory of one optimizer step",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    step.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="size of the model")
+    step.add_argument("--rows", help="rows with a question and an answer; none: rows made up")
+    step.add_argument("--batch_size", type=int, default=8, help="rows of a micro-batch")
+    step.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
+    step.add_argument("--repetitions", type=int, default=5, help="measured steps")
+    step.add_argument("--precision", choices=["bf16", "float32"], default="bf16", help="autocast")
+    step.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads of each"
+    )
+    step.add_argument(
+        "--contestants",
+        nargs="+",
+        choices=CONTESTANTS,
+        default=list(CONTESTANTS),
+        help="who takes part; ratios are over the first",
+    )
+    step.add_argument("--output", type=Path, help="JSON file for all measurements")
+    options = vars(parser.parse_args(argv))
+    options.pop("command")
+    contestants, output = options.pop("contestants"), options.pop("output")
+    setup = Setup(**options)
+    records = measure_steps(setup, contestants)
+    Console().print(result_table(setup, records))
+    if output is not None:
+        results = {name: [asdict(record) for record in each] for name, each in records.items()}
+        output.write_text(json.dumps({"setup": asdict(setup), "records": results}, indent=1))
+
+
+def measure_steps(setup: Setup, contestants: Sequence[str]) -> dict[str, list[StepRecord]]:
+    """Lets the contestants take one optimizer step each, in turn, until all steps are done.
+
+    Returns:
+        The steps by contestant. The first builds optimizer states and caches and counts for
+        nothing but its loss.
+    """
+    context = multiprocessing.get_context("spawn")
+    connections: dict[str, Connection] = {}
+    processes = []
+    for name in contestants:
+        connections[name], theirs = context.Pipe()
+        process = context.Process(target=take_part, args=(name, setup, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        processes.append(process)
+    records: dict[str, list[StepRecord]] = {name: [] for name in contestants}
+    for _ in track(range(setup.repetitions + 1), description="Measuring", transient=True):
+        for name, connection in connections.items():
+            try:
+                connection.send("step")
+                records[name].append(connection.recv())
+            except (EOFError, OSError):
+                raise SystemExit(f"'{name}' could not take part; its error is above.") from None
+    for connection in connections.values():
+        connection.send("stop")
+    for process in processes:
+        process.join()
+    return records
+
+
+def take_part(name: str, setup: Setup, connection: Connection) -> None:
+    """The process of one contestant: trains, and stops before every step until it is told to go."""
+    torch.set_num_threads(setup.threads)
+    disable_progress_bars()
+    # The log lines of four trainers at once would hide the result.
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # until the process ends
+    rows, tokenizer = make_rows(setup)
+    model = make_model(setup, tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            "output_dir": folder,
+            "max_steps": setup.repetitions + 1,
+            "per_device_train_batch_size": setup.batch_size,
+            "gradient_accumulation_steps": setup.accumulation,
+            "train_sampling_strategy": "sequential",
+            "bf16": setup.precision == "bf16",
+            "use_cpu": not torch.cuda.is_available(),
+            "logging_steps": 1,
+            "learning_rate": 1e-4,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        trainer = CONTESTANTS[name](model, rows, tokenizer, settings)
+        trainer.add_callback(TakingTurns(connection))
+        trainer.train()
+
+
+class TakingTurns(TrainerCallback):
+    """Waits for its turn before a step, and reports the step when the next one would begin."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Waits for the first turn."""
+        self._wait()
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Ends the turn: logging is the last thing that belongs to a step."""
+        logs = kwargs["logs"]
+        if "loss" not in logs:
+            return
+        wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
+        self.connection.send(StepRecord(wall, cpu, peak_memory(), float(logs["loss"])))
+        self._wait()
+
+    def _wait(self) -> None:
+        self.connection.recv()
+        reset_peak_memory()
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+
+def reset_peak_memory() -> None:
+    """Begins a new measurement of `peak_memory`."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        # Writing 5 makes Linux forget the highest resident size so far.
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Bytes at the highest point since `reset_peak_memory`."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def result_table(setup: Setup, records: dict[str, list[StepRecord]]) -> Table:
+    """Medians, and the ratio of each contestant over the first, step by step."""
+    title = (
+        f"One optimizer step of {setup.accumulation} x {setup.batch_size} rows, "
+        f"{setup.shape}, {setup.precision}, {device_name(setup)}, medians of "
+        f"{setup.repetitions}"
+    )
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
+    table = Table(title=title, caption=versions, title_justify="left", caption_justify="left")
+    table.add_column("", no_wrap=True)
+    for column in ("wall s", "ratio", "(range)", "cpu s", "peak GiB", "ratio", "first loss"):
+        table.add_column(column, justify="right", no_wrap=True)
+    first = next(iter(records.values()))[1:]
+    for name, (unmeasured, *steps) in records.items():
+        slower = [step.wall / reference.wall for step, reference in zip(steps, first, strict=True)]
+        larger = [step.peak / reference.peak for step, reference in zip(steps, first, strict=True)]
+        table.add_row(
+            name,
+            f"{statistics.median(step.wall for step in steps):.3f}",
+            f"{statistics.median(slower):.2f}",
+            f"{min(slower):.2f}-{max(slower):.2f}",
+            f"{statistics.median(step.cpu for step in steps):.2f}",
+            f"{statistics.median(step.peak for step in steps) / 2**30:.2f}",
+            f"{statistics.median(larger):.2f}",
+            f"{unmeasured.loss:.4f}",
+        )
+    return table
+
+
+def device_name(setup: Setup) -> str:
+    """What the measurements were taken on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU with {setup.threads} threads"
+
+
+def version(library: str) -> str:
+    """Version of a library that may not be there."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    main()

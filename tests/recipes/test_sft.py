@@ -1,0 +1,250 @@
+"""The recipe as its users run it: settings in; a model, an adapter and an account of it out."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sft
+import torch
+import yaml
+from arguments import parse_arguments
+from datasets import Dataset, DatasetDict
+from peft import PeftModel
+from quickstart import WORDS
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_sft_plugin import MaskedSFTConfig
+
+ROWS = [{"prompt": f"Say {number}", "response": f"{number}!"} for number in range(12)]
+TINY_MODEL = json.dumps(
+    {
+        "model_type": "qwen3",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+)
+SHORT = ("--max_steps", "2", "--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "1")
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs the recipe in an empty folder and returns what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run_recipe(*argv: str) -> str:
+        flags = (*argv, "--use_cpu", "1", "--num_cpu_threads", "2", "--output_dir", "out")
+        monkeypatch.setattr(sys, "argv", ["sft.py", *flags])
+        sft.main()
+        return capsys.readouterr().out
+
+    return run_recipe
+
+
+@pytest.fixture
+def train_file(tmp_path: Path) -> str:
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(path)
+
+
+def test_the_quickstart_says_what_it_does_and_shows_what_it_learned(
+    run: Callable[..., str], recipes: Path, tmp_path: Path
+) -> None:
+    printed = run(
+        str(recipes / "configs" / "quickstart.yaml"),
+        *("--max_train_rows", "100", "--max_eval_rows", "16", "--num_train_epochs", "1"),
+    )
+    for part in ("About to train", "100 in = 100 trained", "parameters", "4 of 32 rows"):
+        assert part in printed
+    for part in ("Held-out rows", "exact match", "before training", "Some answers", "out/"):
+        assert part in printed
+    folder = tmp_path / "out"
+    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 1e5
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    for name in ("README.md", "metrics.jsonl", "report/loss.png", "report/token_entropy.png"):
+        assert (folder / name).is_file()
+
+
+def test_a_model_learns_to_answer_prompts_it_has_not_seen(
+    run: Callable[..., str], tmp_path: Path
+) -> None:
+    forms = (
+        "Say {}",
+        "Please say {}",
+        "Now say {}.",
+        "Can you say {}?",
+        "Would you say {}?",
+        "I say {}",
+    )
+    pairs = [(form, word) for form in forms for word in WORDS[:24]]
+    for name, is_held_out in (("train", False), ("eval", True)):
+        chosen = [pair for n, pair in enumerate(pairs) if (n % 7 == 3) == is_held_out]
+        rows = [{"prompt": f.format(w), "response": w} for f, w in chosen]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    config = {**json.loads(TINY_MODEL), "hidden_size": 64, "initializer_range": 0.05}
+    run(
+        *("--train_file", "train.json", "--eval_file", "eval.json", "--prompt_format", "chat"),
+        *("--model_config", json.dumps(config), "--tokenizer_vocab_size", "400"),
+        *("--num_train_epochs", "20", "--learning_rate", "5e-3", "--eval_on_start", "1"),
+        *("--predict_with_generate", "1", "--generation_max_new_tokens", "8"),
+        *("--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "1"),
+    )
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    matches = [log["eval_exact_match"] for log in map(json.loads, lines) if "eval_loss" in log]
+    assert matches[0] == 0.0
+    assert matches[-1] >= 0.95
+
+
+def test_lora_leaves_an_adapter_that_reloads(
+    run: Callable[..., str], train_file: str, model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    printed = run(
+        *("--model_name_or_path", "base", "--train_file", train_file, "--lora", "--lora_r", "4"),
+        *SHORT,
+    )
+    assert "of them trained" in printed
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapter = PeftModel.from_pretrained(base, tmp_path / "out")
+    assert adapter.peft_config["default"].r == 4
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == tokenizer.eos_token
+
+
+def test_a_checkpoint_is_resumed(run: Callable[..., str], train_file: str, tmp_path: Path) -> None:
+    flags = ("--train_file", train_file, "--model_config", TINY_MODEL, "--report_to", "none")
+    steps = ("--save_strategy", "steps", "--save_steps", "1", "--logging_steps", "1")
+    run(*flags, *steps, "--max_steps", "2")
+    run(*flags, *steps, "--max_steps", "3", "--resume_from_checkpoint", "out/checkpoint-2")
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [log["step"] for log in map(json.loads, lines) if "loss" in log] == [1, 2, 3]
+
+
+def test_rows_held_out_by_share_are_evaluated(run: Callable[..., str], train_file: str) -> None:
+    flags = ("--train_file", train_file, "--model_config", TINY_MODEL, "--eval_share", "0.25")
+    printed = run(*flags, *SHORT)
+    assert "9 in = 9 trained" in printed
+    assert "Held-out rows" in printed
+
+
+def test_a_chat_template_may_come_from_a_file(
+    run: Callable[..., str], train_file: str, model: Any, tokenizer_factory: Any, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path / "base")
+    tokenizer_factory(chat_template=None).save_pretrained(tmp_path / "base")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    (tmp_path / "template.jinja").write_text(template)
+    run(
+        *("--model_name_or_path", "base", "--train_file", train_file, "--prompt_format", "chat"),
+        *("--chat_template_path", "template.jinja", *SHORT),
+    )
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template
+
+
+def test_pushing_goes_through_the_trainers_own_path(
+    run: Callable[..., str], train_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushes = []
+    monkeypatch.setattr(sft.MaskedSFTTrainer, "init_hf_repo", lambda self, **kwargs: None)
+    monkeypatch.setattr(sft.MaskedSFTTrainer, "push_to_hub", lambda self: pushes.append(self))
+    flags = ("--train_file", train_file, "--model_config", TINY_MODEL)
+    run(*flags, *SHORT, "--push_to_hub", "--hub_model_id", "me/tiny")
+    assert len(pushes) == 1
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl", "csv", "parquet", "folder", "splits"])
+def test_rows_are_read_from_every_form(form: str, tmp_path: Path) -> None:
+    dataset = Dataset.from_list(ROWS)
+    path = tmp_path / f"rows.{form}"
+    if form in ("json", "jsonl"):
+        dataset.to_json(path, lines=form == "jsonl")
+    elif form == "csv":
+        dataset.to_csv(path)
+    elif form == "parquet":
+        dataset.to_parquet(path)
+    elif form == "folder":
+        dataset.save_to_disk(path)
+    else:
+        DatasetDict({"train": dataset}).save_to_disk(path)
+    assert sft.read_rows(str(path), "train").to_list() == ROWS
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ("--train_file", "rows.csvv", "--model_config", TINY_MODEL),
+            "'rows.csvv' ends in '.csvv'",
+        ),
+        (("--train_file", "none.jsonl", "--model_config", TINY_MODEL), "There is no 'none.jsonl'"),
+        (("--train_file", "rows.jsonl"), "Name the model to fine-tune"),
+        (
+            ("--train_file", "rows.jsonl", "--model_config", TINY_MODEL, "--prompt_column", "q"),
+            "There is no column 'q'",
+        ),
+    ],
+)
+def test_a_mistake_ends_in_one_clear_message(
+    argv: tuple[str, ...],
+    message: str,
+    run: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    for name in ("rows.jsonl", "rows.csvv"):
+        (tmp_path / name).write_text(json.dumps(ROWS[0]) + "\n")
+    with pytest.raises(SystemExit, match=f"sft.py: {message}"):
+        run(*argv)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "full_qwen3_0.6b", "lora", "gsm8k"])
+def test_every_config_holds_known_settings(name: str, recipes: Path) -> None:
+    path = recipes / "configs" / f"{name}.yaml"
+    classes = (sft.ModelArguments, sft.DataArguments, MaskedSFTConfig)
+    argv = [str(path), "--use_cpu", "1", "--bf16", "0", "--eval_strategy", "no"]
+    *_, args = parse_arguments(classes, argv, path, description="")
+    assert args.output_dir == yaml.safe_load(path.read_text())["output_dir"]
+
+
+def test_there_is_no_other_config(recipes: Path) -> None:
+    assert {path.stem for path in (recipes / "configs").iterdir()} == {
+        "quickstart",
+        "full_qwen3_0.6b",
+        "lora",
+        "gsm8k",
+    }
+
+
+def test_accelerate_launches_it_with_questions_and_answers(recipes: Path, tmp_path: Path) -> None:
+    rows = [{"question": f"What is {n} + 1?", "answer": f"{n + 1}"} for n in range(20)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", str(recipes / "sft.py")]
+    config = [str(recipes / "configs" / "gsm8k.yaml"), "--train_file", "qa.jsonl"]
+    flags = ["--eval_file", "qa.jsonl", "--max_steps", "2", "--disable_tqdm", "1"]
+    output = subprocess.run(
+        [*launch, *config, *flags], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
+    assert "20 in = 20 trained" in output
+    assert (tmp_path / "outputs" / "gsm8k" / "model.safetensors").is_file()
+
+
+def test_all_cores_are_used_on_a_cpu(monkeypatch: pytest.MonkeyPatch, make_config: Any) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)))
+    for world_size, asked in ((1, None), (2, None), (9, None), (2, 5)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world_size))
+        sft.use_all_cores(make_config(), asked)
+    assert threads == [6, 3, 1, 5]

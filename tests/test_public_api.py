@@ -1,0 +1,145 @@
+"""What users build on is frozen: a change to it has to change this file knowingly."""
+
+import dataclasses
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+
+import hf_sft_plugin
+from hf_sft_plugin import MaskedLossMixin, MaskedSFTConfig, MaskedSFTTrainer
+
+# Names and parameters; `name=value` where there is a default.
+SIGNATURES = {
+    "DataCollatorForPromptResponse": "tokenizer, *, pad_to_multiple_of=None, "
+    "return_response_mask=True, stop_token_ids=None, **options",
+    "GeneratedResponse": "prompt, response, reference",
+    "MaskedLossMixin": "*args, **kwargs",
+    "MaskedSFTTrainer": "model, args=None, data_collator=None, train_dataset=None, "
+    "eval_dataset=None, processing_class=None, peft_config=None, compute_metrics=None, "
+    "callbacks=(), optimizers=(None, None), optimizer_cls_and_kwargs=None, "
+    "preprocess_logits_for_metrics=None",
+    "RowError": "row, problem, reason",
+    "compute_entropy": "logits",
+    "get_response_log_probs": "model, input_ids, labels, return_token_entropy=False",
+    "masked_normalize": "tensor, mask, dim=None, normalize_constant=1.0",
+    "prepare_dataset": "dataset, tokenizer, *, stop_token_ids=None, max_dropped_share=0.05, "
+    "num_proc=None, **options",
+    "sft_microbatch_train_step": "policy_log_probs, response_mask, gradient_accumulation_steps, "
+    "normalize_constant=1.0",
+    "tokenize_example": "example, tokenizer, *, stop_token_ids=None, **options",
+    "tokenize_prompt_and_output": "prompt_strs, output_strs, tokenizer",
+}
+# Names without a signature of their own.
+OTHER_NAMES = {"IGNORE_INDEX", "ExactMatch", "Ledger", "LossNormalization", "MaskedSFTConfig"}
+
+# Fields of MaskedSFTConfig that TrainingArguments does not have, or has with another default.
+CONFIG_FIELDS = {
+    "max_length": None,
+    "overflow": "keep_start",
+    "prompt_column": None,
+    "response_column": None,
+    "messages_column": None,
+    "prompt_format": "plain",
+    "stop_token": None,
+    "loss_normalization": "token",
+    "normalize_constant": None,
+    "fused_head": "auto",
+    "max_dropped_share": 0.05,
+    "dataset_num_proc": None,
+    "pad_to_multiple_of": None,
+    "model_init_kwargs": None,
+    "predict_with_generate": False,
+    "generation_metrics": ["exact_match"],
+    "generation_max_new_tokens": 256,
+    "generation_num_rows": None,
+    "remove_unused_columns": False,
+    "logging_nan_inf_filter": False,
+    "logging_steps": 10,
+}
+
+TRAIN_KEYS = {"loss", "token_entropy", "token_accuracy", "num_response_tokens", "num_tokens"}
+
+
+def parameters(function: Any) -> str:
+    """The parameters without their types."""
+    signature = inspect.signature(function)
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    return str(inspect.Signature(bare))[1:-1]
+
+
+def test_the_public_names_are_these_and_no_others() -> None:
+    assert set(hf_sft_plugin.__all__) == set(SIGNATURES) | OTHER_NAMES
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_a_signature_is_as_it_was(name: str) -> None:
+    assert parameters(getattr(hf_sft_plugin, name)) == SIGNATURES[name]
+
+
+@pytest.mark.parametrize("name", sorted(set(SIGNATURES) | OTHER_NAMES - {"IGNORE_INDEX"}))
+def test_every_public_name_says_what_it_is(name: str) -> None:
+    documentation = inspect.getdoc(getattr(hf_sft_plugin, name)) or ""
+    assert documentation.split("\n")[0].endswith((".", ":")), documentation
+
+
+def test_the_own_fields_of_the_config_are_these() -> None:
+    def default(field: Any) -> Any:
+        has_factory = field.default_factory is not dataclasses.MISSING
+        return field.default_factory() if has_factory else field.default
+
+    inherited = {f.name: default(f) for f in dataclasses.fields(TrainingArguments)}
+    own = {
+        field.name: default(field)
+        for field in dataclasses.fields(MaskedSFTConfig)
+        if field.name not in inherited or inherited[field.name] != default(field)
+    }
+    assert own == CONFIG_FIELDS
+
+
+def test_every_field_of_the_config_has_a_help_text() -> None:
+    own = set(CONFIG_FIELDS)
+    fields = [field for field in dataclasses.fields(MaskedSFTConfig) if field.name in own]
+    assert all(str(field.metadata["help"]).endswith((".", ")")) for field in fields)
+
+
+def test_the_trainer_is_the_mixin_in_front_of_the_trainer() -> None:
+    assert MaskedSFTTrainer.__bases__ == (MaskedLossMixin, Trainer)
+
+
+def test_the_log_keys_are_these(
+    chat_rows: list[dict[str, Any]],
+    model: Any,
+    tokenizer: Any,
+    make_config: Callable[..., MaskedSFTConfig],
+) -> None:
+    trainer = MaskedSFTTrainer(
+        model,
+        make_config(max_steps=1),
+        train_dataset=Dataset.from_list(chat_rows),
+        eval_dataset=Dataset.from_list(chat_rows),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    log, summary = trainer.state.log_history
+    assert set(log) == TRAIN_KEYS | {"grad_norm", "learning_rate", "epoch", "step"}
+    assert {"train_loss", "train_token_entropy", "train_token_accuracy"} <= set(summary)
+    speed = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+    expected = {f"eval_{key}" for key in TRAIN_KEYS} | {"eval_perplexity"} | speed | {"epoch"}
+    assert set(trainer.evaluate()) == expected
+
+
+def test_an_import_brings_no_plotting_and_no_trl() -> None:
+    code = "import hf_sft_plugin, json, sys; print(json.dumps(sorted(sys.modules)))"
+    output = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout
+    modules = {name.split(".")[0] for name in json.loads(output.splitlines()[-1])}
+    assert "hf_sft_plugin" in modules
+    assert not modules & {"matplotlib", "trl"}

@@ -1,0 +1,395 @@
+"""What surrounds a run: the summary before it, the log during it, report and card after it."""
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from transformers import TrainerControl, TrainerState
+
+from hf_sft_plugin import Ledger, MaskedSFTConfig, MaskedSFTTrainer
+from hf_sft_plugin.reporting.run_log import read_log, start_log
+from hf_sft_plugin.training.callbacks import RunRecorder, card_facts, summarize_run
+
+Make = Callable[..., MaskedSFTConfig]
+TOKEN = "hf_" + "s" * 34
+LEDGER = Ledger(
+    num_rows=2,
+    num_rows_trained=2,
+    num_examples=2,
+    num_tokens=9,
+    num_response_tokens=4,
+    num_context_tokens=5,
+    longest=5,
+)
+# Embedding; per layer attention with the norms of queries and keys, MLP, norms; last norm.
+NUM_PARAMETERS = 300 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 2 * 8 + 3 * 32 * 48 + 2 * 32) + 32
+
+
+def make_state(step: int = 0, *records: dict[str, Any], **fields: Any) -> TrainerState:
+    state = TrainerState(**{"max_steps": 1234, "num_train_epochs": 3, **fields})
+    state.global_step = step
+    state.log_history = list(records)
+    return state
+
+
+def with_lora(model: Any) -> Any:
+    return get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"])
+    )
+
+
+def render(table: Table) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def files_below(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_summary_has_the_figures_of_the_run(model: Any, make_config: Make) -> None:
+    args = make_config(per_device_train_batch_size=3, gradient_accumulation_steps=5)
+    lines = [
+        line.strip()
+        for line in render(summarize_run(args, make_state(), model, LEDGER)).splitlines()
+    ]
+    assert lines == [
+        "About to train",
+        f"model   Qwen3ForCausalLM: {NUM_PARAMETERS:,} parameters, all trained",
+        *[
+            f"{'data    ' if n == 0 else ''}{line.strip()}"
+            for n, line in enumerate(str(LEDGER).splitlines())
+        ],
+        "steps   1,234 of 15 rows (3 per batch x 5 accumulated x 1 processes), 3 epochs",
+        f"device  cpu with {torch.get_num_threads()} threads, weights float32, mixed precision no",
+        f"output  {args.output_dir}",
+    ]
+
+
+def test_the_summary_tells_how_much_an_adapter_trains(model: Any, make_config: Make) -> None:
+    text = render(summarize_run(make_config(), make_state(), with_lora(model), None))
+    num_trained = 2 * 4 * (32 + 32 + 48 + 32)
+    assert (
+        f"Qwen3ForCausalLM with an adapter: {NUM_PARAMETERS + num_trained:,} parameters, "
+        f"{num_trained:,} of them trained" in text
+    )
+
+
+def test_the_summary_tells_the_precision(model: Any, make_config: Make) -> None:
+    text = render(summarize_run(make_config(bf16=True), make_state(), model.bfloat16(), None))
+    assert "weights bfloat16, mixed precision bf16" in text
+
+
+@pytest.mark.parametrize(
+    ("epochs", "expected"), [(0.5, "1 processes), 0.5 epochs"), (sys.maxsize, "1 processes)")]
+)
+def test_a_stream_has_no_number_of_epochs(
+    epochs: float, expected: str, model: Any, make_config: Make
+) -> None:
+    state = make_state(num_train_epochs=epochs)
+    (line,) = [
+        line.strip()
+        for line in render(summarize_run(make_config(), state, model, None)).splitlines()
+        if "steps" in line
+    ]
+    assert line.endswith(expected)
+
+
+@pytest.mark.parametrize("name", ["x[/b]", "x[red]", "x[lr=1]", "x:smile:"])
+def test_no_name_is_taken_for_markup(name: str, model: Any, make_config: Make) -> None:
+    text = render(summarize_run(make_config(output_dir=name), make_state(), model, None))
+    assert f"output  {name}" in text
+
+
+BEFORE = {"eval_loss": 5.0, "eval_token_accuracy": 0.0, "step": 0}
+MIDDLE = {"eval_loss": 4.0, "eval_token_accuracy": 0.25, "step": 3}
+AFTER = {"eval_loss": 3.0, "eval_token_accuracy": 0.5, "step": 6}
+TRAIN = {"loss": 4.5, "step": 2}
+
+
+def test_the_card_says_what_was_set(model: Any, make_config: Make) -> None:
+    args = make_config(
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=5,
+        learning_rate=3e-4,
+        lr_scheduler_type="cosine",
+        warmup_steps=7,
+        optim="adamw_torch",
+        loss_normalization="example",
+        bf16=True,
+        seed=11,
+    )
+    facts = card_facts(args, make_state(1234), model, LEDGER)
+    assert facts.settings == {
+        "learning rate": 3e-4,
+        "schedule": "cosine",
+        "warm-up": "7",
+        "optimizer": "adamw_torch",
+        "optimizer steps": "1,234",
+        "rows per optimizer step": 15,
+        "loss normalization": "example",
+        "precision": "bf16",
+        "seed": 11,
+    }
+    assert list(facts.versions) == [
+        "hf_sft_plugin",
+        "torch",
+        "transformers",
+        "accelerate",
+        "datasets",
+        "peft",
+    ]
+    assert facts.versions["torch"] == torch.__version__
+    assert facts.ledger == str(LEDGER)
+    assert facts.model_name == "run"
+    assert facts.library_name == "transformers"
+    assert card_facts(args, make_state(), with_lora(model), None).library_name == "peft"
+    assert card_facts(args, make_state(), model, None).ledger == ""
+
+
+@pytest.mark.parametrize(
+    ("records", "before", "after"),
+    [
+        ([], {}, {}),
+        ([TRAIN], {}, {}),
+        ([BEFORE], BEFORE, {}),
+        ([BEFORE, TRAIN], BEFORE, {}),
+        ([TRAIN, AFTER], {}, AFTER),
+        ([BEFORE, TRAIN, MIDDLE, TRAIN, AFTER, TRAIN], BEFORE, AFTER),
+    ],
+)
+def test_the_card_takes_the_evaluation_at_step_0_and_the_last_one(
+    records: Any, before: Any, after: Any, model: Any, make_config: Make
+) -> None:
+    facts = card_facts(make_config(), make_state(6, *records), model, None)
+    assert (facts.before, facts.after) == (before, after)
+
+
+@pytest.mark.parametrize(
+    ("output_dir", "hub_model_id", "name"),
+    [
+        ("out/my-run", None, "my-run"),
+        ("out/my-run/", None, "my-run"),
+        ("my-run/checkpoints/..", None, "my-run"),
+        ("out", "somebody/my-run", "my-run"),
+        ("out", "my-run", "my-run"),
+    ],
+)
+def test_the_result_has_the_name_of_its_repository_or_folder(
+    output_dir: str, hub_model_id: str | None, name: str, model: Any, make_config: Make
+) -> None:
+    args = make_config(output_dir=output_dir, hub_model_id=hub_model_id)
+    assert card_facts(args, make_state(), model, None).model_name == name
+
+
+@pytest.mark.parametrize(
+    ("name_or_path", "base_model"),
+    [
+        ("", None),
+        ("gpt2", "gpt2"),
+        ("some-lab/base-model", "some-lab/base-model"),
+        ("/no/longer/there", None),
+        ("./no/longer/there", None),
+        ("../no-longer-there", None),
+        ("models/no/longer/there", None),
+        (".", None),
+    ],
+)
+@pytest.mark.parametrize("adapt", [lambda model: model, with_lora], ids=["model", "adapter"])
+def test_the_base_model_is_a_name_on_the_hub_and_never_a_folder(
+    name_or_path: str, base_model: str | None, adapt: Any, model: Any, make_config: Make
+) -> None:
+    model.config._name_or_path = name_or_path
+    facts = card_facts(make_config(), make_state(), adapt(model), None)
+    assert facts.base_model == base_model
+
+
+def test_a_local_folder_that_looks_like_a_name_is_a_folder(
+    model: Any, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lab", "model").mkdir(parents=True)
+    model.config._name_or_path = "lab/model"
+    assert card_facts(make_config(), make_state(), model, None).base_model is None
+
+
+class Run:
+    """The callbacks of a run, called by hand."""
+
+    def __init__(self, args: MaskedSFTConfig, model: Any, state: TrainerState) -> None:
+        self.recorder = RunRecorder({"train": LEDGER, "eval_short": LEDGER})
+        self.args = args
+        self.state = state
+        self.model = model
+        self.folder = Path(str(args.output_dir))
+
+    def call(self, event: str) -> None:
+        getattr(self.recorder, event)(self.args, self.state, TrainerControl(), model=self.model)
+
+    def log(self, **record: Any) -> None:
+        self.state.log_history.append(record)
+        self.call("on_log")
+
+
+@pytest.fixture
+def run(make_config: Make, model: Any) -> Run:
+    state = make_state()
+    state.is_world_process_zero = True
+    return Run(make_config(), model, state)
+
+
+def test_training_begins_with_the_summary_and_the_ledgers(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.call("on_train_begin")
+    assert "1,234 of 2 rows" in capsys.readouterr().out
+    assert files_below(run.folder) == {"data_ledger_train.json", "data_ledger_eval_short.json"}
+    for name in files_below(run.folder):
+        assert json.loads((run.folder / name).read_text()) == LEDGER.to_dict()
+
+
+def test_each_log_line_is_in_the_file_at_once(run: Run) -> None:
+    run.call("on_train_begin")
+    for step in (1, 2):
+        run.log(loss=4.0 - step, step=step)
+        assert read_log(run.folder) == run.state.log_history
+
+
+def test_a_fresh_run_begins_the_log_anew(run: Run) -> None:
+    start_log(run.folder, [{"loss": 9.0, "step": 99}])
+    run.call("on_train_begin")
+    run.log(loss=3.0, step=1)
+    assert read_log(run.folder) == [{"loss": 3.0, "step": 1}]
+
+
+def test_a_second_run_of_the_same_trainer_begins_the_log_anew(run: Run) -> None:
+    run.call("on_train_begin")
+    run.log(loss=3.0, step=1)
+    run.call("on_train_end")
+    run.log(eval_loss=2.0, step=1)
+    assert len(read_log(run.folder)) == 2
+    run.state.log_history = []
+    run.call("on_train_begin")
+    run.log(loss=2.5, step=1)
+    assert read_log(run.folder) == [{"loss": 2.5, "step": 1}]
+
+
+def test_a_resumed_run_continues_the_log_of_its_checkpoint(run: Run) -> None:
+    start_log(run.folder, [{"loss": 9.0, "step": step} for step in range(1, 6)])
+    run.state.global_step = 3
+    run.state.log_history = [{"loss": 4.0, "step": 1}, {"loss": 3.0, "step": 3}]
+    run.call("on_train_begin")
+    assert read_log(run.folder) == run.state.log_history
+    run.log(loss=2.0, step=4)
+    assert [record["step"] for record in read_log(run.folder)] == [1, 3, 4]
+
+
+REPORT = {f"report/{name}.png" for name in ("loss", "token_entropy", "token_accuracy")}
+
+
+def test_report_and_card_are_written_at_the_end_and_not_while_training(run: Run) -> None:
+    run.call("on_train_begin")
+    run.log(**BEFORE)
+    run.call("on_evaluate")
+    assert not files_below(run.folder) & {*REPORT, "README.md"}
+    run.state.global_step = 6
+    run.log(**AFTER)
+    run.call("on_evaluate")
+    run.call("on_train_end")
+    assert {*REPORT, "README.md", "metrics.jsonl"} < files_below(run.folder)
+    card = ModelCard.load(run.folder / "README.md")
+    assert "| 5.0000 | 3.0000 |" in card.text
+    assert all(f"]({name})" in card.text for name in REPORT)
+    assert str(LEDGER) in card.text
+
+
+def test_an_evaluation_after_training_renews_report_and_card(run: Run) -> None:
+    run.call("on_train_begin")
+    run.state.global_step = 6
+    run.log(loss=3.5, step=6)
+    run.call("on_train_end")
+    assert "Evaluation" not in (run.folder / "README.md").read_text()
+    old = (run.folder / "report" / "loss.png").read_bytes()
+    run.log(**AFTER)
+    run.call("on_evaluate")
+    assert "| - | 3.0000 |" in (run.folder / "README.md").read_text()
+    assert (run.folder / "report" / "loss.png").read_bytes() != old
+
+
+def test_what_only_the_caller_knows_is_in_the_card(run: Run) -> None:
+    run.recorder.write(run.args, run.state, run.model, license="mit", tags=["demo"])
+    data = ModelCard.load(run.folder / "README.md").data
+    assert data.license == "mit"
+    assert data.tags == ["demo", "hf_sft_plugin", "sft"]
+
+
+def test_only_the_main_process_writes_and_speaks(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.state.is_world_process_zero = False
+    for event in ("on_evaluate", "on_train_begin"):
+        run.call(event)
+    run.log(**BEFORE)
+    run.state.global_step = 6
+    for event in ("on_evaluate", "on_train_end", "on_evaluate"):
+        run.call(event)
+    run.call("on_train_begin")
+    assert files_below(run.folder) == set()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.fixture
+def base(model: Any, tokenizer: Any, tmp_path: Path) -> Path:
+    """A saved model with its tokenizer."""
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("with_adapter", [False, True], ids=["model", "adapter"])
+def test_the_card_of_a_run_has_figures_before_and_after_and_nothing_of_this_machine(
+    with_adapter: bool,
+    base: Path,
+    chat_rows: list[dict[str, Any]],
+    make_config: Make,
+    tmp_path: Path,
+) -> None:
+    rows = Dataset.from_list(chat_rows)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
+    trainer = MaskedSFTTrainer(
+        str(base),
+        make_config(hub_token=TOKEN),
+        train_dataset=rows,
+        eval_dataset=rows,
+        peft_config=lora if with_adapter else None,
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    records = read_log(Path(str(trainer.args.output_dir)))
+    assert [record["step"] for record in records] == [0, 1, 2, 2, 2]
+    trainer.save_model()
+    path = Path(str(trainer.args.output_dir)) / "README.md"
+    card = ModelCard.load(path)
+    assert (
+        f"| Loss (nats per response token) | {before['eval_loss']:.4f} | {after['eval_loss']:.4f} |"
+        in card.text
+    )
+    assert card.data.library_name == ("peft" if with_adapter else "transformers")
+    assert card.data.base_model is None
+    assert card.data.tags == ["hf_sft_plugin", "sft"]
+    content = path.read_text()
+    for secret in (TOKEN, str(tmp_path), str(Path.home()), str(Path.cwd())):
+        assert secret not in content

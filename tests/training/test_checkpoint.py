@@ -1,0 +1,147 @@
+"""Checkpoints: the totals survive, and a resumed run is the run that was never interrupted."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+
+from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
+from hf_sft_plugin.reporting.run_log import read_log
+from hf_sft_plugin.training.checkpoint import load_totals, save_totals
+from hf_sft_plugin.training.metrics import Totals, WindowedTotals
+
+CLOSED = [0.1, 3.0, 0.3, math.pi, 5.0, 7.0, 11.0]
+OPEN = [1e-300, 2.0, 0.7, 1 / 3, 1.0, 2.0, 2.0**40 + 1]
+
+
+def make_totals(accelerator: Accelerator, *, has_window: bool = True) -> WindowedTotals:
+    totals = WindowedTotals()
+    totals.add(torch.tensor(CLOSED, dtype=torch.float64))
+    totals.close(accelerator)
+    if has_window:
+        totals.add(torch.tensor(OPEN, dtype=torch.float64))
+    return totals
+
+
+@pytest.mark.parametrize("has_window", [True, False])
+def test_totals_come_back_to_the_last_bit(has_window: bool, tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    totals = make_totals(accelerator, has_window=has_window)
+    window = OPEN if has_window else [0.0] * 7
+    save_totals(str(tmp_path), totals, accelerator)
+    loaded = WindowedTotals()
+    load_totals(str(tmp_path), loaded, accelerator)
+    for found in (totals, loaded):
+        assert found.run == Totals(*CLOSED)
+        assert found.peek(accelerator) == Totals(*window)
+        assert found.close(accelerator) == Totals(*window)
+        assert found.run == Totals(*CLOSED) + Totals(*window)
+
+
+def test_totals_that_are_not_finite_come_back(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    totals = WindowedTotals()
+    totals.add(torch.tensor([math.nan, math.inf, *[1.0] * 5], dtype=torch.float64))
+    save_totals(str(tmp_path), totals, accelerator)
+    loaded = WindowedTotals()
+    load_totals(str(tmp_path), loaded, accelerator)
+    values = loaded.peek(accelerator).to_list()
+    assert math.isnan(values[0])
+    assert values[1:] == [math.inf, *[1.0] * 5]
+
+
+def test_loading_replaces_what_was_counted_before(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    save_totals(str(tmp_path), make_totals(accelerator), accelerator)
+    loaded = make_totals(accelerator)
+    load_totals(str(tmp_path), loaded, accelerator)
+    assert loaded.run == Totals(*CLOSED)
+    assert loaded.peek(accelerator) == Totals(*OPEN)
+
+
+def test_a_checkpoint_without_totals_starts_the_counts_at_0(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    loaded = WindowedTotals()
+    load_totals(str(tmp_path), loaded, accelerator)
+    assert loaded.run == Totals()
+    assert loaded.peek(accelerator) == Totals()
+
+
+Make = Callable[..., MaskedSFTConfig]
+TIMES = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+
+
+@pytest.fixture
+def train(
+    chat_rows: list[dict[str, Any]], model_factory: Any, tokenizer_factory: Any, make_config: Make
+) -> Callable[..., MaskedSFTTrainer]:
+    """Trains 6 steps of 2 accumulated batches, with a log line after step 4."""
+
+    def run(resume: str | None = None, seed: int = 0, **overrides: Any) -> MaskedSFTTrainer:
+        args = make_config(
+            max_steps=6,
+            logging_steps=4,
+            save_strategy="steps",
+            save_steps=3,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-2,
+            **overrides,
+        )
+        trainer = MaskedSFTTrainer(
+            model_factory(seed=seed, attention_dropout=0.1),
+            args,
+            train_dataset=Dataset.from_list(chat_rows),
+            processing_class=tokenizer_factory(),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    return run
+
+
+def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in r.items() if key not in TIMES} for r in records]
+
+
+def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(
+    train: Callable[..., MaskedSFTTrainer], tmp_path: Path
+) -> None:
+    whole = train(output_dir=str(tmp_path / "whole"))
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    # The window of steps 1 to 4 is open here, so no log line holds it yet.
+    state = json.loads((checkpoint / "response_totals.json").read_text())
+    assert state["run"] == [0.0] * 7
+    assert state["window"][-2] > 0
+    resumed = train(resume=str(checkpoint), seed=1, output_dir=str(tmp_path / "resumed"))
+    logs = without_times(whole.state.log_history)
+    assert without_times(resumed.state.log_history) == logs
+    assert [record["step"] for record in logs] == [4, 6]
+    assert {"loss", "token_entropy", "token_accuracy", "num_response_tokens", "num_tokens"} < set(
+        logs[0]
+    )
+    assert {"train_loss", "train_token_entropy", "train_token_accuracy"} < set(logs[1])
+    assert read_log(tmp_path / "resumed") == resumed.state.log_history
+    weights = resumed.model.state_dict()
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weights[name], weight), name
+
+
+def test_a_checkpoint_of_another_trainer_trains_on_with_counts_from_0(
+    train: Callable[..., MaskedSFTTrainer], tmp_path: Path
+) -> None:
+    whole = train(output_dir=str(tmp_path / "whole"))
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    (checkpoint / "response_totals.json").unlink()
+    resumed = train(resume=str(checkpoint), seed=1, output_dir=str(tmp_path / "resumed"))
+    counts = [t.state.log_history[0]["num_response_tokens"] for t in (whole, resumed)]
+    # Of the steps 1 to 4, only the last was counted.
+    assert 0 < counts[1] < counts[0]
+    weights = resumed.model.state_dict()
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weights[name], weight), name
