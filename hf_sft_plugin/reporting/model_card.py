@@ -8,12 +8,13 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+# By the end of the log key: in between stands the name of the set where there are several.
 _EVAL_NAMES = {
-    "eval_loss": "Loss (nats per response token)",
-    "eval_perplexity": "Perplexity",
-    "eval_token_accuracy": "Token accuracy",
-    "eval_token_entropy": "Token entropy (nats)",
-    "eval_exact_match": "Exact match of generated responses",
+    "loss": "Loss (nats per response token)",
+    "perplexity": "Perplexity",
+    "token_accuracy": "Token accuracy",
+    "token_entropy": "Token entropy (nats)",
+    "exact_match": "Exact match of generated responses",
 }
 
 
@@ -76,9 +77,9 @@ def write_model_card(output_dir: Path, facts: CardFacts, plots: Sequence[Path] =
                 metric_name=name,
                 metric_value=facts.after[key],
             )
-            for key, name in _EVAL_NAMES.items()
+            for key, name in _figures(facts.after)
             # The Hub reads these figures as JSON, which has no NaN or infinity.
-            if math.isfinite(facts.after.get(key, math.nan))
+            if math.isfinite(facts.after[key])
         ]
         or None,
     )
@@ -110,14 +111,26 @@ def _body(facts: CardFacts, plots: Sequence[Path], output_dir: Path) -> str:
 def _evaluation(facts: CardFacts) -> str:
     rows = [
         (name, _figure(facts.before.get(key)), _figure(facts.after[key]))
-        for key, name in _EVAL_NAMES.items()
-        if key in facts.after
+        for key, name in _figures(facts.after)
     ]
     if not rows:
         return ""
     return "## Evaluation on held-out rows\n\n" + _table(
         ("", "before training", "after training"), rows
     )
+
+
+def _figures(evaluation: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The log keys of an evaluation that a card shows, each with its name."""
+    figures = []
+    for ending, name in _EVAL_NAMES.items():
+        for key in evaluation:
+            dataset = key.removeprefix("eval_").removesuffix(ending).rstrip("_")
+            if key == f"eval_{ending}":
+                figures.append((key, name))
+            elif key == f"eval_{dataset}_{ending}":
+                figures.append((key, f"{name}, {dataset}"))
+    return figures
 
 
 def _figure(value: float | None) -> str:

@@ -24,8 +24,8 @@ def write_report(output_dir: Path) -> list[Path]:
         output_dir: Folder of the run.
 
     Returns:
-        The PNG files, `loss.png`, `token_entropy.png` and `token_accuracy.png`. Empty where
-        matplotlib is not installed, which is said in the log.
+        The PNG files, `loss.png`, `token_entropy.png` and `token_accuracy.png`, as far as there is
+        something to draw. Empty where matplotlib is not installed, which is said in the log.
     """
     if importlib.util.find_spec("matplotlib") is None:
         logger.warning(
@@ -38,6 +38,8 @@ def write_report(output_dir: Path) -> list[Path]:
     records = read_log(output_dir)
     paths = []
     for key, title, unit in _CURVES:
+        if all(record.get(key, record.get(f"eval_{key}")) is None for record in records):
+            continue
         path = output_dir / REPORT_FOLDER / f"{key}.png"
         plots.plot_curve(path, records, key, title, unit)
         paths.append(path)

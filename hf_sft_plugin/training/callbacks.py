@@ -1,6 +1,7 @@
 """What happens around a run: the summary before it, the log during it, report and card after it."""
 
 import importlib.metadata
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ from hf_sft_plugin.reporting.model_card import CardFacts, write_model_card
 from hf_sft_plugin.reporting.report import write_report
 from hf_sft_plugin.reporting.run_log import append_log, start_log
 
+logger = logging.getLogger(__name__)
+
 _LIBRARIES = ("hf_sft_plugin", "torch", "transformers", "accelerate", "datasets", "peft")
 
 
@@ -44,7 +47,7 @@ class RunRecorder(TrainerCallback):
         self.ledgers = ledgers
         self._has_log = False
         self._has_trained = False
-        self._is_training = False
+        self._optimizer: torch.optim.Optimizer | None = None
         self._before: Mapping[str, float] = {}
 
     def on_train_begin(
@@ -52,7 +55,8 @@ class RunRecorder(TrainerCallback):
     ) -> None:
         """Says what will be done; a resumed run takes over the log that it continues."""
         begins_log = state.global_step > 0 or self._has_trained
-        self._has_trained = self._is_training = True
+        self._has_trained = True
+        self._optimizer = kwargs.get("optimizer")
         if not state.is_world_process_zero:
             return
         if begins_log:
@@ -76,18 +80,17 @@ class RunRecorder(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Brings report and card up to date, unless training will do it at its end."""
+        """Brings report and card up to date: a run that is cut short leaves both."""
         if not self._has_trained and state.global_step == 0 and state.log_history:
             # Training begins with an empty history, but the card shows what was measured before.
-            self._before = state.log_history[-1]
-        if not self._is_training and state.is_world_process_zero:
+            self._before = {**self._before, **state.log_history[-1]}
+        if state.is_world_process_zero:
             self.write(args, state, kwargs["model"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Writes report and card."""
-        self._is_training = False
         if state.is_world_process_zero:
             self.write(args, state, kwargs["model"])
 
@@ -107,43 +110,53 @@ class RunRecorder(TrainerCallback):
             **card: Facts for the card that only the caller knows, such as `license`.
         """
         output_dir = _output_dir(args)
-        plots = write_report(output_dir)
-        facts = card_facts(args, state, model, self.ledgers.get("train"))
+        facts = card_facts(args, state, model, self.ledgers.get("train"), self._optimizer)
         facts.before = facts.before or self._before
         for name, value in card.items():
             setattr(facts, name, value)
-        write_model_card(output_dir, facts, plots)
+        try:
+            write_model_card(output_dir, facts, plots=write_report(output_dir))
+        except (ImportError, OSError) as error:
+            # A picture less is no reason to lose a model that is not saved yet.
+            logger.warning("Report and model card could not be written: %s", error)
 
 
 def card_facts(
-    args: TrainingArguments, state: TrainerState, model: nn.Module, ledger: Ledger | None
+    args: TrainingArguments,
+    state: TrainerState,
+    model: nn.Module,
+    ledger: Ledger | None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> CardFacts:
     """Collects what a model card says from a run; nothing secret is among it."""
-    evaluations = [record for record in state.log_history if "eval_loss" in record]
-    untrained = [record for record in evaluations if record["step"] == 0]
-    num_devices = args.world_size
+    # Each of several evaluation sets has a record of its own.
+    evaluations: dict[int, dict[str, float]] = {}
+    for record in state.log_history:
+        if any(key.startswith("eval_") for key in record):
+            evaluations.setdefault(int(record["step"]), {}).update(record)
+    last_step = max(evaluations, default=0)
     base_model = getattr(getattr(model, "config", None), "_name_or_path", "")
     return CardFacts(
         model_name=Path(args.hub_model_id or os.path.abspath(_output_dir(args))).name,
         base_model=base_model if _is_on_hub(base_model) else None,
         library_name="peft" if isinstance(model, PeftModel) else "transformers",
         settings={
-            "learning rate": args.learning_rate,
+            "learning rate": _learning_rate(args, optimizer),
             "schedule": SchedulerType(args.lr_scheduler_type).value,
             "warm-up": f"{args.warmup_steps:g}",
-            "optimizer": OptimizerNames(args.optim).value,
+            "optimizer": _optimizer_name(args, optimizer),
             "optimizer steps": f"{state.global_step:,}",
             "rows per optimizer step": args.per_device_train_batch_size
             * args.gradient_accumulation_steps
-            * num_devices,
+            * args.world_size,
             "loss normalization": getattr(args, "loss_normalization", "token"),
             "precision": args.mixed_precision,
             "seed": args.seed,
         },
         versions={name: _version(name) for name in _LIBRARIES},
         ledger=str(ledger) if ledger is not None else "",
-        before=untrained[0] if untrained else {},
-        after=evaluations[-1] if evaluations and evaluations[-1]["step"] > 0 else {},
+        before=evaluations.get(0, {}),
+        after=evaluations[last_step] if last_step > 0 else {},
     )
 
 
@@ -193,6 +206,21 @@ def summarize_run(
 def _model_name(model: nn.Module) -> str:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return type(base).__name__ + (" with an adapter" if isinstance(model, PeftModel) else "")
+
+
+def _optimizer_name(args: TrainingArguments, optimizer: torch.optim.Optimizer | None) -> str:
+    """That of the optimizer which was used, be it of the settings or the user's own."""
+    if optimizer is None:
+        return OptimizerNames(args.optim).value
+    # Accelerate's wrapper carries the optimizer it wraps.
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__
+
+
+def _learning_rate(args: TrainingArguments, optimizer: torch.optim.Optimizer | None) -> float:
+    if optimizer is None:
+        return args.learning_rate
+    # Schedulers keep the rate that they scale as `initial_lr`.
+    return max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
 
 
 def _is_on_hub(name: str) -> bool:

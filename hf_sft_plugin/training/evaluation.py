@@ -48,11 +48,12 @@ class ExactMatch(evaluate.Metric):
         return {"exact_match": hits / len(pairs)}
 
 
-def load_metric(metric: "str | evaluate.Metric") -> evaluate.Metric:
-    """The built-in `exact_match`, any other metric of `evaluate` by name, or the metric itself."""
-    if isinstance(metric, str):
-        return ExactMatch() if metric == "exact_match" else evaluate.load(metric)
-    return metric
+def load_metric(name: str) -> evaluate.Metric:
+    """The built-in `exact_match`, or any other metric of `evaluate` by its name or path."""
+    # In memory, because the processes of a run would share a file.
+    if name == "exact_match":
+        return ExactMatch(keep_in_memory=True)
+    return evaluate.load(name, keep_in_memory=True)
 
 
 def last_prompt(example: TokenizedExample) -> tuple[list[int], list[int]]:
@@ -184,13 +185,13 @@ def generate_responses(
 
 
 def judge(
-    responses: Sequence[GeneratedResponse], metrics: Sequence["str | evaluate.Metric"]
+    responses: Sequence[GeneratedResponse], metrics: Sequence[evaluate.Metric]
 ) -> dict[str, float]:
     """Computes metrics of `evaluate` over generated responses; only their numbers are kept."""
     predictions = [response.response for response in responses]
     references = [response.reference for response in responses]
     results: dict[str, float] = {}
     for metric in metrics:
-        values = load_metric(metric).compute(predictions=predictions, references=references)
+        values = metric.compute(predictions=predictions, references=references)
         results.update({k: float(v) for k, v in values.items() if isinstance(v, int | float)})
     return results

@@ -1,6 +1,7 @@
 """The trainer: rows and a model in, a fine-tuned model and an exact account of it out."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -15,7 +16,12 @@ from hf_sft_plugin.loss.masked_loss import LossNormalization
 from hf_sft_plugin.training.adapters import add_adapter
 from hf_sft_plugin.training.callbacks import RunRecorder
 from hf_sft_plugin.training.config import MaskedSFTConfig
-from hf_sft_plugin.training.evaluation import GeneratedResponse, generate_responses, judge
+from hf_sft_plugin.training.evaluation import (
+    GeneratedResponse,
+    generate_responses,
+    judge,
+    load_metric,
+)
 from hf_sft_plugin.training.loading import limit_length, load_model, load_tokenizer, stop_tokens
 from hf_sft_plugin.training.masked_loss_mixin import MaskedLossMixin
 
@@ -46,6 +52,8 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
 
     Attributes:
         ledgers: Accounts of the prepared datasets by name: `train`, `eval` or `eval_<name>`.
+        generation_metrics: The `evaluate.Metric` objects that judge generated responses; a metric
+            of your own can be appended.
         responses: What was generated in the last evaluation with `predict_with_generate`.
 
     Raises:
@@ -82,20 +90,14 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         self.stop_token_ids = stop_tokens(model, tokenizer, args.stop_token)
         self.ledgers: dict[str, Ledger] = {}
         self.responses: list[GeneratedResponse] = []
+        metrics = args.generation_metrics if args.predict_with_generate else []
+        self.generation_metrics = [load_metric(name) for name in metrics]
         options = {
             **args.data_options(),
             "max_length": limit_length(tokenizer, model, args.max_length),
             "stop_token_ids": self.stop_token_ids,
         }
-        with args.main_process_first(desc="tokenizing the data"):
-            train = self._prepare("train", train_dataset, tokenizer, args, options)
-            if isinstance(eval_dataset, Mapping):
-                evaluation: Any = {
-                    name: self._prepare(f"eval_{name}", rows, tokenizer, args, options)
-                    for name, rows in eval_dataset.items()
-                }
-            else:
-                evaluation = self._prepare("eval", eval_dataset, tokenizer, args, options)
+        prepare = partial(self._prepare, tokenizer=tokenizer, args=args, options=options)
         self._recorder = RunRecorder(self.ledgers)
         super().__init__(
             model=model,
@@ -104,8 +106,8 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             or DataCollatorForPromptResponse(
                 tokenizer, pad_to_multiple_of=args.pad_to_multiple_of, **options
             ),
-            train_dataset=train,
-            eval_dataset=evaluation,
+            train_dataset=prepare("train", train_dataset),
+            eval_dataset=prepare("eval", eval_dataset),
             processing_class=tokenizer,
             compute_metrics=compute_metrics,
             callbacks=[self._recorder, *callbacks],
@@ -150,7 +152,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             dataloader.dataset, num_rows=self.args.generation_num_rows
         )
         prefix = kwargs.get("metric_key_prefix", "eval")
-        metrics = judge(self.responses, self.args.generation_metrics)
+        metrics = judge(self.responses, self.generation_metrics)
         generated = {f"{prefix}_{name}": value for name, value in metrics.items()}
         return output._replace(metrics={**output.metrics, **generated})
 
@@ -197,19 +199,24 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
     def _prepare(
         self,
         name: str,
-        dataset: AnyDataset | None,
+        dataset: AnyDataset | Mapping[str, AnyDataset] | None,
+        *,
         tokenizer: PreTrainedTokenizerBase,
         args: MaskedSFTConfig,
         options: Mapping[str, Any],
-    ) -> AnyDataset | None:
+    ) -> Any:
         """Tokenizes and counts a dataset; a streaming one is left to the collator."""
+        if isinstance(dataset, Mapping):
+            prepare = partial(self._prepare, tokenizer=tokenizer, args=args, options=options)
+            return {part: prepare(f"{name}_{part}", rows) for part, rows in dataset.items()}
         if not isinstance(dataset, Dataset):
             return dataset
-        prepared, self.ledgers[name] = prepare_dataset(
-            dataset,
-            tokenizer,
-            max_dropped_share=args.max_dropped_share,
-            num_proc=args.dataset_num_proc,
-            **options,
-        )
+        with args.main_process_first(desc=f"preparing the {name} data"):
+            prepared, self.ledgers[name] = prepare_dataset(
+                dataset,
+                tokenizer,
+                max_dropped_share=args.max_dropped_share,
+                num_proc=args.dataset_num_proc,
+                **options,
+            )
         return prepared

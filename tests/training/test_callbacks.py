@@ -299,14 +299,14 @@ def test_a_resumed_run_continues_the_log_of_its_checkpoint(run: Run) -> None:
 REPORT = {f"report/{name}.png" for name in ("loss", "token_entropy", "token_accuracy")}
 
 
-def test_report_and_card_are_written_at_the_end_and_not_while_training(run: Run) -> None:
+def test_report_and_card_are_renewed_at_every_evaluation_and_at_the_end(run: Run) -> None:
     run.call("on_train_begin")
     run.log(**BEFORE)
     run.call("on_evaluate")
-    assert not files_below(run.folder) & {*REPORT, "README.md"}
+    assert {"report/loss.png", "README.md"} < files_below(run.folder)
     run.state.global_step = 6
+    run.log(loss=4.0, token_entropy=2.0, token_accuracy=0.5, step=6)
     run.log(**AFTER)
-    run.call("on_evaluate")
     run.call("on_train_end")
     assert {*REPORT, "README.md", "metrics.jsonl"} < files_below(run.folder)
     card = ModelCard.load(run.folder / "README.md")
@@ -326,6 +326,36 @@ def test_an_evaluation_after_training_renews_report_and_card(run: Run) -> None:
     run.call("on_evaluate")
     assert "| - | 3.0000 |" in (run.folder / "README.md").read_text()
     assert (run.folder / "report" / "loss.png").read_bytes() != old
+
+
+def test_a_report_that_cannot_be_written_does_not_end_the_run(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "report").write_text("a file where the folder should be")
+    run.log(loss=3.5, step=6)
+    run.call("on_train_end")
+    assert "Report and model card could not be written" in caplog.text
+
+
+def test_the_card_names_the_optimizer_that_was_used(run: Run) -> None:
+    optimizer = torch.optim.SGD(run.model.parameters(), lr=0.25)
+    run.recorder.on_train_begin(run.args, run.state, None, model=run.model, optimizer=optimizer)
+    run.call("on_train_end")
+    text = (run.folder / "README.md").read_text()
+    assert "| optimizer | SGD |" in text
+    assert "| learning rate | 0.25 |" in text
+
+
+def test_every_evaluation_set_has_its_lines_in_the_card(run: Run) -> None:
+    run.call("on_train_begin")
+    run.state.global_step = 6
+    run.log(eval_short_loss=1.5, step=6)
+    run.log(eval_long_loss=2.5, step=6)
+    run.call("on_train_end")
+    text = (run.folder / "README.md").read_text()
+    assert "| Loss (nats per response token), short | - | 1.5000 |" in text
+    assert "| Loss (nats per response token), long | - | 2.5000 |" in text
 
 
 def test_what_only_the_caller_knows_is_in_the_card(run: Run) -> None:

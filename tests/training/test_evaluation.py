@@ -1,6 +1,7 @@
 """Generation stops where it should, in any batch, and metrics judge the right texts."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import evaluate
@@ -16,6 +17,17 @@ from hf_sft_plugin.training.evaluation import (
     last_prompt,
     load_metric,
 )
+
+
+class ResponseLength(evaluate.Metric):
+    """A metric of a user's own, which returns more than numbers."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        info: evaluate.MetricInfo = ExactMatch()._info()
+        return info
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
+        return {"length": sum(map(len, predictions)) / len(predictions), "note": "not a number"}
 
 
 def greedy(model: Any, prompt: list[int], stops: set[int], limit: int) -> list[int]:
@@ -103,18 +115,34 @@ def test_exact_match_ignores_space_around_but_not_inside() -> None:
     assert result == {"exact_match": 0.5}
 
 
-def test_a_metric_may_be_a_name_or_an_object() -> None:
-    class ResponseLength(evaluate.Metric):
-        def _info(self) -> evaluate.MetricInfo:
-            info: evaluate.MetricInfo = ExactMatch()._info()
-            return info
-
-        def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
-            return {"length": sum(map(len, predictions)) / len(predictions), "note": "not a number"}
-
+def test_of_what_a_metric_returns_the_numbers_are_kept() -> None:
     responses = [GeneratedResponse("p", "ab", "ab"), GeneratedResponse("p", "abcd", "x")]
-    assert judge(responses, ["exact_match", ResponseLength()]) == {
-        "exact_match": 0.5,
-        "length": 3.0,
-    }
-    assert isinstance(load_metric("exact_match"), ExactMatch)
+    metrics = [load_metric("exact_match"), ResponseLength()]
+    assert judge(responses, metrics) == {"exact_match": 0.5, "length": 3.0}
+
+
+METRIC_SCRIPT = """
+import datasets
+import evaluate
+
+
+class FirstLetter(evaluate.Metric):
+    def _info(self):
+        text = datasets.Value("string")
+        features = datasets.Features({"predictions": text, "references": text})
+        return evaluate.MetricInfo(
+            description="", citation="", inputs_description="", features=features
+        )
+
+    def _compute(self, predictions, references):
+        hits = sum(p[0] == r[0] for p, r in zip(predictions, references))
+        return {"first_letter": hits / len(predictions)}
+"""
+
+
+def test_a_metric_is_loaded_by_name_through_evaluate(tmp_path: Path) -> None:
+    folder = tmp_path / "first_letter"
+    folder.mkdir()
+    (folder / "first_letter.py").write_text(METRIC_SCRIPT)
+    responses = [GeneratedResponse("p", "ab", "ac"), GeneratedResponse("p", "d", "x")]
+    assert judge(responses, [load_metric(str(folder))]) == {"first_letter": 0.5}

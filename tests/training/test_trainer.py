@@ -13,7 +13,13 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, TrainingArguments
 
-from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer, RowError, prepare_dataset
+from hf_sft_plugin import (
+    ExactMatch,
+    MaskedSFTConfig,
+    MaskedSFTTrainer,
+    RowError,
+    prepare_dataset,
+)
 
 Make = Callable[..., MaskedSFTConfig]
 
@@ -139,6 +145,33 @@ def test_generated_responses_are_judged_in_evaluation(
     hits = sum(r.response.strip() == r.reference.strip() for r in trainer.responses)
     assert metrics["eval_exact_match"] == hits / 3
     assert len(trainer.responses) == 3
+
+
+def test_a_metric_of_ones_own_judges_along(
+    dataset: Dataset, model: Any, tokenizer: Any, make_config: Make
+) -> None:
+    class Count(ExactMatch):
+        def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+            return {"count": len(predictions)}
+
+    trainer = MaskedSFTTrainer(
+        model,
+        make_config(predict_with_generate=True, generation_max_new_tokens=2),
+        eval_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    trainer.generation_metrics.append(Count())
+    metrics = trainer.evaluate()
+    assert metrics["eval_count"] == len(dataset)
+    assert "eval_exact_match" in metrics
+
+
+def test_a_metric_that_does_not_exist_is_refused_before_training(
+    dataset: Dataset, model: Any, tokenizer: Any, make_config: Make
+) -> None:
+    args = make_config(predict_with_generate=True, generation_metrics=["no_such_metric"])
+    with pytest.raises(FileNotFoundError, match="no_such_metric"):
+        MaskedSFTTrainer(model, args, eval_dataset=dataset, processing_class=tokenizer)
 
 
 def test_compute_metrics_gets_the_most_probable_tokens(
