@@ -66,7 +66,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     step.add_argument("--batch_size", type=int, default=8, help="rows of a micro-batch")
     step.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
     step.add_argument("--repetitions", type=int, default=5, help="measured steps")
-    step.add_argument("--precision", choices=["bf16", "float32"], default="bf16", help="autocast")
+    step.add_argument(
+        "--precision",
+        choices=["bf16", "float32"],
+        default="bf16" if torch.cuda.is_available() else "float32",
+        help="bf16 is autocast, which few CPUs do well",
+    )
     step.add_argument(
         "--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads of each"
     )

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin.data.tokenization import make_options, tokenize_rows
-from hf_sft_plugin.types import IGNORE_INDEX, TokenizedExample
+from hf_sft_plugin.types import IGNORE_INDEX, RowError, TokenizedExample
 
 
 class DataCollatorForPromptResponse:
@@ -88,6 +88,11 @@ class DataCollatorForPromptResponse:
         Raises:
             RowError: If a row cannot be trained; its number is the position in `rows`.
         """
+        if isinstance(rows, Mapping):
+            raise ValueError(
+                "The batch is one dict of columns, but the collator takes a list of rows, one dict "
+                "for each."
+            )
         if not rows:
             raise ValueError("There are no rows to collate: a batch needs at least one.")
         examples = self._tokenized(rows)
@@ -120,7 +125,10 @@ class DataCollatorForPromptResponse:
         return batch
 
     def _tokenized(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[TokenizedExample]:
-        if all("input_ids" in row and "response_mask" in row for row in rows):
+        columns = ("input_ids", "response_mask")
+        if all(row.get(column) is not None for row in rows for column in columns):
+            for index, row in enumerate(rows):
+                _check_lengths(row, index)
             return rows  # type: ignore[return-value]  # these are the keys of TokenizedExample
         outcomes = tokenize_rows(
             rows, range(len(rows)), self.tokenizer, self.options, self.stop_token_ids
@@ -129,3 +137,17 @@ class DataCollatorForPromptResponse:
             if outcome.error is not None:
                 raise outcome.error
         return [example for outcome in outcomes for example in outcome.examples]
+
+
+def _check_lengths(row: Mapping[str, Any], index: int) -> None:
+    """A list of one entry would be spread over the whole row without a word."""
+    columns = ("input_ids", "response_mask", "loss_weights")
+    lengths = {column: len(row[column]) for column in columns if row.get(column) is not None}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{column} has {length}" for column, length in lengths.items())
+        raise RowError(
+            index,
+            f"the lists of the row differ in length: {found} entries. All of them are "
+            "token-aligned and have one length.",
+            "lists of unequal length",
+        )

@@ -1,6 +1,6 @@
 """Step 2 of the walk: a raw row, whatever its columns, becomes a `Conversation`."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -117,6 +117,53 @@ def to_conversation(
     return conversation
 
 
+def check_texts(texts: Sequence[Any], name: str) -> None:
+    """Refuses a list in which not every entry is text that a tokenizer can encode.
+
+    Args:
+        texts: The list.
+        name: What the caller calls it, for error messages.
+
+    Raises:
+        ValueError: If it is one text rather than a list.
+        RowError: If an entry is not text, or is broken Unicode.
+    """
+    if isinstance(texts, str):
+        raise ValueError(f"{name} is one text, but a list of texts is needed. Write [text].")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            found = type(text).__name__
+            raise RowError(
+                index,
+                f"{name} holds {found}, but text is needed. Convert or remove the row.",
+                f"{name} is {found}, not text",
+            )
+        check_unicode(text, index, name)
+
+
+def check_unicode(text: str, index: int, place: str) -> None:
+    """Refuses text that no tokenizer can encode.
+
+    Args:
+        text: The text.
+        index: Its row, for error messages.
+        place: Its column, for error messages.
+
+    Raises:
+        RowError: If the text holds a lone surrogate.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(
+            index,
+            f"{place} holds half of a surrogate pair at character {error.start}, which no "
+            "tokenizer can encode. Repair the text, e.g. with "
+            "text.encode('utf-8', 'replace').decode().",
+            "broken Unicode",
+        ) from error
+
+
 def _usual_response_column(columns: Collection[str]) -> str:
     return "completion" if "completion" in columns and "response" not in columns else "response"
 
@@ -132,7 +179,7 @@ def _require(column: str, columns: Collection[str], found: str) -> None:
 def _as_messages(value: Any, index: int, column: str, role: str) -> tuple[dict[str, Any], ...]:
     """One side of a prompt/response row as messages."""
     if isinstance(value, str):
-        _check_unicode(value, index, column)
+        check_unicode(value, index, f"column {column!r}")
         return ({"role": role, "content": value},)
     if isinstance(value, list):
         return _check_messages(value, index, column)
@@ -165,7 +212,7 @@ def _check_messages(value: Any, index: int, column: str) -> tuple[dict[str, Any]
             )
         content = message.get("content")
         if isinstance(content, str):
-            _check_unicode(content, index, place)
+            check_unicode(content, index, place)
         elif content is not None or not message.get("tool_calls"):
             raise RowError(
                 index,
@@ -200,16 +247,3 @@ def _check_responses(conversation: Conversation, index: int) -> None:
                 "the response is empty, so there is nothing to learn from it. Fill or remove it.",
                 "empty response",
             )
-
-
-def _check_unicode(text: str, index: int, place: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(
-            index,
-            f"{place} holds half of a surrogate pair at character {error.start}, which no "
-            "tokenizer can encode. Repair the text, e.g. with "
-            "text.encode('utf-8', 'replace').decode().",
-            "broken Unicode",
-        ) from error

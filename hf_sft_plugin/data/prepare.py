@@ -180,11 +180,7 @@ def prepare_dataset(
             empty, or if too many rows cannot be trained.
         RowError: If a row is too long and `overflow` is `error`.
     """
-    if isinstance(dataset, IterableDataset):
-        raise ValueError(
-            "A streaming dataset cannot be counted in advance. Give it to the trainer or the "
-            "collator as it is, which tokenize its rows as they come."
-        )
+    _require_dataset(dataset)
     data_options = make_options(options)
     if len(dataset) == 0:
         raise ValueError("The dataset is empty: it needs at least one row.")
@@ -221,6 +217,20 @@ def prepare_dataset(
         kept = pc.is_null(accounted.data.column("_reason")).to_numpy()
         accounted = accounted.select(np.flatnonzero(kept))
     return accounted.remove_columns(list(_ACCOUNT)), ledger
+
+
+def _require_dataset(dataset: object) -> None:
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            "A streaming dataset cannot be counted in advance. Give it to the trainer or the "
+            "collator as it is, which tokenize its rows as they come."
+        )
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"dataset is a {type(dataset).__name__}, but a datasets.Dataset is needed. "
+            "Dataset.from_list makes one of a list of rows; of a DatasetDict take one split, such "
+            "as dataset['train']."
+        )
 
 
 def _prepare_batch(

@@ -8,11 +8,14 @@ the role header before it nor the newline after it is trained.
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from hf_sft_plugin.data.conversation import check_unicode
 from hf_sft_plugin.types import Conversation, RowError
 
 # Token ids of a text, and the characters `[start, end)` that each token covers. A tokenizer that
@@ -52,25 +55,8 @@ def render_chat(
         RowError: If the template refuses the conversation, or writes a response that does not
             continue what inference supplies.
     """
-    messages = list(conversation.messages)
-
-    def render(num_messages: int, add_generation_prompt: bool) -> str:
-        try:
-            text = tokenizer.apply_chat_template(
-                messages[:num_messages],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except (TemplateError, TypeError) as error:
-            raise RowError(
-                index,
-                f"the chat template refuses the conversation: {error}. Bring the roles and "
-                "contents into the form that the template expects, or remove the row.",
-                "refused by the chat template",
-            ) from error
-        assert isinstance(text, str)
-        return text
-
+    messages = conversation.messages
+    render = partial(_render, messages, tokenizer, index)
     # A response that opens the conversation has no prompt to answer: it is context only.
     turns = [
         turn
@@ -87,7 +73,7 @@ def render_chat(
     starts, texts = [], []
     for turn in turns:
         prompt = render(turn, add_generation_prompt=True)
-        text = render(turn + 1, add_generation_prompt=False)
+        text = render(turn + 1)
         if not text.startswith(prompt):
             raise RowError(
                 index,
@@ -99,7 +85,7 @@ def render_chat(
             )
         starts.append(len(prompt))
         texts.append(text)
-    whole = render(len(messages), add_generation_prompt=False)
+    whole = render(len(messages))
     if all(whole.startswith(text) for text in texts):
         ends = [len(text) for text in texts]
         return [RenderedText(whole, tuple(zip(starts, ends, strict=True)))]
@@ -108,12 +94,39 @@ def render_chat(
     ]
 
 
+def _render(
+    messages: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    index: int,
+    num_messages: int,
+    add_generation_prompt: bool = False,
+) -> str:
+    """The first turns as text."""
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages[:num_messages]),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+    except (TemplateError, TypeError) as error:
+        raise RowError(
+            index,
+            f"the chat template refuses the conversation: {error}. Bring the roles and contents "
+            "into the form that the template expects, or remove the row.",
+            "refused by the chat template",
+        ) from error
+    assert isinstance(text, str)
+    check_unicode(text, index, "the rendered conversation")
+    return text
+
+
 def align_spans(
     rendered: RenderedText, encoding: Encoding, encode: Callable[[str], Encoding]
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Maps spans of characters to spans of tokens.
 
-    The text is tokenized as a whole. Where a token reaches across the edge of a span, the text is
+    The text is tokenized as a whole. Where a token reaches across the edge of a span, or offsets
+    leave out the white space at the edge, so that its token could be on either side, the text is
     tokenized again in two parts that meet at this edge. Inference does the same: it tokenizes the
     prompt without knowing the response.
 
@@ -125,21 +138,29 @@ def align_spans(
     Returns:
         The token ids, and `[start, end)` of each span in tokens.
     """
-    edges = sorted({edge for span in rendered.spans for edge in span})
-    cuts: set[int] = set()
+    edges = {edge for span in rendered.spans for edge in span}
     input_ids, offsets = encoding
+    # Where the number of tokens before an edge is known for certain: at the ends and at cuts.
+    known = {0: 0, len(rendered.text): len(input_ids)}
     while True:
         starts = [start for start, _ in offsets]
-        positions = {edge: bisect_left(starts, edge) for edge in edges}
-        straddled = {e for e in edges if positions[e] > 0 and offsets[positions[e] - 1][1] > e}
-        if straddled <= cuts:
+        found = {edge: bisect_left(starts, edge) for edge in edges - known.keys()}
+        unclear = {
+            edge
+            for edge, token in found.items()
+            if (token > 0 and offsets[token - 1][1] != edge)
+            or (token < len(starts) and starts[token] != edge)
+        }
+        if not unclear:
+            positions = {**found, **known}
             return input_ids, [(positions[start], positions[end]) for start, end in rendered.spans]
-        cuts |= straddled
-        input_ids, offsets = [], []
-        for begin, end in pairwise([0, *sorted(cuts), len(rendered.text)]):
+        cuts = sorted(unclear | known.keys())
+        input_ids, offsets, known = [], [], {0: 0}
+        for begin, end in pairwise(cuts):
             part_ids, part_offsets = encode(rendered.text[begin:end])
             input_ids += part_ids
             offsets += [(begin + start, begin + stop) for start, stop in part_offsets]
+            known[end] = len(input_ids)
 
 
 def mask_responses(
@@ -162,7 +183,7 @@ def mask_responses(
         1 where a token is trained, else 0; as long as `input_ids`.
 
     Raises:
-        RowError: If a span holds no stop token.
+        RowError: If a span holds no stop token, or nothing before it.
 
     Examples:
         Token 2 is the stop token, token 9 the newline that the template writes after it.
@@ -182,6 +203,14 @@ def mask_responses(
                 f"a stop token ({_names(stop_token_ids, decode)}), so the model would never learn "
                 "to stop. Set stop_token to the token that ends a turn of the chat template.",
                 "no stop token after the response",
+            )
+        if stop == start:
+            raise RowError(
+                index,
+                "the chat template writes nothing of the response but its stop token, so there is "
+                "nothing to learn from it. Use a template that writes what the message holds, or "
+                "remove the row.",
+                "empty response",
             )
         mask[start : stop + 1] = [1] * (stop + 1 - start)
     return mask

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hf_sft_plugin.data.conversation import RowFormat, detect_format, to_conversation
+from hf_sft_plugin.data.conversation import (
+    RowFormat,
+    check_texts,
+    detect_format,
+    to_conversation,
+)
 from hf_sft_plugin.data.response_mask import (
     Encoding,
     RenderedText,
@@ -168,9 +173,11 @@ def tokenize_prompt_and_output(
         `(B, L)`. An empty output is allowed and gives a row of zeros in `response_mask`.
 
     Raises:
-        ValueError: If the lists differ in length or are empty, if a row has no token at all, or
-            if the tokenizer has no eos token.
+        ValueError: If the lists differ in length, are empty or hold anything but text, if a row
+            has no token at all, or if the tokenizer has no eos token.
     """
+    check_texts(prompt_strs, "prompt_strs")
+    check_texts(output_strs, "output_strs")
     if len(prompt_strs) != len(output_strs):
         raise ValueError(
             f"There are {len(prompt_strs)} prompts but {len(output_strs)} outputs; each prompt "
@@ -303,7 +310,9 @@ def _fill_plain(
     """
     if not plain:
         return
-    eos = min(stops) if options.stop_token else tokenizer.eos_token_id
+    eos = tokenizer.eos_token_id
+    if stops and eos not in stops:
+        eos = min(stops)
     if eos is None:
         raise ValueError(
             "The tokenizer has no eos token, so nothing can end a response and the model would "

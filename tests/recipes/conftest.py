@@ -1,15 +1,11 @@
-"""Recipes are programs: their folder is where they find each other."""
+"""Where the recipes are."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-RECIPES = Path(__file__).parent.parent.parent / "recipes"
-sys.path.insert(0, str(RECIPES))
 
 
 @pytest.fixture
 def recipes() -> Path:
     """The folder of the recipes."""
-    return RECIPES
+    return Path(__file__).parent.parent.parent / "recipes"

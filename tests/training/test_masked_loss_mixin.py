@@ -88,7 +88,7 @@ class GradientKeeper(TrainerCallback):
 
 
 def relative(found: Any, expected: Any) -> float:
-    found, expected = torch.as_tensor(found).double(), torch.as_tensor(expected).double()
+    found, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (found, expected))
     return float((found - expected).norm() / expected.norm())
 
 
