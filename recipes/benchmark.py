@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
@@ -88,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     contestants, output = options.pop("contestants"), options.pop("output")
     setup = Setup(**options)
     records = measure_steps(setup, contestants)
-    Console().print(result_table(setup, records))
+    # A file or pipe has no width of its own, and the default would cut the columns.
+    Console(width=max(Console().width, 100)).print(result_table(setup, records))
     if output is not None:
         results = {name: [asdict(record) for record in each] for name, each in records.items()}
         output.write_text(json.dumps({"setup": asdict(setup), "records": results}, indent=1))
@@ -103,13 +105,13 @@ def measure_steps(setup: Setup, contestants: Sequence[str]) -> dict[str, list[St
     """
     context = multiprocessing.get_context("spawn")
     connections: dict[str, Connection] = {}
-    processes = []
+    processes: dict[str, multiprocessing.process.BaseProcess] = {}
     for name in contestants:
         connections[name], theirs = context.Pipe()
         process = context.Process(target=take_part, args=(name, setup, theirs), daemon=True)
         process.start()
         theirs.close()
-        processes.append(process)
+        processes[name] = process
     records: dict[str, list[StepRecord]] = {name: [] for name in contestants}
     for _ in track(range(setup.repetitions + 1), description="Measuring", transient=True):
         for name, connection in connections.items():
@@ -117,12 +119,23 @@ def measure_steps(setup: Setup, contestants: Sequence[str]) -> dict[str, list[St
                 connection.send("step")
                 records[name].append(connection.recv())
             except (EOFError, OSError):
-                raise SystemExit(f"'{name}' could not take part; its error is above.") from None
+                processes[name].join()
+                raise SystemExit(why_it_ended(name, processes[name].exitcode)) from None
     for connection in connections.values():
         connection.send("stop")
-    for process in processes:
+    for process in processes.values():
         process.join()
     return records
+
+
+def why_it_ended(name: str, exit_code: int | None) -> str:
+    """One sentence about a contestant that is gone."""
+    if exit_code == -signal.SIGKILL:
+        return (
+            f"'{name}' was killed, most likely because all contestants together need more memory "
+            "than there is. Choose a smaller --batch_size or --shape, or fewer --contestants."
+        )
+    return f"'{name}' could not take part; its error is above."
 
 
 def take_part(name: str, setup: Setup, connection: Connection) -> None:
@@ -173,7 +186,11 @@ class TakingTurns(TrainerCallback):
         self._wait()
 
     def _wait(self) -> None:
-        self.connection.recv()
+        try:
+            self.connection.recv()
+        except EOFError:
+            # Another contestant ended the benchmark, and says why.
+            raise SystemExit(0) from None
         reset_peak_memory()
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 

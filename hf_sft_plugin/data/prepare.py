@@ -185,16 +185,7 @@ def prepare_dataset(
     if len(dataset) == 0:
         raise ValueError("The dataset is empty: it needs at least one row.")
     detect_format(dataset.column_names, data_options)
-    columns = set(dataset.column_names)
-    features = Features(
-        {
-            "input_ids": List(Value("int32")),
-            "response_mask": List(Value("int8")),
-            **({"loss_weights": List(Value("float32"))} if "loss_weights" in columns else {}),
-            **({"source": Value("string")} if "source" in columns else {}),
-            **_ACCOUNT,
-        }
-    )
+    features = _features(dataset.column_names)
     accounted = dataset.with_format(None).map(
         partial(
             _prepare_batch,
@@ -231,6 +222,19 @@ def _require_dataset(dataset: object) -> None:
             "Dataset.from_list makes one of a list of rows; of a DatasetDict take one split, such "
             "as dataset['train']."
         )
+
+
+def _features(columns: Collection[str]) -> Features:
+    """The columns of the prepared dataset, and the account of each row."""
+    return Features(
+        {
+            "input_ids": List(Value("int32")),
+            "response_mask": List(Value("int8")),
+            **({"loss_weights": List(Value("float32"))} if "loss_weights" in columns else {}),
+            **({"source": Value("string")} if "source" in columns else {}),
+            **_ACCOUNT,
+        }
+    )
 
 
 def _prepare_batch(

@@ -69,3 +69,8 @@ def test_the_help_of_every_command_is_worth_reading(capsys: pytest.CaptureFixtur
             benchmark.main(argv)
         assert end.value.code == 0
         assert words in capsys.readouterr().out
+
+
+def test_a_contestant_that_was_killed_is_told_from_one_that_failed() -> None:
+    assert "was killed, most likely because" in benchmark.why_it_ended("plain", -9)
+    assert "could not take part; its error is above" in benchmark.why_it_ended("plain", 1)

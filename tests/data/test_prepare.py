@@ -1,0 +1,244 @@
+"""A whole dataset is prepared, and every row and every token of it is accounted for."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict, IterableDataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_sft_plugin import RowError, prepare_dataset, tokenize_example
+from hf_sft_plugin.data.prepare import Drop, Ledger
+from hf_sft_plugin.data.tokenization import make_options, tokenize_rows
+
+GOOD = {"prompt": "hello", "response": "world"}
+
+
+def prepare(rows: list[dict[str, Any]], tokenizer: Any, **options: Any) -> Any:
+    return prepare_dataset(Dataset.from_list(rows), tokenizer, **options)
+
+
+def tokenized(num_prompt: int, num_response: int) -> dict[str, Any]:
+    return {
+        "input_ids": list(range(5, 5 + num_prompt + num_response)),
+        "response_mask": [0] * num_prompt + [1] * num_response,
+    }
+
+
+def test_the_rows_are_those_of_the_tokenizer_in_their_order(
+    tokenizer: Any, chat_rows: list[dict[str, Any]]
+) -> None:
+    dataset, ledger = prepare(chat_rows, tokenizer)
+    assert dataset.column_names == ["input_ids", "response_mask"]
+    assert dataset.to_list() == [tokenize_example(row, tokenizer)[0] for row in chat_rows]
+    num_tokens = sum(len(row["input_ids"]) for row in dataset)
+    num_response_tokens = sum(sum(row["response_mask"]) for row in dataset)
+    assert ledger == Ledger(
+        num_rows=8,
+        num_rows_trained=8,
+        num_examples=8,
+        num_tokens=num_tokens,
+        num_response_tokens=num_response_tokens,
+        num_context_tokens=num_tokens - num_response_tokens,
+        longest=max(len(row["input_ids"]) for row in dataset),
+    )
+    assert ledger.trained_share == num_response_tokens / num_tokens
+
+
+def test_the_ledger_of_known_rows_is_as_counted_by_hand(tokenizer: Any) -> None:
+    rows = [tokenized(3, 3), tokenized(3, 5), tokenized(6, 2), tokenized(4, 0), tokenized(1, 1)]
+    dataset, ledger = prepare(rows, tokenizer, max_length=6, max_dropped_share=0.5)
+    assert [len(row["input_ids"]) for row in dataset] == [6, 6, 2]
+    late = ledger.drops.pop("no response left within max_length")
+    never = ledger.drops.pop("no trained token")
+    assert (late.num_rows, late.num_tokens, late.first_rows) == (1, 8, [2])
+    assert (never.num_rows, never.num_tokens, never.first_rows) == (1, 4, [3])
+    assert late.example.startswith("Row 2: the response begins after the first 6 tokens of 8")
+    assert never.example.startswith("Row 3: no token of the row is trained")
+    assert ledger == Ledger(
+        num_rows=5,
+        num_rows_trained=3,
+        num_examples=3,
+        num_rows_truncated=1,
+        num_tokens=28,
+        num_response_tokens=7,
+        num_context_tokens=7,
+        num_truncated_tokens=2,
+        longest=6,
+        max_length=6,
+    )
+
+
+def test_the_printed_account_adds_up_line_by_line() -> None:
+    ledger = Ledger(
+        num_rows=1010,
+        num_rows_trained=1003,
+        num_examples=1500,
+        num_rows_truncated=2,
+        num_tokens=20_000,
+        num_response_tokens=4_000,
+        num_context_tokens=12_000,
+        num_truncated_tokens=3_000,
+        longest=512,
+        max_length=512,
+        drops={
+            "empty response": Drop(6, 0, [1, 2, 3, 4, 5], "Row 1: ..."),
+            "no trained token": Drop(1, 1_000, [9], "Row 9: ..."),
+        },
+    )
+    assert str(ledger).splitlines() == [
+        "rows    1,010 in = 1,003 trained (2 truncated) + 7 dropped",
+        "        dropped 6: empty response (rows 1, 2, 3, 4, 5, ...)",
+        "        dropped 1: no trained token (rows 9)",
+        "        split into 1,500 examples, one per response",
+        "tokens  20,000 in = 4,000 trained + 12,000 context",
+        "        + 3,000 truncated + 1,000 dropped",
+        "        25.0% of the tokens read are trained; longest row 512, limit 512",
+    ]
+
+
+def test_the_ledger_is_saved_as_json(tokenizer: Any, tmp_path: Path) -> None:
+    _, ledger = prepare([GOOD, {**GOOD, "response": ""}], tokenizer, max_dropped_share=0.5)
+    path = tmp_path / "new" / "ledger.json"
+    ledger.save(path)
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    assert saved == ledger.to_dict()
+    assert saved["drops"]["empty response"]["first_rows"] == [1]
+
+
+@pytest.mark.parametrize("num_bad", [1, 5])
+def test_a_twentieth_of_the_rows_may_be_dropped(num_bad: int, tokenizer: Any) -> None:
+    rows = [GOOD] * (100 - num_bad) + [{**GOOD, "response": " "}] * num_bad
+    dataset, ledger = prepare(rows, tokenizer)
+    assert (len(dataset), ledger.num_rows_dropped) == (100 - num_bad, num_bad)
+
+
+def test_more_bad_rows_than_allowed_stop_the_run_and_are_named(tokenizer: Any) -> None:
+    rows = [GOOD] * 94 + [{**GOOD, "response": " "}] * 5 + [{**GOOD, "response": None}]
+    with pytest.raises(ValueError, match=r"6 of 100 rows cannot be trained") as info:
+        prepare(rows, tokenizer)
+    message = str(info.value)
+    assert "- 5 rows, empty response: Row 94: the response is empty" in message
+    assert "- 1 rows, response is NoneType, not text: Row 99: column 'response' holds" in message
+    assert message.endswith("allow more than 5% of them to be dropped with max_dropped_share.")
+    assert len(prepare(rows, tokenizer, max_dropped_share=0.06)[0]) == 94
+
+
+def test_a_dataset_without_a_trained_token_is_refused_whatever_is_allowed(tokenizer: Any) -> None:
+    rows = [tokenized(4, 0)] * 3
+    with pytest.raises(ValueError, match="3 of 3 rows cannot be trained, so nothing is left"):
+        prepare(rows, tokenizer, max_dropped_share=1.0)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (Dataset.from_dict({"prompt": [], "response": []}), "The dataset is empty"),
+        (Dataset.from_list([{"text": "hello"}]), "No known format.*The columns are text"),
+        (Dataset.from_list([{"prompt": "a"}]), "no column 'response'.*The columns are prompt"),
+        (
+            Dataset.from_list([{**GOOD, "messages": []}]),
+            "both a prompt and a messages column",
+        ),
+        (IterableDataset.from_generator(lambda: iter([GOOD])), "streaming dataset cannot be"),
+        (DatasetDict({"train": Dataset.from_list([GOOD])}), "is a DatasetDict.*take one split"),
+        ([GOOD], "dataset is a list, but a datasets.Dataset is needed"),
+    ],
+)
+def test_a_dataset_that_is_none_is_refused(dataset: Any, message: str, tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare_dataset(dataset, tokenizer)
+
+
+def test_a_row_that_may_not_be_cut_is_named_by_its_place_in_the_dataset(tokenizer: Any) -> None:
+    rows = [tokenized(2, 2)] * 1200 + [tokenized(2, 9)]
+    with pytest.raises(RowError, match="Row 1200: the row has 11 tokens, but max_length is 4"):
+        prepare(rows, tokenizer, max_length=4, overflow="error")
+
+
+def test_weights_and_source_come_along_and_other_columns_do_not(tokenizer: Any) -> None:
+    row = {**tokenized(1, 2), "loss_weights": [0.0, 1.0, 0.5], "source": "book", "id": 7}
+    dataset, _ = prepare([row], tokenizer)
+    assert dataset.to_list() == [{name: value for name, value in row.items() if name != "id"}]
+
+
+def test_a_prepared_dataset_prepared_again_is_the_same(
+    tokenizer: Any, chat_rows: list[dict[str, Any]]
+) -> None:
+    once, ledger = prepare(chat_rows, tokenizer)
+    twice, again = prepare_dataset(once, tokenizer)
+    assert twice.to_list() == once.to_list()
+    assert again == ledger
+
+
+def test_the_format_of_the_users_dataset_does_not_matter(
+    tokenizer: Any, chat_rows: list[dict[str, Any]]
+) -> None:
+    rows = [tokenized(3, 3), tokenized(2, 5)]
+    dataset = Dataset.from_list(rows)
+    assert prepare_dataset(dataset.with_format("torch"), tokenizer)[0].to_list() == rows
+    assert prepare_dataset(dataset.with_format("numpy"), tokenizer)[0].to_list() == rows
+
+
+def test_two_processes_give_the_rows_and_the_ledger_of_one(
+    tokenizer_factory: Callable[..., Any], chat_rows: list[dict[str, Any]]
+) -> None:
+    tokenizer = tokenizer_factory()
+    rows = [*chat_rows, {"messages": []}, *chat_rows]
+    one = prepare(rows, tokenizer, max_length=20, max_dropped_share=0.9)
+    two = prepare(rows, tokenizer, max_length=20, max_dropped_share=0.9, num_proc=2)
+    assert one[1].drops
+    assert one[1].num_truncated_tokens
+    assert two[0].to_list() == one[0].to_list()
+    assert two[1] == one[1]
+
+
+def test_a_cached_pass_has_the_ledger_of_the_first(
+    tokenizer: Any, chat_rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in chat_rows), encoding="utf-8")
+    rows: Any = Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache"))
+    first, ledger = prepare_dataset(rows, tokenizer, max_length=20, max_dropped_share=0.9)
+    files = [file["filename"] for file in first.cache_files]
+    again, of_cache = prepare_dataset(rows, tokenizer, max_length=20, max_dropped_share=0.9)
+    assert [file["filename"] for file in again.cache_files] == files
+    assert again.to_list() == first.to_list()
+    assert of_cache == ledger
+
+
+TURN = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["user", "assistant", "system"]),
+        "content": st.text(max_size=30) | st.just("\ud83d"),
+    }
+)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    rows=st.lists(st.lists(TURN, max_size=5), min_size=1, max_size=8),
+    max_length=st.none() | st.integers(2, 60),
+    overflow=st.sampled_from(["keep_start", "drop"]),
+)
+def test_whatever_the_rows_every_one_and_every_token_is_accounted_for(
+    rows: list[list[dict[str, str]]],
+    max_length: int | None,
+    overflow: str,
+    tokenizer_factory: Callable[..., Any],
+) -> None:
+    tokenizer = tokenizer_factory()
+    options = make_options({"max_length": max_length, "overflow": overflow})
+    raw = [{"messages": messages} for messages in rows]
+    for outcome in tokenize_rows(raw, range(len(raw)), tokenizer, options):
+        kept = sum(len(example["input_ids"]) for example in outcome.examples)
+        assert (outcome.error is None) == bool(outcome.examples)
+        assert kept + outcome.num_lost == outcome.num_tokens or outcome.error is not None
+        for example in outcome.examples:
+            assert len(example["input_ids"]) == len(example["response_mask"])
+            assert len(example["input_ids"]) <= (max_length or 10**9)
+            assert any(example["response_mask"])
+            assert not example["response_mask"][0]
