@@ -22,6 +22,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def measure_steps(setup: Setup, contestants: Sequence[str]) -> dict[str, list[St
     """
     context = multiprocessing.get_context("spawn")
     connections: dict[str, Connection] = {}
-    processes: dict[str, multiprocessing.process.BaseProcess] = {}
+    processes: dict[str, SpawnProcess] = {}
     for name in contestants:
         connections[name], theirs = context.Pipe()
         process = context.Process(target=take_part, args=(name, setup, theirs), daemon=True)
