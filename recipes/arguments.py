@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import itertools
 import sys
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -41,12 +43,24 @@ def parse_arguments(
         config = Path(arguments.pop(0))
     elif not _names_model_or_data(arguments):
         config = default_config
-    names = [field.name for type_ in classes for field in dataclasses.fields(type_) if field.init]
+    types = {
+        field.name: field.type
+        for type_ in classes
+        for field in dataclasses.fields(type_)
+        if field.init
+    }
+    names = list(types)
     if config is not None:
         settings = _read_yaml(parser, config)
         for key in settings:
             if key not in names:
-                parser.error(f"{config}: unknown key '{key}'.{_nearest(key, names)}")
+                parser.error(f"{config}: unknown key '{key}'.{nearest(str(key), names)}")
+            if isinstance(settings[key], bool) and not _takes_bool(key, types[key]):
+                parser.error(
+                    f"{config}: {key} is {settings[key]}, but it is not a yes-or-no setting. YAML "
+                    "reads yes, no, on and off as true and false: put quotes around them, such as "
+                    f'{key}: "no".'
+                )
         parser.set_defaults(**{name: _as_default(value) for name, value in settings.items()})
     try:
         *instances, unknown = parser.parse_args_into_dataclasses(
@@ -56,13 +70,60 @@ def parse_arguments(
         parser.error(str(error))
     if unknown:
         flags = [f"--{name}" for name in names]
-        parser.error(f"unknown argument '{unknown[0]}'.{_nearest(unknown[0], flags)}")
+        parser.error(f"unknown argument '{unknown[0]}'.{nearest(unknown[0], flags)}")
     return tuple(instances)
 
 
+def named_flags(arguments: Sequence[str]) -> set[str]:
+    """The settings that are named on the command line.
+
+    Examples:
+        >>> sorted(named_flags(["a.yaml", "--lora-r=8", "--bf16", "1"]))
+        ['bf16', 'lora_r']
+    """
+    flags = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
+    return {flag.removeprefix("--").replace("-", "_") for flag in flags}
+
+
+def nearest(
+    name: str, names: Sequence[str], otherwise: str = " See --help for all of them."
+) -> str:
+    """A sentence that names what may have been meant.
+
+    Common words and a common beginning count beside common letters, so that `lora_rank` is nearer
+    to `lora_r` than to `local_rank`.
+
+    Args:
+        name: What was written.
+        names: What there is.
+        otherwise: The sentence where nothing is near.
+
+    Examples:
+        >>> nearest("lora_rank", ["local_rank", "lora_r"])
+        " Did you mean 'lora_r'?"
+    """
+    likeness, best = max((_likeness(name.split("=")[0], other), other) for other in names)
+    return f" Did you mean '{best}'?" if likeness >= 1 else otherwise
+
+
+def _likeness(name: str, other: str) -> float:
+    """From 0, nothing in common, to 3, the same."""
+    name, other = (text.replace("-", "_").strip("_") for text in (name, other))
+    words, others = name.split("_"), other.split("_")
+    letters = difflib.SequenceMatcher(None, name, other).ratio()
+    pairs = zip(name, other, strict=False)
+    start = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    return letters + start / max(len(name), 1) + len({*words} & {*others}) / len(words)
+
+
 def _names_model_or_data(arguments: Sequence[str]) -> bool:
-    named = {argument.split("=")[0].replace("-", "_").lstrip("_") for argument in arguments}
-    return bool(named & {"model_name_or_path", "model_config", "train_file", "dataset_name"})
+    data = {"train_file", "eval_file", "dataset_name"}
+    return bool(named_flags(arguments) & {"model_name_or_path", "model_config", *data})
+
+
+def _takes_bool(name: str, type_: Any) -> bool:
+    # True is the last checkpoint, although transformers declares a text.
+    return name == "resume_from_checkpoint" or type_ is bool or bool in typing.get_args(type_)
 
 
 def _read_yaml(parser: HfArgumentParser, path: Path) -> dict[str, Any]:
@@ -80,11 +141,6 @@ def _read_yaml(parser: HfArgumentParser, path: Path) -> dict[str, Any]:
 def _as_default(value: Any) -> Any:
     # YAML 1.1 reads 3e-4 as text, and argparse converts defaults only where they are text.
     return value if isinstance(value, bool | list | dict) or value is None else str(value)
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(name.split("=")[0], names, n=1, cutoff=0.6)
-    return f" Did you mean '{matches[0]}'?" if matches else " See --help for all of them."
 
 
 _CONFIGS = Path(sys.argv[0]).parent / "configs"

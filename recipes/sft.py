@@ -8,23 +8,26 @@ import json
 import logging
 import os
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import torch
-from arguments import parse_arguments
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from arguments import named_flags, nearest, parse_arguments
+from datasets import Dataset
 from peft import LoraConfig
-from quickstart import build_model, make_tasks, train_tokenizer
+from quickstart import build_model, train_tokenizer
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from rows import DataArguments, load_rows
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
 
 CONFIGS = Path(__file__).parent / "configs"
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass
@@ -71,43 +74,6 @@ class ModelArguments:
     )
 
 
-@dataclass
-class DataArguments:
-    """Which rows it is trained on."""
-
-    _argument_group_name = "data (none named: the quickstart tasks)"
-
-    train_file: str | None = field(
-        default=None,
-        metadata={"help": "Rows as .json, .jsonl, .csv or .parquet, or a folder of `datasets`."},
-    )
-    eval_file: str | None = field(
-        default=None, metadata={"help": "Held-out rows, in any of the same forms."}
-    )
-    dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the Hub."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of it."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
-    eval_share: float = field(
-        default=0.0,
-        metadata={"help": "Share of the training rows, 0 to 1, held out where none are named."},
-    )
-    max_train_rows: int | None = field(
-        default=None, metadata={"help": "Trains on the first rows only."}
-    )
-    max_eval_rows: int | None = field(
-        default=None, metadata={"help": "Evaluates on the first rows only."}
-    )
-    num_samples: int = field(default=8, metadata={"help": "Generated answers to show at the end."})
-    num_cpu_threads: int | None = field(
-        default=None,
-        metadata={
-            "help": "Threads of each process on a machine without an accelerator. None: all cores, "
-            "shared by the processes (accelerate launch would give each process one)."
-        },
-    )
-
-
 def main() -> None:
     """Runs the recipe."""
     model_args, data_args, args = parse_arguments(
@@ -120,11 +86,13 @@ def main() -> None:
     use_all_cores(args, data_args.num_cpu_threads)
     set_seed(args.seed)
     try:
+        require_lora(model_args, named_flags(sys.argv[1:]))
+        checkpoint = find_checkpoint(args)
         trainer = make_trainer(model_args, data_args, args)
     except ValueError as error:
         # Whatever is wrong with settings or data is said there; a traceback would only hide it.
         raise SystemExit(f"sft.py: {error}") from None
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.eval_dataset is not None:
         trainer.evaluate()
     if args.push_to_hub:
@@ -144,16 +112,69 @@ def make_trainer(
     Raises:
         ValueError: If settings, data and model do not fit each other.
     """
+    require_metrics(args)
     train_rows, eval_rows = load_rows(data_args, seed=args.seed)
     model, tokenizer = load_model_and_tokenizer(model_args, train_rows)
-    return MaskedSFTTrainer(
-        model,
-        args,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        processing_class=tokenizer,
-        peft_config=lora_config(model_args),
-    )
+    try:
+        return MaskedSFTTrainer(
+            model,
+            args,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            peft_config=lora_config(model_args),
+        )
+    except OSError as error:
+        # `from_pretrained` says in an OSError without a number that it found nothing to load; the
+        # system's own, such as a full disk, have one.
+        if error.errno is not None or not isinstance(model, str):
+            raise
+        raise ValueError(_cannot_load("model_name_or_path", model, error)) from error
+
+
+def find_checkpoint(args: MaskedSFTConfig) -> str | None:
+    """The checkpoint to resume from: a folder, or for `true` the last one in output_dir.
+
+    Raises:
+        ValueError: If there is no such checkpoint.
+    """
+    asked = args.resume_from_checkpoint
+    if asked is None or str(asked).lower() == "false":
+        return None
+    output_dir = Path(str(args.output_dir))
+    last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    if str(asked).lower() == "true":
+        if last is None:
+            raise ValueError(
+                f"resume_from_checkpoint is true, but '{output_dir}' holds no checkpoint-* folder. "
+                "Leave it out to start anew, or set output_dir to that of the run to go on with."
+            )
+        return last
+    if not Path(asked, "trainer_state.json").is_file():
+        hint = f"The last one in output_dir is '{last}'." if last else "Leave it out to start anew."
+        raise ValueError(
+            f"resume_from_checkpoint is '{asked}', but there is no trainer_state.json in it, so it "
+            f"is not a checkpoint of a run. {hint}"
+        )
+    return asked
+
+
+def require_metrics(args: MaskedSFTConfig) -> None:
+    """Loads the metrics of generated responses once, before anything else takes time.
+
+    Raises:
+        ValueError: If one cannot be loaded.
+    """
+    for name in args.generation_metrics if args.predict_with_generate else ():
+        if name != "exact_match":  # built in
+            try:
+                evaluate.load(name)
+            except (OSError, ImportError) as error:
+                raise ValueError(
+                    f"generation_metrics names '{name}', which cannot be loaded: {error} Use "
+                    "'exact_match', which is built in, or the path of a metric of `evaluate`, or "
+                    "give it what it asks for."
+                ) from error
 
 
 def use_all_cores(args: MaskedSFTConfig, num_threads: int | None) -> None:
@@ -163,77 +184,80 @@ def use_all_cores(args: MaskedSFTConfig, num_threads: int | None) -> None:
         torch.set_num_threads(num_threads or max(available, 1))
 
 
-def load_rows(data_args: DataArguments, seed: int) -> tuple[Dataset, Dataset | None]:
-    """Loads the training rows and, where there are any, the held-out rows."""
-    if data_args.train_file is not None:
-        train = read_rows(data_args.train_file, data_args.train_split)
-        evaluation = (
-            read_rows(data_args.eval_file, data_args.eval_split or data_args.train_split)
-            if data_args.eval_file
-            else None
-        )
-    elif data_args.dataset_name is not None:
-        name, config = data_args.dataset_name, data_args.dataset_config
-        train = load_dataset(name, config, split=data_args.train_split)
-        evaluation = (
-            load_dataset(name, config, split=data_args.eval_split) if data_args.eval_split else None
-        )
-    else:
-        train, evaluation = make_tasks()
-    if evaluation is None and data_args.eval_share > 0:
-        parts = train.train_test_split(test_size=data_args.eval_share, seed=seed)
-        train, evaluation = parts["train"], parts["test"]
-    return first_rows(train, data_args.max_train_rows), first_rows(
-        evaluation, data_args.max_eval_rows
-    )
-
-
-def read_rows(path: str, split: str) -> Dataset:
-    """Reads rows from a file, or from a folder that `datasets` saved."""
-    if Path(path).is_dir():
-        saved = load_from_disk(path)
-        return saved[split] if isinstance(saved, DatasetDict) else saved
-    if not Path(path).exists():
-        raise ValueError(f"There is no '{path}' to read rows from.")
-    suffix = Path(path).suffix
-    if suffix not in FILE_FORMATS:
-        raise ValueError(
-            f"'{path}' ends in '{suffix}'; rows are read from {', '.join(FILE_FORMATS)} files and "
-            "from folders saved by `datasets`."
-        )
-    return load_dataset(FILE_FORMATS[suffix], data_files=path, split="train")
-
-
-def first_rows(dataset: Dataset | None, count: int | None) -> Any:
-    """The first rows of a dataset; None takes all."""
-    if dataset is None or count is None:
-        return dataset
-    return dataset.select(range(min(count, len(dataset))))
-
-
 def load_model_and_tokenizer(
     model_args: ModelArguments, train_rows: Dataset
 ) -> tuple[Any, PreTrainedTokenizerBase | None]:
     """The model, or its name for the trainer to load, and its tokenizer where it is not its own."""
-    name = model_args.tokenizer_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(name) if name else None
     model: Any = model_args.model_name_or_path
     if (model is None) == (model_args.model_config is None):
         raise ValueError(
             "Name the model to fine-tune with model_name_or_path, or describe an untrained one "
             "with model_config; one of the two."
         )
+    template = model_args.chat_template_path
+    if template is not None and not Path(template).is_file():
+        raise ValueError(
+            f"chat_template_path is '{template}', but there is no such file, so the turns of a "
+            "conversation could not be rendered. Correct the path."
+        )
+    name = model_args.tokenizer_name_or_path
+    tokenizer = load_tokenizer("tokenizer_name_or_path", name) if name else None
     if model_args.model_config is not None:
-        config = model_args.model_config
-        config = json.loads(config) if isinstance(config, str) else config
+        config = read_model_config(model_args.model_config)
         if tokenizer is None:
             tokenizer = train_tokenizer(list(texts_of(train_rows)), model_args.tokenizer_vocab_size)
         model = build_model(config, tokenizer)
-    if model_args.chat_template_path is not None:
+    if template is not None:
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(model)
-        tokenizer.chat_template = Path(model_args.chat_template_path).read_text(encoding="utf-8")
+            tokenizer = load_tokenizer("model_name_or_path", model)
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
     return model, tokenizer
+
+
+def load_tokenizer(setting: str, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that a setting names."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise ValueError(_cannot_load(setting, name, error)) from error
+
+
+def _cannot_load(setting: str, name: str, error: OSError) -> str:
+    reason = " ".join(str(error).split())
+    return (
+        f"{setting} is '{name}', from which nothing could be loaded: {reason} Name a folder with a "
+        "saved model and tokenizer, or one on the Hub that can be reached."
+    )
+
+
+def read_model_config(config: dict[str, Any] | str) -> dict[str, Any]:
+    """The config of an untrained model, which may be JSON.
+
+    Raises:
+        ValueError: If it is no mapping, or its model_type is missing or unknown.
+    """
+    example = 'such as \'{"model_type": "qwen3", "hidden_size": 64}\''
+    if isinstance(config, str):
+        try:
+            config = json.loads(config)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"model_config is {config!r:.80}, which is not JSON ({error}). Give a JSON object "
+                f"{example}."
+            ) from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ValueError(
+            f"model_config is {json.dumps(config):.80}, without a model_type, so nothing says what "
+            f"to build. Give a JSON object {example}."
+        )
+    if config["model_type"] not in CONFIG_MAPPING:
+        raise ValueError(
+            f"model_config: the model_type '{config['model_type']}' is unknown to transformers."
+            f"{nearest(str(config['model_type']), list(CONFIG_MAPPING), otherwise='')}"
+        )
+    return config
 
 
 def texts_of(value: Any) -> Any:
@@ -248,17 +272,49 @@ def texts_of(value: Any) -> Any:
             yield from texts_of(part)
 
 
+def require_lora(model_args: ModelArguments, flags: Collection[str]) -> None:
+    """Refuses settings of an adapter where none is trained.
+
+    A settings file may state the defaults, so that `--lora false` turns lora.yaml into full
+    fine-tuning; a flag says what its user wants.
+
+    Raises:
+        ValueError: If there are such settings.
+    """
+    for setting in fields(ModelArguments):
+        if model_args.lora or not setting.name.startswith("lora_"):
+            continue
+        value = getattr(model_args, setting.name)
+        if setting.name in flags or value != setting.default:
+            raise ValueError(
+                f"{setting.name} is {value!r}, but there is no --lora, so no adapter would be made "
+                "and all weights would be trained. Add --lora (in YAML lora: true), or leave "
+                f"{setting.name} out."
+            )
+
+
 def lora_config(model_args: ModelArguments) -> LoraConfig | None:
-    """The adapter that the flags describe; None without `--lora`."""
+    """The adapter that the flags describe; None without `--lora`.
+
+    Raises:
+        ValueError: If no module is named.
+    """
     if not model_args.lora:
         return None
     modules = model_args.lora_target_modules
+    names = [name.strip() for name in modules.split(",") if name.strip()]
+    if not names:
+        raise ValueError(
+            f"lora_target_modules is {modules!r}, which names no module, so nothing would get an "
+            "adapter. Give 'all-linear', or names with commas, such as 'q_proj,v_proj'."
+        )
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,
         lora_dropout=model_args.lora_dropout,
-        target_modules=modules.split(",") if "," in modules else modules,
+        # PEFT takes a text for a regular expression over whole names, unless it is this one.
+        target_modules="all-linear" if names == ["all-linear"] else names,
     )
 
 

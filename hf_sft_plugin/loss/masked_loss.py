@@ -148,10 +148,10 @@ def token_weights(
     if loss_weights is not None:
         weights = torch.where(is_trained, loss_weights.to(weights.dtype), 0)
     per_row = weights.sum(-1)
-    if normalization is LossNormalization.EXAMPLE:
+    if normalization == LossNormalization.EXAMPLE:
         has_weight = per_row > 0
         return weights / per_row.where(has_weight, 1).unsqueeze(-1), has_weight.to(weights.dtype)
-    if normalization is LossNormalization.TOKEN:
+    if normalization == LossNormalization.TOKEN:
         return weights, per_row
     return weights, torch.zeros_like(per_row)
 

@@ -30,7 +30,8 @@ class CardFacts:
         versions: Versions of the libraries by name.
         ledger: The account of the training data, as lines of text.
         before: Evaluation before training; empty where it was not run.
-        after: The last evaluation.
+        after: The last evaluation, or that of the best step where its weights were taken.
+        best_step: Optimizer step whose weights were taken, as the best; None: those of the last.
         tags: Tags besides our own.
         license: Licence of the result, if it is known.
         language: Its language, if it is known.
@@ -45,6 +46,7 @@ class CardFacts:
     ledger: str = ""
     before: Mapping[str, float] = field(default_factory=dict)
     after: Mapping[str, float] = field(default_factory=dict)
+    best_step: int | None = None
     tags: Sequence[str] = ()
     license: str | None = None
     language: str | None = None
@@ -115,9 +117,10 @@ def _evaluation(facts: CardFacts) -> str:
     ]
     if not rows:
         return ""
-    return "## Evaluation on held-out rows\n\n" + _table(
-        ("", "before training", "after training"), rows
-    )
+    after = "after training"
+    if facts.best_step is not None:
+        after = f"after step {facts.best_step:,}, the best"
+    return "## Evaluation on held-out rows\n\n" + _table(("", "before training", after), rows)
 
 
 def _figures(evaluation: Mapping[str, float]) -> list[tuple[str, str]]:

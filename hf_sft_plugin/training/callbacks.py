@@ -29,7 +29,7 @@ from transformers.training_args import OptimizerNames
 from hf_sft_plugin.data.prepare import Ledger
 from hf_sft_plugin.reporting.model_card import CardFacts, write_model_card
 from hf_sft_plugin.reporting.report import write_report
-from hf_sft_plugin.reporting.run_log import append_log, start_log
+from hf_sft_plugin.reporting.run_log import append_log, read_log, start_log
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,9 @@ _LIBRARIES = ("hf_sft_plugin", "torch", "transformers", "accelerate", "datasets"
 class RunRecorder(TrainerCallback):
     """Leaves `metrics.jsonl`, `report/`, `data_ledger.json` and a model card in the output folder.
 
+    What a training left in the folder is only replaced by another training: a trainer that does
+    nothing but evaluate the model there changes none of it.
+
     Args:
         ledgers: Accounts of the prepared datasets by name; `train` is the training data.
     """
@@ -47,6 +50,9 @@ class RunRecorder(TrainerCallback):
         self.ledgers = ledgers
         self._has_log = False
         self._has_trained = False
+        self._is_foreign: bool | None = None
+        self._num_records_of_training: int | None = None
+        self._records_before: list[dict[str, Any]] = []
         self._optimizer: torch.optim.Optimizer | None = None
         self._before: Mapping[str, float] = {}
 
@@ -54,14 +60,15 @@ class RunRecorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Says what will be done; a resumed run takes over the log that it continues."""
-        begins_log = state.global_step > 0 or self._has_trained
+        continues = state.global_step > 0 or self._has_trained
         self._has_trained = True
+        self._num_records_of_training = None
         self._optimizer = kwargs.get("optimizer")
         if not state.is_world_process_zero:
             return
-        if begins_log:
-            start_log(_output_dir(args), state.log_history)
-            self._has_log = True
+        warn_of_rounding(self._optimizer)
+        start_log(_output_dir(args), state.log_history if continues else self._records_before)
+        self._has_log = True
         for name, ledger in self.ledgers.items():
             ledger.save(_output_dir(args) / f"data_ledger_{name}.json")
         Console().print(summarize_run(args, state, kwargs["model"], self.ledgers.get("train")))
@@ -70,7 +77,9 @@ class RunRecorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Adds the newest log line to the file."""
-        if not state.is_world_process_zero:
+        if not self._has_trained:
+            self._records_before.append(state.log_history[-1])
+        if not state.is_world_process_zero or self._keeps_records(args):
             return
         if not self._has_log:
             start_log(_output_dir(args))
@@ -91,6 +100,7 @@ class RunRecorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Writes report and card."""
+        self._num_records_of_training = len(state.log_history)
         if state.is_world_process_zero:
             self.write(args, state, kwargs["model"])
 
@@ -109,8 +119,17 @@ class RunRecorder(TrainerCallback):
             model: The trained model.
             **card: Facts for the card that only the caller knows, such as `license`.
         """
+        if self._keeps_records(args):
+            return
         output_dir = _output_dir(args)
-        facts = card_facts(args, state, model, self.ledgers.get("train"), self._optimizer)
+        facts = card_facts(
+            args,
+            state,
+            model,
+            self.ledgers.get("train"),
+            self._optimizer,
+            self._num_records_of_training,
+        )
         facts.before = facts.before or self._before
         for name, value in card.items():
             setattr(facts, name, value)
@@ -120,6 +139,21 @@ class RunRecorder(TrainerCallback):
             # A picture less is no reason to lose a model that is not saved yet.
             logger.warning("Report and model card could not be written: %s", error)
 
+    def _keeps_records(self, args: TrainingArguments) -> bool:
+        """Whether the folder tells of a training that was not this trainer's: that has to stay."""
+        if self._has_trained:
+            return False
+        if self._is_foreign is None:
+            self._is_foreign = _tells_of_a_training(_output_dir(args))
+            if self._is_foreign:
+                logger.warning(
+                    "%s holds the records of a training, and nothing was trained since: log, "
+                    "report and model card stay as they are. Choose another output_dir to keep "
+                    "records of this evaluation.",
+                    args.output_dir,
+                )
+        return self._is_foreign
+
 
 def card_facts(
     args: TrainingArguments,
@@ -127,14 +161,34 @@ def card_facts(
     model: nn.Module,
     ledger: Ledger | None,
     optimizer: torch.optim.Optimizer | None = None,
+    num_records_of_training: int | None = None,
 ) -> CardFacts:
-    """Collects what a model card says from a run; nothing secret is among it."""
+    """Collects what a model card says from a run; nothing secret is among it.
+
+    Args:
+        args: Settings of the run.
+        state: Holds the log.
+        model: The trained model.
+        ledger: Account of the training data; None where the data came prepared elsewhere.
+        optimizer: The one that was used; None takes that of the settings.
+        num_records_of_training: Log lines up to the end of training; None where it has not ended.
+    """
+    is_best = (
+        args.load_best_model_at_end
+        and num_records_of_training is not None
+        and state.best_model_checkpoint is not None
+    )
+    best_step = state.best_global_step if is_best else None
     # Each of several evaluation sets has a record of its own.
     evaluations: dict[int, dict[str, float]] = {}
-    for record in state.log_history:
+    for index, record in enumerate(state.log_history):
         if any(key.startswith("eval_") for key in record):
-            evaluations.setdefault(int(record["step"]), {}).update(record)
-    last_step = max(evaluations, default=0)
+            step = int(record["step"])
+            # The log goes on counting from the last step, but the best model has been loaded.
+            if best_step is not None and index >= (num_records_of_training or 0):
+                step = best_step
+            evaluations.setdefault(step, {}).update(record)
+    last_step = max(evaluations, default=0) if best_step is None else best_step
     base_model = getattr(getattr(model, "config", None), "_name_or_path", "")
     return CardFacts(
         model_name=Path(args.hub_model_id or os.path.abspath(_output_dir(args))).name,
@@ -156,8 +210,29 @@ def card_facts(
         versions={name: _version(name) for name in _LIBRARIES},
         ledger=str(ledger) if ledger is not None else "",
         before=evaluations.get(0, {}),
-        after=evaluations[last_step] if last_step > 0 else {},
+        after=evaluations.get(last_step, {}) if last_step > 0 else {},
+        best_step=best_step,
     )
+
+
+def warn_of_rounding(optimizer: torch.optim.Optimizer | None) -> None:
+    """Warns where an optimizer of torch updates weights of 16 bits, which rounds to the nearest.
+
+    Args:
+        optimizer: As the Trainer made it; wrappers that keep weights of 32 bits are not torch's.
+    """
+    # Accelerate's wrapper carries the optimizer it wraps.
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    if optimizer is None or not type(optimizer).__module__.startswith("torch.optim"):
+        return
+    dtypes = {p.dtype for group in optimizer.param_groups for p in group["params"]}
+    for dtype in sorted(dtypes & {torch.bfloat16, torch.float16}, key=str):
+        logger.warning(
+            "Weights that are trained are %s: updates smaller than about %.2f%% of a weight are "
+            "rounded away. Load the model with dtype float32, and set bf16=True for speed.",
+            str(dtype).removeprefix("torch."),
+            50 * torch.finfo(dtype).eps,
+        )
 
 
 def summarize_run(
@@ -237,6 +312,14 @@ def _version(library: str) -> str:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
         return "from source"
+
+
+def _tells_of_a_training(output_dir: Path) -> bool:
+    try:
+        return any(record.get("step", 0) > 0 for record in read_log(output_dir))
+    except ValueError:
+        # A line was cut off in the middle: something was running here when it was killed.
+        return True
 
 
 def _output_dir(args: TrainingArguments) -> Path:

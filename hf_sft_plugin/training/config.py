@@ -88,7 +88,10 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
     )
     logging_nan_inf_filter: bool = field(
         default=False,
-        metadata={"help": "Whether losses that are not finite are left out of the logged loss."},
+        metadata={
+            "help": "Has no effect: a loss that is not finite is logged as it is. False spares the "
+            "training loop a wait at every micro-batch."
+        },
     )
     logging_steps: float = field(
         default=10,

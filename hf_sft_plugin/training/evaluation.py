@@ -1,17 +1,23 @@
 """Evaluation by generating: the prompts of prepared rows are continued and judged."""
 
-from collections.abc import Collection, Sequence
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import datasets
 import evaluate
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
+from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_sft_plugin.types import TokenizedExample
+from hf_sft_plugin.data.tokenization import tokenize_example
+from hf_sft_plugin.types import RowError, TokenizedExample
+
+logger = logging.getLogger(__name__)
 
 
 class GeneratedResponse(NamedTuple):
@@ -54,6 +60,58 @@ def load_metric(name: str) -> evaluate.Metric:
     if name == "exact_match":
         return ExactMatch(keep_in_memory=True)
     return evaluate.load(name, keep_in_memory=True)
+
+
+def examples_to_answer(
+    dataset: Any, num_rows: int | None, tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> list[TokenizedExample]:
+    """The first rows of a dataset as tokenized examples.
+
+    Args:
+        dataset: Raw or prepared rows.
+        num_rows: Only the first rows; None takes all.
+        tokenizer: Tokenizes raw rows.
+        **options: Those of `tokenize_example`.
+
+    Returns:
+        One example per prepared row; of a raw row as many as `tokenize_example` gives.
+
+    Raises:
+        ValueError: If there is no dataset, if there are several, or if it is a stream.
+        RowError: If a raw row has no response.
+    """
+    if dataset is None:
+        raise ValueError(
+            "There are no rows to answer. Pass a dataset, or give the trainer an eval_dataset."
+        )
+    if isinstance(dataset, Mapping):
+        raise ValueError(
+            f"There are several datasets, {', '.join(map(str, dataset))}, but responses are "
+            f"generated for one. Pass one of them, such as eval_dataset[{next(iter(dataset))!r}]."
+        )
+    refuse_stream(dataset)
+    count = len(dataset) if num_rows is None else min(num_rows, len(dataset))
+    examples: list[TokenizedExample] = []
+    for index in range(count):
+        row = dataset[index]
+        if row.get("response_mask") is not None:
+            examples.append(row)
+            continue
+        try:
+            examples += tokenize_example(row, tokenizer, **options)
+        except RowError as error:
+            raise RowError(index, error.problem, error.reason) from error
+    return examples
+
+
+def refuse_stream(dataset: object) -> None:
+    """Raises a `ValueError` on a dataset without a length, for which nothing can be generated."""
+    if not isinstance(dataset, Sized):
+        raise ValueError(
+            "Responses cannot be generated for a streaming dataset: the processes share its rows "
+            "by their numbers. Keep the rows to evaluate on in memory, for example with "
+            "Dataset.from_list(list(dataset.take(100))), or set predict_with_generate to False."
+        )
 
 
 def last_prompt(example: TokenizedExample) -> tuple[list[int], list[int]]:
@@ -110,27 +168,45 @@ def generate(
         pad_token_id=pad_token_id,
     )
     responses: list[list[int]] = [[] for _ in prompts]
-    was_training = model.training
-    model.eval()
     batches = range(0, len(order), batch_size)
-    for start in tqdm(batches, desc=progress, disable=progress is None, leave=False):
-        indices = order[start : start + batch_size]
-        width = max(len(prompts[index]) for index in indices)
-        input_ids = torch.full((len(indices), width), pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, index in enumerate(indices):
-            input_ids[row, width - len(prompts[index]) :] = torch.as_tensor(prompts[index])
-            attention_mask[row, width - len(prompts[index]) :] = 1
-        sequences = cast(Any, model).generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            generation_config=config,
-        )
-        for index, sequence in zip(indices, sequences[:, width:].tolist(), strict=True):
-            stop = next((i for i, t in enumerate(sequence) if t in stop_token_ids), len(sequence))
-            responses[index] = sequence[:stop]
-    model.train(was_training)
+    with _generation_mode(model, config):
+        for start in tqdm(batches, desc=progress, disable=progress is None, leave=False):
+            indices = order[start : start + batch_size]
+            width = max(len(prompts[index]) for index in indices)
+            input_ids = torch.full((len(indices), width), pad_token_id)
+            attention_mask = torch.zeros_like(input_ids)
+            for row, index in enumerate(indices):
+                input_ids[row, width - len(prompts[index]) :] = torch.as_tensor(prompts[index])
+                attention_mask[row, width - len(prompts[index]) :] = 1
+            sequences = cast(Any, model).generate(
+                input_ids=input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                generation_config=config,
+            )
+            for index, sequence in zip(indices, sequences[:, width:].tolist(), strict=True):
+                stop = next(
+                    (i for i, t in enumerate(sequence) if t in stop_token_ids), len(sequence)
+                )
+                responses[index] = sequence[:stop]
     return responses
+
+
+@contextmanager
+def _generation_mode(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Evaluation mode, with these settings alone; everything is put back afterwards.
+
+    What is not set in a `GenerationConfig` is otherwise taken from the one saved with the model,
+    such as a penalty on repetitions.
+    """
+    owner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    saved, was_training = owner.generation_config, model.training
+    owner.generation_config = config
+    model.eval()
+    try:
+        yield
+    finally:
+        owner.generation_config = saved
+        model.train(was_training)
 
 
 def generate_responses(
@@ -182,6 +258,34 @@ def generate_responses(
         for index, answer in zip(mine, answers, strict=True)
     ]
     return [response for _, response in sorted(gather_object(responses))]
+
+
+def with_whole_reference(
+    responses: Sequence[GeneratedResponse],
+    examples: Sequence[TokenizedExample],
+    stop_token_ids: Collection[int],
+) -> list[GeneratedResponse]:
+    """The responses that can be judged fairly: the expected one ends with a stop token.
+
+    Rows that were cut to `max_length` have lost it, and nothing could match what is left of them.
+    Where no row has one, as in rows that were tokenized without, all responses are given. The log
+    tells of both.
+    """
+    whole = [
+        response
+        for response, example in zip(responses, examples, strict=True)
+        if last_prompt(example)[1][-1] in stop_token_ids
+    ]
+    num_cut = len(responses) - len(whole)
+    if num_cut and PartialState().is_main_process:
+        logger.warning(
+            "%d of %d expected responses do not end with a stop token: their rows were cut to "
+            "max_length, or never had one. %s.",
+            num_cut,
+            len(responses),
+            "They are not judged" if whole else "Exact match with what is left of them says little",
+        )
+    return whole or list(responses)
 
 
 def judge(

@@ -119,8 +119,9 @@ def find_transform(
 ) -> LogitTransform | None:
     """Measures what a model does to the output of its LM head: nothing, a scaling or a soft cap.
 
-    One row is run, and each transformation that the model's config can stand for is compared with
-    the logits that come out.
+    One row is run, with a head that answers with known values. Each transformation that the model's
+    config can stand for is compared with what the model makes of them. The values are large and of
+    both signs: on logits near zero a soft cap changes nothing, and on zeros no scaling does.
 
     Args:
         wrapped: The model as Accelerate prepared it.
@@ -128,31 +129,48 @@ def find_transform(
         inputs: A batch; its first row is used.
 
     Returns:
-        The transformation, or None where no known one fits, or where the logits do not come from
-        an LM head.
+        The transformation, or None where no known one fits or several different ones do, or where
+        the logits do not come from an LM head.
     """
     lm_head = _lm_head(model)
     if lm_head is None:
         return None
-    raw: list[Tensor] = []
-    hook = lm_head.register_forward_hook(lambda _, __, output: raw.append(output))
+    head = lm_head.forward
+    planted: list[Tensor] = []
+
+    def answer_with_known_values(hidden_states: Tensor) -> Tensor:
+        # One position of the real head tells the size of the vocabulary, the dtype and the device.
+        planted.append(_known_logits(like=head(hidden_states[..., -1:, :])))
+        # A copy, because a model may scale its logits in place.
+        return planted[-1].clone()
+
     was_training = wrapped.training
     first_row = {
         name: value[:1] if isinstance(value, Tensor) else value for name, value in inputs.items()
     }
     try:
         wrapped.eval()
-        with torch.no_grad():
+        with torch.no_grad(), _replaced_forward(lm_head, answer_with_known_values):
             logits = wrapped(**first_row, use_cache=False).logits
     finally:
         wrapped.train(was_training)
-        hook.remove()
-    if len(raw) != 1 or raw[0].shape != logits.shape:
+    if len(planted) != 1 or planted[0].shape != logits.shape:
         return None
+    fits: list[tuple[LogitTransform, Tensor]] = []
     for transform in _candidates(model):
-        if torch.allclose(transform(raw[0]).to(logits.dtype), logits, rtol=1e-5, atol=1e-6):
-            return transform
-    return None
+        expected = transform(planted[0]).to(logits.dtype)
+        if torch.allclose(expected, logits, rtol=1e-5, atol=1e-6):
+            fits.append((transform, expected))
+    # A scaling by 1 is the identity, and no matter; what differs at all must not be guessed.
+    if not fits or not all(torch.equal(expected, fits[0][1]) for _, expected in fits):
+        return None
+    return fits[0][0]
+
+
+def _known_logits(like: Tensor) -> Tensor:
+    """Spread values of both signs, whose mean is not 0 so that a model which uses it is noticed."""
+    values = torch.linspace(-50, 70, like.shape[-1], dtype=like.dtype, device=like.device)
+    return values.expand_as(like)
 
 
 def _candidates(model: nn.Module) -> Iterator[LogitTransform]:

@@ -1,11 +1,13 @@
 """Models and tokenizers from names, checked against each other before anything is trained."""
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from peft import PeftModel
+import torch
+from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -16,22 +18,34 @@ from transformers import (
 
 from hf_sft_plugin.data.tokenization import find_stop_token, max_row_length
 
+logger = logging.getLogger(__name__)
+
+# Any of them in a config says that positions are rotations, which have no last one.
+_ROTARY_SETTINGS = ("rope_parameters", "rope_scaling", "rope_theta")
+
 
 def load_model(
     model: str | os.PathLike[str] | PreTrainedModel | PeftModel,
     init_kwargs: Mapping[str, Any] | str | None,
+    peft_config: PeftConfig | None = None,
 ) -> PreTrainedModel | PeftModel:
     """The model itself, or the one that a name or path stands for.
+
+    Weights that will be trained are loaded in float32, unless the arguments say otherwise: in
+    bfloat16 most updates would be rounded away. Under an adapter they keep the checkpoint's dtype.
 
     Args:
         model: A model, or what `from_pretrained` takes.
         init_kwargs: Further arguments of `from_pretrained`, also as JSON; only for a name.
+        peft_config: The adapter that will be trained in place of the model; None: the model is.
 
     Raises:
         ValueError: If arguments were given for a model that is already there.
     """
     arguments = json.loads(init_kwargs) if isinstance(init_kwargs, str) else init_kwargs or {}
     if isinstance(model, str | os.PathLike):
+        if peft_config is None and not arguments.keys() & {"dtype", "torch_dtype"}:
+            arguments = {**arguments, "dtype": torch.float32}
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, **arguments)
         return loaded
     if arguments:
@@ -119,10 +133,22 @@ def stop_tokens(
 def limit_length(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | PeftModel, max_length: int | None
 ) -> int | None:
-    """Longest row in tokens: as asked, else as long as the tokenizer and the model allow."""
+    """Longest row in tokens: as asked, else as long as the tokenizer and the model allow.
+
+    Raises:
+        ValueError: If more is asked than the model has positions.
+    """
     text_config = model.config.get_text_config()
     own = getattr(text_config, "max_position_embeddings", None)
     limit = max_row_length(tokenizer, max_length)
+    if max_length is not None and own is not None and max_length > own:
+        problem = f"max_length is {max_length:,}, but the model was made for {own:,} positions"
+        if all(getattr(text_config, name, None) is None for name in _ROTARY_SETTINGS):
+            raise ValueError(
+                f"{problem} and has none beyond them. Set max_length to {own} or less, or choose a "
+                "model with a longer context."
+            )
+        logger.warning("%s: it may do badly on rows that are longer.", problem)
     if max_length is not None or own is None:
         return limit
     return own if limit is None else min(own, limit)

@@ -18,6 +18,9 @@ from hf_sft_plugin.training.metrics import NUM_TOTALS, Totals, WindowedTotals, r
 
 logger = logging.getLogger(__name__)
 
+# Where the configs of mixture-of-experts models say how much the router's loss counts.
+_AUX_LOSS_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+
 if TYPE_CHECKING:
     # A mixin stands in front of a Trainer, which type checkers cannot know from its bases.
     _TrainerBase = Trainer
@@ -114,6 +117,8 @@ class MaskedLossMixin(_TrainerBase):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _refuse_inexact_settings(self)
+        # A subclass may give it as text, as the config does.
+        self.loss_normalization = LossNormalization(self.loss_normalization)
         self._train_totals = WindowedTotals()
         self._eval_totals = self._no_totals()
         self._num_microbatches = 1
@@ -122,7 +127,6 @@ class MaskedLossMixin(_TrainerBase):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`; the counts begin at 0, or where the checkpoint stopped."""
-        self._train_totals = WindowedTotals()
         output = super().train(*args, **kwargs)
         # The Trainer's own figure is a mean over steps of means over tokens.
         exact = output.metrics.get("train_loss", output.training_loss)
@@ -140,14 +144,13 @@ class MaskedLossMixin(_TrainerBase):
         batches = list(islice(epoch_iterator, num_batches))
         self._num_microbatches = max(len(batches), 1)
         count = torch.zeros((), dtype=widest_float(device), device=device)
-        if self.loss_normalization is LossNormalization.CONSTANT:
+        if self.loss_normalization == LossNormalization.CONSTANT:
             return batches, count + self.normalize_constant
         for batch in batches:
             count += split_batch(batch, self.loss_normalization).divisors.sum().to(device)
         if self.accelerator.num_processes > 1:
             count = self.accelerator.reduce(count, reduction="sum")
-        # Tensor-parallel processes see the same rows.
-        return batches, count / self.get_tp_size()
+        return batches, count
 
     def compute_loss(
         self,
@@ -195,7 +198,10 @@ class MaskedLossMixin(_TrainerBase):
         totals = row_totals(
             result.stats, batch.targets, batch.weights, batch.divisors, batch.num_tokens
         )
-        self._eval_totals += self.accelerator.gather_for_metrics(totals).sum(0)
+        if self.accelerator.num_processes > 1:
+            # Leaves out the rows that were repeated to give every process as many.
+            totals = self.accelerator.gather_for_metrics(totals)
+        self._eval_totals += totals.sum(0)
         if prediction_loss_only:
             return None, None, None
         logits = outputs.logits[:, -batch.targets.shape[1] :]
@@ -238,7 +244,7 @@ class MaskedLossMixin(_TrainerBase):
     @property
     def _eval_normalization(self) -> LossNormalization:
         # A constant divisor belongs to an optimizer step; an evaluation has a mean per token.
-        if self.loss_normalization is LossNormalization.CONSTANT:
+        if self.loss_normalization == LossNormalization.CONSTANT:
             return LossNormalization.TOKEN
         return self.loss_normalization
 
@@ -255,7 +261,9 @@ class MaskedLossMixin(_TrainerBase):
     def _fused_head(self, model: nn.Module, batch: ResponseBatch) -> FusedHead | None:
         """The fused head, where the model allows one; decided once per model."""
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        if self.fused_head == "off" or unwrapped is self._model_of_head:
+        if self.fused_head == "off":
+            return None
+        if unwrapped is self._model_of_head:
             return self._head
         self._model_of_head = unwrapped
         transform = find_transform(model, unwrapped, batch.model_inputs)
@@ -277,13 +285,13 @@ class MaskedLossMixin(_TrainerBase):
         is needed.
         """
         if num_items is None:
-            is_constant = self.loss_normalization is LossNormalization.CONSTANT
+            is_constant = self.loss_normalization == LossNormalization.CONSTANT
             divisor = batch.divisors.sum()
             divisor = torch.full_like(divisor, self.normalize_constant) if is_constant else divisor
             num_averaged = 1
         else:
             divisor = torch.as_tensor(num_items, device=batch.divisors.device)
-            num_averaged = self.accelerator.num_processes // self.get_tp_size()
+            num_averaged = self.accelerator.num_processes
         # Without a single response token the sum is 0, and so shall be the loss.
         return num_averaged / divisor.where(divisor > 0, 1).to(batch.weights.dtype)
 
@@ -292,14 +300,19 @@ class MaskedLossMixin(_TrainerBase):
         if result.aux_loss is None:
             return 0.0
         config = self.accelerator.unwrap_model(model).config.get_text_config()
-        return result.aux_loss.to(result.loss.device) * (
-            config.router_aux_loss_coef / self._num_microbatches
-        )
+        values = (getattr(config, name, None) for name in _AUX_LOSS_COEFFICIENTS)
+        coefficient = next((value for value in values if value is not None), None)
+        if coefficient is None:
+            raise ValueError(
+                f"{type(config).__name__} does not say how much the router's loss counts, in none "
+                f"of {', '.join(_AUX_LOSS_COEFFICIENTS)}. Set output_router_logits to false."
+            )
+        return result.aux_loss.to(result.loss.device) * (coefficient / self._num_microbatches)
 
     def _totals(self, batch: ResponseBatch, result: ResponseResult) -> Tensor:
         """Step 9: the sums and counts of a micro-batch, `(7,)`."""
         divisors = batch.divisors
-        if self.loss_normalization is LossNormalization.CONSTANT:
+        if self.loss_normalization == LossNormalization.CONSTANT:
             parts = len(divisors) * self._num_microbatches * self.accelerator.num_processes
             divisors = torch.full_like(divisors, self.normalize_constant / parts)
         return row_totals(
@@ -315,6 +328,11 @@ class MaskedLossMixin(_TrainerBase):
         trainer: Any = self
         known = trainer._signature_columns or []
         trainer._signature_columns = [*known, "response_mask", "loss_weights"]
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        # Here a run begins, and begins anew where the Trainer looks for a batch size that fits.
+        self._train_totals = WindowedTotals()
+        return super()._init_training_state(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -348,7 +366,12 @@ def _refuse_inexact_settings(trainer: Trainer) -> None:
         (
             trainer.get_cp_size() * trainer.get_sp_size() > 1,
             "Context or sequence parallelism splits rows between processes, and the label of a "
-            "split's last token would be lost. Use data, tensor or fully sharded parallelism.",
+            "split's last token would be lost. Use data or fully sharded parallelism.",
+        ),
+        (
+            trainer.get_tp_size() > 1,
+            "Under tensor parallelism several processes see the same rows, which would be counted "
+            "several times. Use data or fully sharded parallelism.",
         ),
     )
     for is_conflict, message in conflicts:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -18,12 +19,16 @@ from hf_sft_plugin.training.callbacks import RunRecorder
 from hf_sft_plugin.training.config import MaskedSFTConfig
 from hf_sft_plugin.training.evaluation import (
     GeneratedResponse,
+    examples_to_answer,
     generate_responses,
     judge,
     load_metric,
+    refuse_stream,
+    with_whole_reference,
 )
 from hf_sft_plugin.training.loading import limit_length, load_model, load_tokenizer, stop_tokens
 from hf_sft_plugin.training.masked_loss_mixin import MaskedLossMixin
+from hf_sft_plugin.types import TokenizedExample
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
@@ -84,7 +89,8 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
                 f"args is a {type(args).__name__}; MaskedSFTTrainer needs a MaskedSFTConfig, which "
                 "takes the same arguments and some more."
             )
-        model = load_model(model, args.model_init_kwargs)
+        _refuse_datasets(args, train_dataset, eval_dataset)
+        model = load_model(model, args.model_init_kwargs, peft_config)
         tokenizer = load_tokenizer(processing_class, model, args.stop_token)
         model = add_adapter(model, peft_config)
         self.stop_token_ids = stop_tokens(model, tokenizer, args.stop_token)
@@ -92,7 +98,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         self.responses: list[GeneratedResponse] = []
         metrics = args.generation_metrics if args.predict_with_generate else []
         self.generation_metrics = [load_metric(name) for name in metrics]
-        options = {
+        self._options = options = {
             **args.data_options(),
             "max_length": limit_length(tokenizer, model, args.max_length),
             "stop_token_ids": self.stop_token_ids,
@@ -125,34 +131,33 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         """Answers the last prompt of each row greedily.
 
         Args:
-            dataset: Prepared rows; None takes the evaluation data.
+            dataset: Raw or prepared rows; None takes the evaluation data.
             num_rows: Only the first rows; None takes all.
 
         Returns:
-            Prompt, response and expected response of each row, as text, on every process.
+            Prompt, response and expected response of each row, as text, on every process. The
+            expected response of a row that was cut to `max_length` is what is left of it.
+
+        Raises:
+            ValueError: If there is no dataset, if there are several, or if it is a stream.
         """
-        rows: Any = self.eval_dataset if dataset is None else dataset
-        count = len(rows) if num_rows is None else min(num_rows, len(rows))
-        return generate_responses(
-            self.accelerator.unwrap_model(self.model),
-            [rows[index] for index in range(count)],
-            cast(PreTrainedTokenizerBase, self.processing_class),
-            self.accelerator,
-            stop_token_ids=self.stop_token_ids,
-            max_new_tokens=self.args.generation_max_new_tokens,
-            batch_size=self.args.per_device_eval_batch_size,
-        )
+        rows = self.eval_dataset if dataset is None else dataset
+        return self._answer(self._examples_to_answer(rows, num_rows))
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """As in `MaskedLossMixin`; with `predict_with_generate` also judges generated responses."""
-        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        """As in `MaskedLossMixin`; with `predict_with_generate` also judges generated responses.
+
+        Rows whose expected response was cut are not judged; see `with_whole_reference`.
+        """
         if not self.args.predict_with_generate:
-            return output
-        self.responses = self.generate_responses(
-            dataloader.dataset, num_rows=self.args.generation_num_rows
-        )
+            return super().evaluation_loop(dataloader, description, *args, **kwargs)
+        # First, so that rows which cannot be answered do not cost an evaluation.
+        examples = self._examples_to_answer(dataloader.dataset, self.args.generation_num_rows)
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        self.responses = self._answer(examples)
+        judged = with_whole_reference(self.responses, examples, self.stop_token_ids)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        metrics = judge(self.responses, self.generation_metrics)
+        metrics = judge(judged, self.generation_metrics)
         generated = {f"{prefix}_{name}": value for name, value in metrics.items()}
         return output._replace(metrics={**output.metrics, **generated})
 
@@ -189,12 +194,31 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
         folder = self.args.output_dir if output_dir is None else output_dir
+        card = Path(str(folder), "README.md")
+        old_card = card.read_bytes() if card.is_file() else None
+        super()._save(output_dir, state_dict)
         is_adapter = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
         if is_adapter and folder == self.args.output_dir:
             # PEFT has just put the base model's path and its own tags into our card.
+            if old_card is not None:
+                card.write_bytes(old_card)
             self.create_model_card()
+
+    def _examples_to_answer(self, rows: Any, num_rows: int | None) -> list[TokenizedExample]:
+        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+        return examples_to_answer(rows, num_rows, tokenizer, **self._options)
+
+    def _answer(self, examples: Sequence[TokenizedExample]) -> list[GeneratedResponse]:
+        return generate_responses(
+            self.accelerator.unwrap_model(self.model),
+            examples,
+            cast(PreTrainedTokenizerBase, self.processing_class),
+            self.accelerator,
+            stop_token_ids=self.stop_token_ids,
+            max_new_tokens=self.args.generation_max_new_tokens,
+            batch_size=self.args.per_device_eval_batch_size,
+        )
 
     def _prepare(
         self,
@@ -220,3 +244,18 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
                 **options,
             )
         return prepared
+
+
+def _refuse_datasets(args: MaskedSFTConfig, train_dataset: object, eval_dataset: object) -> None:
+    """Raises on datasets that would only fail in the middle of a run."""
+    if isinstance(train_dataset, Mapping):
+        names = list(train_dataset)
+        raise ValueError(
+            f"train_dataset holds several datasets, {', '.join(map(str, names))}, but one is "
+            f"trained on. Take one split, such as dataset[{next(iter(names), 'train')!r}], or join "
+            "them with datasets.concatenate_datasets. Only eval_dataset takes several by name."
+        )
+    if args.predict_with_generate and eval_dataset is not None:
+        sets = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
+        for dataset in sets:
+            refuse_stream(dataset)

@@ -34,7 +34,9 @@ def reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             )
         )
     shape = targets.shape
-    return torch.tensor(log_probs).view(shape), torch.tensor(entropies).view(shape)
+    return tuple(  # type: ignore[return-value]  # of two
+        torch.tensor(values, dtype=torch.float64).view(shape) for values in (log_probs, entropies)
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -52,8 +54,8 @@ def test_any_shape_and_scale_gives_the_written_out_numbers(
     targets = torch.randint(0, vocab, tuple(shape), generator=generator)
     log_probs, entropy = reference(logits, targets)
     stats = token_stats(logits, targets)
-    torch.testing.assert_close(stats.log_probs, log_probs.double(), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(stats.token_entropy, entropy.double(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(stats.log_probs, log_probs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(stats.token_entropy, entropy, rtol=1e-12, atol=1e-12)
     assert torch.equal(stats.is_top1.bool(), logits.argmax(-1) == targets)
 
 
@@ -118,8 +120,8 @@ def test_response_log_probs_are_those_of_the_model(model_factory: Callable[..., 
     labels = torch.randint(0, 300, (2, 6))
     result = get_response_log_probs(model, input_ids, labels, return_token_entropy=True)
     log_probs, entropy = reference(model(input_ids).logits.detach(), labels)
-    torch.testing.assert_close(result["log_probs"].detach().float(), log_probs)
-    torch.testing.assert_close(result["token_entropy"].detach().float(), entropy)
+    torch.testing.assert_close(result["log_probs"].detach(), log_probs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(result["token_entropy"].detach(), entropy, rtol=1e-12, atol=1e-12)
     assert result["log_probs"].requires_grad
     assert set(get_response_log_probs(model, input_ids, labels)) == {"log_probs"}
 

@@ -16,6 +16,10 @@ class Shape:
     learning_rate: float = field(default=1.0, metadata={"help": "How fast."})
     num_rows: int = field(default=1, metadata={"help": "How many."})
     lora: bool = field(default=False, metadata={"help": "Whether to."})
+    lora_r: int = field(default=1, metadata={"help": "Its rank."})
+    local_rank: int = field(default=1, metadata={"help": "Of the process."})
+    eval_strategy: str = field(default="no", metadata={"help": "When."})
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "Which."})
     model_config: dict[str, Any] | str | None = field(default=None, metadata={"help": "Of what."})
     names: list[str] = field(default_factory=lambda: ["a"], metadata={"help": "Which."})
 
@@ -68,11 +72,23 @@ def test_values_of_every_kind_come_from_a_file(default_config: Path, tmp_path: P
     )
 
 
+def test_a_file_may_ask_for_the_last_checkpoint(default_config: Path, tmp_path: Path) -> None:
+    shape = parse(default_config, write(tmp_path, "resume_from_checkpoint: true\n"))
+    assert str(shape.resume_from_checkpoint) == "True"
+
+
+def test_the_settings_named_on_the_command_line_are_found_however_they_are_written() -> None:
+    argv = ["a.yaml", "--lora-r=8", "--num_rows", "-1", "--lora"]
+    assert arguments.named_flags(argv) == {"lora_r", "num_rows", "lora"}
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--num_row", "3"], "unknown argument '--num_row'. Did you mean '--num_rows'?"),
         (["--learning_rat=3"], "Did you mean '--learning_rate'?"),
+        (["--lora_rank", "3"], "unknown argument '--lora_rank'. Did you mean '--lora_r'?"),
+        (["--rows", "3"], "Did you mean '--num_rows'?"),
         (["--zzz"], "unknown argument '--zzz'. See --help for all of them."),
         (["--num_rows", "many"], "argument --num_rows"),
         (["nowhere.yaml"], "there is no settings file 'nowhere.yaml'"),
@@ -94,6 +110,8 @@ def test_a_wrong_flag_is_an_error_that_names_the_nearest(
         ("- 3", "holds a list; settings are 'name: value' lines"),
         ("a: [", "is not valid YAML"),
         ("num_rows: many", "num_rows"),
+        ("eval_strategy: no", 'put quotes around them, such as eval_strategy: "no"'),
+        ("num_rows: true", "num_rows is True, but it is not a yes-or-no setting"),
     ],
 )
 def test_a_wrong_file_is_an_error_that_names_the_key(

@@ -12,7 +12,6 @@ import sft
 import torch
 import yaml
 from arguments import parse_arguments
-from datasets import Dataset, DatasetDict
 from peft import PeftModel
 from quickstart import WORDS
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,6 +30,7 @@ TINY_MODEL = json.dumps(
         "head_dim": 8,
     }
 )
+MODEL = ("--model_config", TINY_MODEL)
 SHORT = ("--max_steps", "2", "--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "1")
 
 
@@ -130,6 +130,9 @@ def test_a_checkpoint_is_resumed(run: Callable[..., str], train_file: str, tmp_p
     run(*flags, *steps, "--max_steps", "3", "--resume_from_checkpoint", "out/checkpoint-2")
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     assert [log["step"] for log in map(json.loads, lines) if "loss" in log] == [1, 2, 3]
+    run(*flags, *steps, "--max_steps", "4", "--resume_from_checkpoint", "true")
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [log["step"] for log in map(json.loads, lines) if "loss" in log] == [1, 2, 3, 4]
 
 
 def test_rows_held_out_by_share_are_evaluated(run: Callable[..., str], train_file: str) -> None:
@@ -165,23 +168,6 @@ def test_pushing_goes_through_the_trainers_own_path(
     assert len(pushes) == 1
 
 
-@pytest.mark.parametrize("form", ["json", "jsonl", "csv", "parquet", "folder", "splits"])
-def test_rows_are_read_from_every_form(form: str, tmp_path: Path) -> None:
-    dataset = Dataset.from_list(ROWS)
-    path = tmp_path / f"rows.{form}"
-    if form in ("json", "jsonl"):
-        dataset.to_json(path, lines=form == "jsonl")
-    elif form == "csv":
-        dataset.to_csv(path)
-    elif form == "parquet":
-        dataset.to_parquet(path)
-    elif form == "folder":
-        dataset.save_to_disk(path)
-    else:
-        DatasetDict({"train": dataset}).save_to_disk(path)
-    assert sft.read_rows(str(path), "train").to_list() == ROWS
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -191,6 +177,49 @@ def test_rows_are_read_from_every_form(form: str, tmp_path: Path) -> None:
         ),
         (("--train_file", "none.jsonl", "--model_config", TINY_MODEL), "There is no 'none.jsonl'"),
         (("--train_file", "rows.jsonl"), "Name the model to fine-tune"),
+        (
+            ("--train_file", "rows.jsonl", "--model_name_or_path", "./nowhere"),
+            "model_name_or_path is './nowhere', from which nothing could be loaded",
+        ),
+        (
+            ("--train_file", "rows.jsonl", "--tokenizer_name_or_path", "./no", *MODEL),
+            "tokenizer_name_or_path is './no', from which nothing could be loaded",
+        ),
+        (
+            ("--train_file", "rows.jsonl", "--chat_template_path", "no.jinja", *MODEL),
+            "chat_template_path is 'no.jinja', but there is no such file",
+        ),
+        (
+            ("--train_file", "rows.jsonl", "--model_config", '{"hidden_size":3}'),
+            'model_config is {"hidden_size": 3}, without a model_type',
+        ),
+        (
+            ("--train_file", "rows.jsonl", "--model_config", "{bad"),
+            "model_config is '{bad', which is not JSON",
+        ),
+        (
+            ("--train_file", "rows.jsonl", "--model_config", '{"model_type": "qwen33"}'),
+            "model_config: the model_type 'qwen33' is unknown to transformers. Did you mean",
+        ),
+        (
+            ("--predict_with_generate", "--generation_metrics", "rouge"),
+            "generation_metrics names 'rouge', which cannot be loaded",
+        ),
+        (
+            ("--resume_from_checkpoint", "nodir"),
+            "resume_from_checkpoint is 'nodir', but there is no trainer_state.json in it",
+        ),
+        (
+            ("--resume_from_checkpoint", "true"),
+            "resume_from_checkpoint is true, but 'out' holds no checkpoint",
+        ),
+        (("--lora_r", "8"), "lora_r is 8, but there is no --lora"),
+        (("--lora_alpha=32",), "lora_alpha is 32, but there is no --lora"),
+        (("--lora-target-modules", "q_proj"), "lora_target_modules is 'q_proj', but there is no"),
+        (
+            ("--train_file", "rows.jsonl", "--lora", "--lora_target_modules", ",", *MODEL),
+            "lora_target_modules is ',', which names no module",
+        ),
         (
             ("--train_file", "rows.jsonl", "--model_config", TINY_MODEL, "--prompt_column", "q"),
             "There is no column 'q'",
@@ -205,8 +234,47 @@ def test_a_mistake_ends_in_one_clear_message(
 ) -> None:
     for name in ("rows.jsonl", "rows.csvv"):
         (tmp_path / name).write_text(json.dumps(ROWS[0]) + "\n")
-    with pytest.raises(SystemExit, match=f"sft.py: {message}"):
+    with pytest.raises(SystemExit) as error:
         run(*argv)
+    assert str(error.value).startswith(f"sft.py: {message}")
+
+
+def test_an_error_of_the_system_keeps_its_traceback(
+    run: Callable[..., str], train_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sft, "MaskedSFTTrainer", fail)
+    with pytest.raises(OSError, match="No space left"):
+        run("--train_file", train_file, "--model_name_or_path", "base")
+
+
+@pytest.mark.parametrize(
+    ("modules", "targets"),
+    [
+        ("q_proj, v_proj", {"q_proj", "v_proj"}),
+        ("q_proj", {"q_proj"}),
+        ("q_proj,", {"q_proj"}),
+        ("all-linear", "all-linear"),
+        (" all-linear ", "all-linear"),
+    ],
+)
+def test_lora_target_modules_are_names_with_commas(modules: str, targets: Any) -> None:
+    config = sft.lora_config(sft.ModelArguments(lora=True, lora_target_modules=modules))
+    assert config is not None
+    assert config.target_modules == targets
+
+
+def test_a_file_may_state_the_defaults_of_an_adapter_that_a_flag_leaves_out() -> None:
+    sft.require_lora(sft.ModelArguments(lora=False, lora_r=16), {"lora"})
+    with pytest.raises(ValueError, match="lora_r is 17, but there is no --lora"):
+        sft.require_lora(sft.ModelArguments(lora=False, lora_r=17), {"lora"})
+
+
+def test_full_fine_tuning_leaves_the_dtype_of_the_weights_to_the_trainer(recipes: Path) -> None:
+    settings = yaml.safe_load((recipes / "configs" / "full_qwen3_0.6b.yaml").read_text())
+    assert "model_init_kwargs" not in settings
 
 
 @pytest.mark.parametrize("name", ["quickstart", "full_qwen3_0.6b", "lora", "gsm8k"])

@@ -130,6 +130,12 @@ def test_the_body_shows_figures_before_and_after_and_links_the_base_model(tmp_pa
     )
 
 
+def test_the_card_says_where_the_weights_of_the_best_step_were_taken(tmp_path: Path) -> None:
+    card = write(tmp_path, after=AFTER, best_step=1500)
+    assert "|  | before training | after step 1,500, the best |" in card.text
+    assert "after training" not in card.text
+
+
 @pytest.mark.parametrize("before", [{}, BEFORE])
 def test_without_an_evaluation_after_training_there_is_no_table(
     before: Mapping[str, float], tmp_path: Path

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 from hf_sft_plugin.training.adapters import add_adapter
@@ -46,6 +47,14 @@ def test_only_the_adapter_is_trained(config: PeftConfig, num_trained: int, model
     assert adapted.get_base_model() is model
     assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == num_trained
     assert all("lora_" in name or "ia3_" in name for name in trained(adapted))
+
+
+def test_the_adapter_of_a_bfloat16_model_is_float32(model: Any) -> None:
+    """In bfloat16 most of its updates would be rounded away."""
+    adapted = add_adapter(model.bfloat16(), lora())
+    dtypes = {p.dtype for p in adapted.parameters() if p.requires_grad}
+    assert dtypes == {torch.float32}
+    assert model.model.embed_tokens.weight.dtype == torch.bfloat16
 
 
 def test_without_a_config_the_model_stays_as_it_is(model: Any) -> None:

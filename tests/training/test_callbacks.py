@@ -18,7 +18,12 @@ from transformers import TrainerControl, TrainerState
 
 from hf_sft_plugin import Ledger, MaskedSFTConfig, MaskedSFTTrainer
 from hf_sft_plugin.reporting.run_log import read_log, start_log
-from hf_sft_plugin.training.callbacks import RunRecorder, card_facts, summarize_run
+from hf_sft_plugin.training.callbacks import (
+    RunRecorder,
+    card_facts,
+    summarize_run,
+    warn_of_rounding,
+)
 
 Make = Callable[..., MaskedSFTConfig]
 TOKEN = "hf_" + "s" * 34
@@ -255,8 +260,9 @@ def test_training_begins_with_the_summary_and_the_ledgers(
 ) -> None:
     run.call("on_train_begin")
     assert "1,234 of 2 rows" in capsys.readouterr().out
-    assert files_below(run.folder) == {"data_ledger_train.json", "data_ledger_eval_short.json"}
-    for name in files_below(run.folder):
+    ledgers = {"data_ledger_train.json", "data_ledger_eval_short.json"}
+    assert files_below(run.folder) == {*ledgers, "metrics.jsonl"}
+    for name in ledgers:
         assert json.loads((run.folder / name).read_text()) == LEDGER.to_dict()
 
 
@@ -294,6 +300,134 @@ def test_a_resumed_run_continues_the_log_of_its_checkpoint(run: Run) -> None:
     assert read_log(run.folder) == run.state.log_history
     run.log(loss=2.0, step=4)
     assert [record["step"] for record in read_log(run.folder)] == [1, 3, 4]
+
+
+def train_and_forget(run: Run) -> dict[str, bytes]:
+    """Trains, and gives what is in the folder then; the recorder is a fresh trainer's."""
+    run.call("on_train_begin")
+    run.state.global_step = 6
+    run.log(loss=3.5, token_entropy=2.0, token_accuracy=0.5, step=6)
+    run.log(**AFTER)
+    run.call("on_train_end")
+    run.recorder = RunRecorder({"eval": LEDGER})
+    run.state.log_history, run.state.global_step = [], 0
+    return {name: (run.folder / name).read_bytes() for name in files_below(run.folder)}
+
+
+def test_evaluating_a_trained_model_in_its_own_folder_changes_nothing_there(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = train_and_forget(run)
+    for _ in range(2):
+        run.log(**BEFORE)
+        run.call("on_evaluate")
+    run.recorder.write(run.args, run.state, run.model, license="mit")
+    assert {name: (run.folder / name).read_bytes() for name in files_below(run.folder)} == left
+    assert caplog.text.count("holds the records of a training") == 1
+
+
+def test_a_log_that_was_cut_off_in_the_middle_is_left_alone(run: Run) -> None:
+    run.folder.mkdir(parents=True)
+    (run.folder / "metrics.jsonl").write_text('{"loss": 3.5, "step": 1}\n{"loss": 3.2, "st')
+    run.log(**BEFORE)
+    run.call("on_evaluate")
+    assert files_below(run.folder) == {"metrics.jsonl"}
+
+
+def test_training_after_that_evaluation_begins_the_log_with_it(run: Run) -> None:
+    train_and_forget(run)
+    run.log(**BEFORE)
+    run.call("on_evaluate")
+    run.state.log_history = []
+    run.call("on_train_begin")
+    assert read_log(run.folder) == [BEFORE]
+    run.state.global_step = 6
+    run.log(**{**AFTER, "eval_loss": 2.75})
+    run.call("on_train_end")
+    assert read_log(run.folder) == [BEFORE, {**AFTER, "eval_loss": 2.75}]
+    assert "| 5.0000 | 2.7500 |" in (run.folder / "README.md").read_text()
+
+
+def test_an_evaluation_without_any_training_is_recorded_in_a_folder_of_its_own(run: Run) -> None:
+    for _ in range(2):
+        run.recorder = RunRecorder({"eval": LEDGER})
+        run.log(**BEFORE)
+        run.call("on_evaluate")
+        assert read_log(run.folder) == [BEFORE]
+        assert "README.md" in files_below(run.folder)
+
+
+def test_the_card_has_the_figures_of_the_best_step_where_its_weights_were_loaded(run: Run) -> None:
+    run.args = run.args.__class__(
+        output_dir=run.args.output_dir,
+        use_cpu=True,
+        report_to="none",
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=3,
+        save_steps=3,
+    )
+    run.call("on_train_begin")
+    for record in (BEFORE, MIDDLE, {**AFTER, "eval_loss": 4.5}):
+        run.state.global_step = record["step"]
+        run.log(**record)
+    run.state.best_global_step, run.state.best_model_checkpoint = 3, "run/checkpoint-3"
+    run.call("on_evaluate")
+    card = (run.folder / "README.md").read_text()
+    assert "|  | before training | after training |" in card
+    assert "| 5.0000 | 4.5000 |" in card
+    run.call("on_train_end")
+    card = (run.folder / "README.md").read_text()
+    assert "|  | before training | after step 3, the best |" in card
+    assert "| 5.0000 | 4.0000 |" in card
+    # What is evaluated now is the model of step 3, whatever the Trainer's counter says.
+    run.log(eval_loss=3.75, step=6)
+    run.call("on_evaluate")
+    card = (run.folder / "README.md").read_text()
+    assert "after step 3, the best" in card
+    assert "| 5.0000 | 3.7500 |" in card
+
+
+def test_without_a_best_checkpoint_the_card_has_the_figures_of_the_last_step(
+    model: Any, make_config: Make
+) -> None:
+    args = make_config()
+    args.load_best_model_at_end = True
+    state = make_state(6, MIDDLE, AFTER, best_global_step=3)
+    facts = card_facts(args, state, model, None, num_records_of_training=2)
+    assert (facts.after, facts.best_step) == (AFTER, None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "optimizer", "message"),
+    [
+        (torch.bfloat16, torch.optim.AdamW, "are bfloat16: updates smaller than about 0.39%"),
+        (torch.float16, torch.optim.SGD, "are float16: updates smaller than about 0.05%"),
+        (torch.float32, torch.optim.AdamW, ""),
+    ],
+)
+def test_updates_that_would_be_rounded_away_are_warned_of(
+    dtype: torch.dtype,
+    optimizer: Any,
+    message: str,
+    run: Run,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    own = optimizer(run.model.to(dtype).parameters(), lr=2e-5)
+    run.recorder.on_train_begin(run.args, run.state, None, model=run.model, optimizer=own)
+    assert caplog.text.count("rounded away") == bool(message)
+    assert message in caplog.text
+
+
+def test_an_optimizer_that_is_not_torchs_may_round_as_it_likes(
+    model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stochastic(torch.optim.AdamW):
+        """Stands for those of other libraries."""
+
+    warn_of_rounding(Stochastic(model.bfloat16().parameters()))
+    warn_of_rounding(None)
+    assert caplog.text == ""
 
 
 REPORT = {f"report/{name}.png" for name in ("loss", "token_entropy", "token_accuracy")}
@@ -423,3 +557,23 @@ def test_the_card_of_a_run_has_figures_before_and_after_and_nothing_of_this_mach
     content = path.read_text()
     for secret in (TOKEN, str(tmp_path), str(Path.home()), str(Path.cwd())):
         assert secret not in content
+
+
+def test_a_fresh_trainer_that_evaluates_a_saved_model_leaves_its_records_alone(
+    base: Path, chat_rows: list[dict[str, Any]], make_config: Make
+) -> None:
+    rows = Dataset.from_list(chat_rows)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
+    trainer = MaskedSFTTrainer(
+        str(base), make_config(), train_dataset=rows, eval_dataset=rows, peft_config=lora
+    )
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    folder = Path(str(trainer.args.output_dir))
+    left = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "README.md")}
+    assert "optimizer steps | 2 |" in left["README.md"].decode()
+    fresh = MaskedSFTTrainer(trainer.model, make_config(), eval_dataset=rows, processing_class=None)
+    fresh.evaluate()
+    fresh.save_model()
+    assert left == {name: (folder / name).read_bytes() for name in left}

@@ -8,14 +8,18 @@ import evaluate
 import pytest
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
+from transformers import GenerationConfig
 
-from hf_sft_plugin import ExactMatch, GeneratedResponse
+from hf_sft_plugin import ExactMatch, GeneratedResponse, RowError, prepare_dataset
 from hf_sft_plugin.training.evaluation import (
+    examples_to_answer,
     generate,
     generate_responses,
     judge,
     last_prompt,
     load_metric,
+    with_whole_reference,
 )
 
 
@@ -72,12 +76,34 @@ def test_the_mode_of_the_model_is_restored(model: Any) -> None:
         assert model.training == mode
 
 
-def test_the_settings_saved_with_a_model_do_not_make_generation_random(model: Any) -> None:
-    model.generation_config.do_sample = True
-    model.generation_config.temperature = 5.0
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {"do_sample": True, "temperature": 5.0},
+        {"repetition_penalty": 50.0},
+        {"num_beams": 3},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(3, 300, 2))},
+        {"min_new_tokens": 8},
+    ],
+    ids=lambda saved: next(iter(saved)),
+)
+def test_the_settings_saved_with_a_model_play_no_part(saved: dict[str, Any], model: Any) -> None:
     settings: Any = {"stop_token_ids": {2}, "pad_token_id": 0, "max_new_tokens": 8, "batch_size": 1}
     model.eval()
-    assert generate(model, [[5, 6]], **settings) == [greedy(model, [5, 6], {2}, 8)]
+    expected = [greedy(model, [5, 6], {2}, 8)]
+    before = model.generation_config = GenerationConfig(**saved)
+    assert generate(model, [[5, 6]], **settings) == expected
+    assert model.generation_config is before
+
+
+def test_a_failed_generation_leaves_the_model_as_it_was(model: Any) -> None:
+    before = model.generation_config
+    model.train()
+    with pytest.raises(IndexError):
+        generate(model, [[999]], stop_token_ids={2}, pad_token_id=0, max_new_tokens=2, batch_size=1)
+    assert model.generation_config is before
+    assert model.training
 
 
 def test_the_last_response_is_asked_for_with_everything_before_it(tokenizer: Any) -> None:
@@ -106,6 +132,65 @@ def test_responses_are_text_in_the_order_of_the_rows(tokenizer: Any, model: Any)
     )
     assert [response.prompt for response in responses] == ["hello", "what is"]
     assert [response.reference for response in responses] == [" world", " this"]
+
+
+def test_prepared_rows_are_answered_as_they_are_and_raw_rows_are_tokenized(tokenizer: Any) -> None:
+    raw = [{"prompt": "hello", "response": " world"}, {"prompt": "what is", "response": " this"}]
+    prepared, _ = prepare_dataset(Dataset.from_list(raw), tokenizer)
+    for rows in (raw, Dataset.from_list(raw), prepared):
+        examples = examples_to_answer(rows, None, tokenizer, stop_token_ids={2})
+        assert examples == prepared.to_list()
+        assert examples_to_answer(rows, 1, tokenizer) == examples[:1]
+        assert examples_to_answer(rows, 9, tokenizer) == examples
+
+
+def test_raw_rows_are_tokenized_with_the_options_of_the_run(tokenizer: Any) -> None:
+    rows = [{"q": "hello", "a": "0 1 2 3 4"}]
+    options: Any = {"prompt_column": "q", "response_column": "a", "max_length": 5}
+    (example,) = examples_to_answer(rows, None, tokenizer, **options)
+    assert len(example["input_ids"]) == 5
+
+
+def test_a_raw_row_that_cannot_be_answered_is_named(tokenizer: Any) -> None:
+    rows = [{"prompt": "p", "response": "r"}, {"prompt": "p", "response": ""}]
+    with pytest.raises(RowError, match="Row 1: the response is empty"):
+        examples_to_answer(rows, None, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (None, "There are no rows to answer.*eval_dataset"),
+        ({"short": [], "long": []}, r"short, long, but.*eval_dataset\['short'\]"),
+        (Dataset.from_list([{"prompt": "p"}]).to_iterable_dataset(), "a streaming dataset.*take"),
+    ],
+)
+def test_what_is_no_dataset_of_rows_is_refused_with_the_cure(
+    dataset: Any, message: str, tokenizer: Any
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        examples_to_answer(dataset, None, tokenizer)
+
+
+def test_responses_are_judged_where_the_expected_one_ends_with_a_stop_token(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    responses = [GeneratedResponse("p", "r", name) for name in ("whole", "cut", "context after")]
+    examples: Any = [
+        {"input_ids": [5, 6, 2], "response_mask": [0, 1, 1]},
+        {"input_ids": [5, 6, 7], "response_mask": [0, 1, 1]},
+        {"input_ids": [5, 6, 2, 9], "response_mask": [0, 1, 1, 0]},
+    ]
+    Accelerator(cpu=True)
+    assert with_whole_reference(responses[::2], examples[::2], {2}) == responses[::2]
+    assert caplog.text == ""
+    assert with_whole_reference(responses, examples, {2}) == responses[::2]
+    assert "1 of 3 expected responses do not end with a stop token" in caplog.text
+    assert "They are not judged." in caplog.text
+    caplog.clear()
+    assert with_whole_reference(responses, examples, {8}) == responses
+    assert "3 of 3 expected responses" in caplog.text
+    assert "says little" in caplog.text
 
 
 def test_exact_match_ignores_space_around_but_not_inside() -> None:

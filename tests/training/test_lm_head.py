@@ -102,6 +102,81 @@ def test_an_unknown_transformation_of_the_logits_is_noticed(model: Any) -> None:
     assert find_transform(model, model, inputs) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("model_type", "fields", "expected"),
+    [
+        ("qwen3", {}, lambda z: z),
+        ("gemma2", GEMMA, lambda z: torch.tanh(z / 5) * 5),
+        ("gemma2", {**GEMMA, "final_logit_softcapping": None}, lambda z: z),
+        ("cohere", {"logit_scale": 0.25}, lambda z: z * 0.25),
+        ("cohere", {"logit_scale": 1.0}, lambda z: z),
+        ("granite", {"logits_scaling": 8.0}, lambda z: z / 8),
+        ("granite", {"logits_scaling": 1.0}, lambda z: z),
+    ],
+)
+def test_the_transformation_does_not_depend_on_the_weights(
+    model_type: str,
+    fields: dict[str, Any],
+    expected: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    model_factory: Callable[..., Any],
+) -> None:
+    """On the zeros of such a head any scaling and any soft cap would seem to fit."""
+    model = model_factory(model_type, **fields, tie_word_embeddings=False).to(dtype)
+    nn.init.zeros_(model.lm_head.weight)
+    inputs, _, _ = make_batch()
+    transform = find_transform(model, model, inputs)
+    assert transform is not None
+    values = torch.linspace(-90, 80, 33, dtype=dtype)
+    assert torch.equal(transform(values), expected(values))
+
+
+@pytest.mark.parametrize("scale", [-1.0, 3.0])
+def test_a_scaling_that_the_config_does_not_name_is_noticed(
+    scale: float, model: Any, model_factory: Callable[..., Any]
+) -> None:
+    own_forward = model.forward
+
+    def forward_in_place(*args: Any, **kwargs: Any) -> Any:
+        outputs = own_forward(*args, **kwargs)
+        outputs.logits.mul_(scale)
+        return outputs
+
+    model.forward = forward_in_place
+    nn.init.zeros_(model.lm_head.weight)
+    inputs, _, _ = make_batch()
+    assert find_transform(model, model, inputs) is None
+
+
+def test_of_two_transformations_that_fit_but_differ_none_is_taken(
+    model_factory: Callable[..., Any],
+) -> None:
+    """A cap so high that it hardly bends what is planted."""
+    model = model_factory("gemma2", **{**GEMMA, "final_logit_softcapping": 3e4})
+    inputs, _, _ = make_batch()
+    assert find_transform(model, model, inputs) is None
+
+
+def test_looking_for_the_transformation_is_one_forward_pass_that_leaves_no_trace(
+    model_factory: Callable[..., Any],
+) -> None:
+    model = model_factory(attention_dropout=0.5).train()
+    inputs, _, _ = make_batch()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    calls, positions = [], []
+    model.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    own = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: positions.append(hidden.shape[1]) or own(hidden)
+    random_state = torch.get_rng_state()
+    assert find_transform(model, model, inputs) is not None
+    assert calls == [False]
+    assert positions == [1]  # the head's matrix meets one position, not the whole row
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert model.training
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
 def test_a_model_without_an_lm_head_is_noticed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: None)
     inputs, _, _ = make_batch()

@@ -33,6 +33,24 @@ def test_a_model_is_loaded_from_its_path(
         assert torch.equal(loaded.state_dict()[key], tensor.to(dtype))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "peft_config", "dtype"),
+    [
+        (None, None, torch.float32),
+        ({"dtype": "bfloat16"}, None, torch.bfloat16),
+        ({"dtype": "auto"}, None, torch.bfloat16),
+        ({"torch_dtype": "bfloat16"}, None, torch.bfloat16),
+        (None, LoraConfig(), torch.bfloat16),
+        ({"dtype": "float32"}, LoraConfig(), torch.float32),
+    ],
+)
+def test_weights_that_are_trained_are_float32_unless_asked_otherwise(
+    arguments: Any, peft_config: Any, dtype: torch.dtype, model: Any, tmp_path: Path
+) -> None:
+    model.bfloat16().save_pretrained(tmp_path)
+    assert load_model(str(tmp_path), arguments, peft_config).dtype == dtype
+
+
 def test_a_model_that_is_there_is_taken_as_it_is(model: Any) -> None:
     assert load_model(model, None) is model
     assert load_model(model, {}) is model
@@ -196,6 +214,29 @@ def test_a_config_with_another_name_for_its_length_is_understood(
     names = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = model_factory("gpt2", **small, **names, max_position_embeddings=64)
     assert limit_length(tokenizer, model, None) == 64
+
+
+LEARNED = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("max_length", [16, 17, 1024])
+def test_learned_positions_are_a_limit(max_length: int, model_factory: Any, tokenizer: Any) -> None:
+    model = model_factory("gpt2", **LEARNED, n_inner=8, max_position_embeddings=16)
+    if max_length == 16:
+        assert limit_length(tokenizer, model, max_length) == 16
+        return
+    with pytest.raises(ValueError, match=rf"max_length is {max_length:,}, .*16 positions"):
+        limit_length(tokenizer, model, max_length)
+
+
+def test_rotary_positions_go_on_with_a_warning(
+    model_factory: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model_factory(max_position_embeddings=16)
+    assert limit_length(tokenizer, model, 16) == 16
+    assert caplog.text == ""
+    assert limit_length(tokenizer, model, 64) == 64
+    assert "max_length is 64, but the model was made for 16 positions" in caplog.text
 
 
 def test_loading_leaves_the_folder_as_it_was(folder: Path, tmp_path: Path) -> None:

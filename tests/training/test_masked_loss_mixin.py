@@ -17,6 +17,7 @@ from hf_sft_plugin import (
     MaskedSFTConfig,
     MaskedSFTTrainer,
 )
+from hf_sft_plugin.training.lm_head import forward_full
 
 NUM_ROWS = 16
 
@@ -238,12 +239,13 @@ def test_counts_go_on_over_windows_and_begin_anew_with_a_new_run(
         assert counts[-1] == sum(len(row["input_ids"]) for row in rows)
 
 
+@pytest.mark.parametrize("fused_head", ["on", "off"])
 def test_a_batch_without_response_tokens_adds_a_connected_zero(
-    tokenizer: Any, model: Any, make_config: Callable[..., MaskedSFTConfig]
+    fused_head: str, tokenizer: Any, model: Any, make_config: Callable[..., MaskedSFTConfig]
 ) -> None:
     trainer = MaskedSFTTrainer(
         model,
-        make_config(),
+        make_config(fused_head=fused_head),
         train_dataset=Dataset.from_list(make_rows()),
         processing_class=tokenizer,
     )
@@ -252,14 +254,115 @@ def test_a_batch_without_response_tokens_adds_a_connected_zero(
         "attention_mask": torch.ones(2, 5, dtype=torch.long),
         "labels": torch.full((2, 5), -100),
     }
-    for fused_head in ("on", "off"):
-        trainer.fused_head = fused_head
-        for count in (None, torch.tensor(0.0), torch.tensor(7.0)):
-            model.zero_grad()
-            loss = trainer.compute_loss(model, masked, num_items_in_batch=count)
-            assert loss.item() == 0.0
-            loss.backward()
-            assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    for count in (None, torch.tensor(0.0), torch.tensor(7.0)):
+        model.zero_grad()
+        loss = trainer.compute_loss(model, masked, num_items_in_batch=count)
+        assert loss.item() == 0.0
+        loss.backward()
+        assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_the_fused_head_can_be_switched_off_after_it_was_used(
+    tokenizer: Any,
+    model: Any,
+    make_config: Callable[..., MaskedSFTConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = Dataset.from_list(make_rows())
+    trainer = MaskedSFTTrainer(model, make_config(), eval_dataset=rows, processing_class=tokenizer)
+    fused = trainer.evaluate()["eval_loss"]
+    calls = []
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return forward_full(*args)
+
+    monkeypatch.setattr("hf_sft_plugin.training.masked_loss_mixin.forward_full", counted)
+    trainer.fused_head = "off"
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(fused, rel=1e-6)
+    assert len(calls) == 8
+
+
+@pytest.mark.parametrize("normalization", ["token", "example", "constant"])
+def test_a_normalization_given_as_text_is_the_one_of_that_name(
+    normalization: str,
+    tokenizer: Any,
+    model_factory: Callable[..., Any],
+    make_config: Callable[..., MaskedSFTConfig],
+) -> None:
+    losses = []
+    for value in (normalization, LossNormalization(normalization)):
+
+        class OwnTrainer(MaskedLossMixin, Trainer):
+            loss_normalization: Any = value
+            normalize_constant = 50.0
+
+        trainer = OwnTrainer(
+            model_factory(),
+            make_config(max_steps=2),
+            data_collator=DataCollatorForPromptResponse(tokenizer),
+            train_dataset=make_rows(),
+        )
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 2
+
+
+def test_counts_begin_anew_where_the_trainer_looks_for_a_batch_size_that_fits(
+    tokenizer: Any, model: Any, make_config: Callable[..., MaskedSFTConfig]
+) -> None:
+    rows = make_rows()
+
+    class RunsOutOfMemory(TrainerCallback):
+        has_failed = False
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if not self.has_failed:
+                self.has_failed = True
+                raise RuntimeError("CUDA out of memory.")
+
+    trainer = MaskedSFTTrainer(
+        model,
+        make_config(max_steps=-1, num_train_epochs=1, auto_find_batch_size=True),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[RunsOutOfMemory()],
+    )
+    trainer.train()
+    counts = [log["num_tokens"] for log in trainer.state.log_history if "num_tokens" in log]
+    assert counts[-1] == sum(len(row["input_ids"]) for row in rows)
+
+
+def test_an_evaluation_of_conversations_that_split_counts_every_response(
+    tokenizer_factory: Callable[..., Any],
+    model: Any,
+    make_config: Callable[..., MaskedSFTConfig],
+) -> None:
+    # Earlier responses are written otherwise, so each conversation makes two examples.
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'user' or loop.last %}"
+        "{{ m.content }}{% else %}said{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    turns = [("user", "hello"), ("assistant", "world"), ("user", "what"), ("assistant", "this")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+
+    class OwnTrainer(MaskedLossMixin, Trainer):
+        pass
+
+    tokenizer = tokenizer_factory(chat_template=template)
+    figures = []
+    for batch_size in (1, 4):
+        trainer = OwnTrainer(
+            model,
+            make_config(per_device_eval_batch_size=batch_size),
+            data_collator=DataCollatorForPromptResponse(tokenizer),
+            eval_dataset=[{"messages": messages}] * 5,
+        )
+        figures.append(trainer.evaluate())
+    assert figures[0]["eval_num_response_tokens"] == figures[1]["eval_num_response_tokens"]
+    assert figures[0]["eval_loss"] == pytest.approx(figures[1]["eval_loss"], rel=1e-6)
 
 
 def test_a_step_in_which_one_micro_batch_is_all_masked_equals_the_step_without_it(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, TrainingArguments
@@ -145,6 +145,116 @@ def test_generated_responses_are_judged_in_evaluation(
     hits = sum(r.response.strip() == r.reference.strip() for r in trainer.responses)
     assert metrics["eval_exact_match"] == hits / 3
     assert len(trainer.responses) == 3
+
+
+def test_raw_rows_are_answered_like_prepared_rows(
+    dataset: Dataset, model: Any, tokenizer: Any, make_config: Make
+) -> None:
+    trainer = MaskedSFTTrainer(
+        model,
+        make_config(predict_with_generate=True, generation_max_new_tokens=2),
+        eval_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    expected = trainer.generate_responses()
+    assert trainer.generate_responses(dataset) == expected
+    assert "eval_exact_match" in trainer.evaluate(dataset)
+    assert trainer.responses == expected
+    assert "test_exact_match" in trainer.predict(dataset).metrics
+    assert trainer.responses == expected
+
+
+def test_responses_are_asked_for_one_set_that_is_there(
+    dataset: Dataset, model: Any, tokenizer: Any, make_config: Make
+) -> None:
+    trainer = MaskedSFTTrainer(model, make_config(), processing_class=tokenizer)
+    with pytest.raises(ValueError, match="There are no rows to answer"):
+        trainer.generate_responses()
+    trainer.eval_dataset = {"short": dataset, "long": dataset}
+    with pytest.raises(ValueError, match="several datasets, short, long"):
+        trainer.generate_responses()
+    with pytest.raises(ValueError, match="cannot be generated for a streaming dataset"):
+        trainer.generate_responses(dataset.to_iterable_dataset())
+
+
+@pytest.mark.parametrize("wrap", [lambda rows: rows, lambda rows: {"a": rows}], ids=["one", "dict"])
+def test_a_stream_to_generate_for_is_refused_before_training(
+    wrap: Any, dataset: Dataset, model: Any, tokenizer: Any, make_config: Make
+) -> None:
+    stream = wrap(dataset.to_iterable_dataset())
+    with pytest.raises(ValueError, match="cannot be generated for a streaming dataset"):
+        MaskedSFTTrainer(
+            model,
+            make_config(predict_with_generate=True),
+            eval_dataset=stream,
+            processing_class=tokenizer,
+        )
+    MaskedSFTTrainer(model, make_config(), eval_dataset=stream, processing_class=tokenizer)
+
+
+def test_no_response_is_judged_by_a_reference_that_was_cut(
+    model: Any, tokenizer: Any, make_config: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "hello", "response": "0"}, {"prompt": "hello", "response": "0 1 2 3 4 5"}]
+    trainer = MaskedSFTTrainer(
+        model,
+        make_config(predict_with_generate=True, generation_max_new_tokens=2, max_length=6),
+        eval_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    judged: list[str] = []
+
+    class Remember(ExactMatch):
+        def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+            judged.extend(references)
+            return {"remembered": len(references)}
+
+    trainer.generation_metrics = [Remember()]
+    assert trainer.evaluate()["eval_remembered"] == 1
+    assert judged == ["0"]
+    assert len(trainer.responses) == 2
+    assert "1 of 2 expected responses do not end with a stop token" in caplog.text
+
+
+@pytest.mark.parametrize("make", [DatasetDict, dict], ids=["DatasetDict", "dict"])
+def test_several_sets_to_train_on_are_refused_with_the_cure(
+    make: Any, dataset: Dataset, model: Any, tokenizer: Any, make_config: Make
+) -> None:
+    sets = make({"small": dataset, "test": dataset})
+    with pytest.raises(ValueError, match=r"small, test, but.*dataset\['small'\]"):
+        MaskedSFTTrainer(model, make_config(), train_dataset=sets, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("granite", {"logits_scaling": 8.0, "tie_word_embeddings": False}),
+        ("gemma2", {"final_logit_softcapping": 5.0, "initializer_range": 0.002}),
+    ],
+)
+def test_the_fused_loss_stays_the_models_own_while_its_logits_grow(
+    model_type: str,
+    fields: dict[str, Any],
+    dataset: Dataset,
+    model_factory: Any,
+    tokenizer: Any,
+    make_config: Make,
+) -> None:
+    """At first the logits are so small that no transformation of them can be seen."""
+    model = model_factory(model_type, **fields)
+    if model_type == "granite":
+        torch.nn.init.zeros_(model.lm_head.weight)
+    trainer = MaskedSFTTrainer(
+        model,
+        make_config(max_steps=15, learning_rate=1e-2, fused_head="on"),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    fused = trainer.evaluate()["eval_loss"]
+    trainer.fused_head, trainer._head = "off", None
+    assert fused == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
 
 
 def test_a_metric_of_ones_own_judges_along(
