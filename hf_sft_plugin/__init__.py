@@ -1,7 +1,8 @@
 """Response-masked supervised fine-tuning for the Hugging Face Trainer, with exact numbers."""
 
 from hf_sft_plugin.data.collator import DataCollatorForPromptResponse
-from hf_sft_plugin.data.prepare import Ledger, prepare_dataset
+from hf_sft_plugin.data.ledger import Ledger
+from hf_sft_plugin.data.prepare import prepare_dataset
 from hf_sft_plugin.data.tokenization import tokenize_example, tokenize_prompt_and_output
 from hf_sft_plugin.loss.masked_loss import (
     LossNormalization,

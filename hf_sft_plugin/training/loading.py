@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_sft_plugin.data.tokenization import find_stop_token, max_row_length
+from hf_sft_plugin.data.row_tokenizer import find_stop_token, max_row_length
 
 
 def load_model(

@@ -118,7 +118,7 @@ def test_labels_may_stand_in_for_the_mask(tokenizer: Any) -> None:
         ({"input_ids": [[5, 6]]}, "one dict of columns, but the collator takes a list of rows"),
         ([RAW[0], {"prompt": "a", "response": ""}], "Row 1: the response is empty"),
         ([{"prompt": "a", "response": 5}], "Row 0: column 'response' holds int"),
-        ([{"text": "a"}], "No known format"),
+        ([{"words": "a"}], "No known format"),
         ([LONG, {**LONG, "response_mask": [1]}], "Row 1: the lists of the row differ in length"),
         ([{**LONG, "loss_weights": [1.0]}], "loss_weights has 1"),
         ([{"input_ids": [5, 999], "labels": [-100, 999]}], "Row 0: input_ids holds 999"),

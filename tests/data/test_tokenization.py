@@ -12,10 +12,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizer
 
 from hf_sft_plugin import RowError, tokenize_example, tokenize_prompt_and_output
+from hf_sft_plugin.data.row_tokenizer import find_stop_token, max_row_length
 from hf_sft_plugin.data.tokenization import (
-    find_stop_token,
     make_options,
-    max_row_length,
     tokenize_rows,
 )
 from hf_sft_plugin.types import DataOptions
@@ -288,7 +287,7 @@ def test_a_long_row_is_dropped_or_refused_where_asked(tokenizer: Any) -> None:
     rows = [row_of(3, 3), row_of(3, 4)]
     assert lengths_of(rows, tokenizer, max_length=6, overflow="drop") == [
         (6, 0, 6, None),
-        (7, 0, 0, "longer than max_length"),
+        (7, 7, 0, "longer than max_length"),
     ]
     with pytest.raises(RowError, match="Row 1: the row has 7 tokens, but max_length is 6"):
         lengths_of(rows, tokenizer, max_length=6, overflow="error")

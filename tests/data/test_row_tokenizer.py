@@ -9,14 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_sft_plugin import RowError, tokenize_example
-from hf_sft_plugin.data.response_mask import (
-    Encoding,
-    RenderedText,
-    align_spans,
-    mask_responses,
-    render_chat,
-)
-from hf_sft_plugin.types import Conversation
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -182,25 +174,6 @@ def test_any_text_is_trained_whole_and_nothing_else_is(
     check_against_inference(messages, tokenizer)
 
 
-def test_turns_that_are_given_are_context_only(tokenizer: Any) -> None:
-    conversation = Conversation(tuple(TWO_TURNS), num_context=4, is_chat=True)
-    (rendered,) = render_chat(conversation, tokenizer, 0)
-    ((start, end),) = rendered.spans
-    assert rendered.text[start:end] == TWO_TURNS[-1]["content"] + "<|im_end|>\n"
-
-
-def test_a_response_that_opens_the_conversation_is_context_only(tokenizer: Any) -> None:
-    greeting = {"role": "assistant", "content": "hello"}
-    (rendered,) = render_chat(
-        Conversation((greeting, *TWO_TURNS[1:3]), num_context=0, is_chat=True), tokenizer, 0
-    )
-    ((start, end),) = rendered.spans
-    assert rendered.text[start:end] == "  the answer\n<|im_end|>\n"
-    with pytest.raises(RowError, match="Row 4: the only response opens the conversation") as info:
-        render_chat(Conversation((greeting,), num_context=0, is_chat=True), tokenizer, 4)
-    assert info.value.reason == "response without a prompt"
-
-
 @pytest.mark.parametrize(
     ("template", "message"),
     [
@@ -220,62 +193,3 @@ def test_a_template_that_does_not_fit_is_refused(
     tokenizer = tokenizer_factory(chat_template=template)
     with pytest.raises(RowError, match=f"Row 0: .*{message}"):
         tokenize_example({"messages": TWO_TURNS}, tokenizer)
-
-
-def words(text: str) -> Encoding:
-    """One token for each word, together with the white space before it."""
-    ids, offsets, start = [], [], 0
-    for end in range(1, len(text) + 1):
-        if end == len(text) or (text[end].isspace() and not text[end - 1].isspace()):
-            ids.append(end - start)
-            offsets.append((start, end))
-            start = end
-    return ids, offsets
-
-
-def test_a_token_that_reaches_across_an_edge_is_cut_there() -> None:
-    rendered = RenderedText("say onetwo three", ((7, 10),))
-    calls: list[str] = []
-
-    def encode(text: str) -> Encoding:
-        calls.append(text)
-        return words(text)
-
-    input_ids, spans = align_spans(rendered, words(rendered.text), encode)
-    assert calls == ["say one", "two three"]
-    assert (input_ids, spans) == ([3, 4, 3, 6], [(2, 3)])
-
-
-def test_a_text_whose_edges_lie_between_tokens_is_tokenized_once() -> None:
-    rendered = RenderedText("say one two", ((7, 11),))
-
-    def encode(text: str) -> Encoding:
-        raise AssertionError(text)
-
-    assert align_spans(rendered, words(rendered.text), encode) == ([3, 4, 4], [(2, 3)])
-
-
-def test_a_tokenizer_without_offsets_is_asked_for_the_parts() -> None:
-    rendered = RenderedText("abcde", ((1, 3), (3, 5)))
-
-    def encode(text: str) -> Encoding:
-        return [ord(c) for c in text], [(0, len(text))] * len(text)
-
-    input_ids, spans = align_spans(rendered, encode(rendered.text), encode)
-    assert (input_ids, spans) == ([97, 98, 99, 100, 101], [(1, 3), (3, 5)])
-
-
-def test_each_span_is_trained_up_to_its_last_stop_token() -> None:
-    input_ids = [5, 6, 2, 9, 5, 7, 2, 7, 2, 9, 9]
-    mask = mask_responses(input_ids, [(1, 4), (5, 10)], {2}, 0, str)
-    assert mask == [0, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0]
-
-
-def test_any_of_several_stop_tokens_ends_a_response() -> None:
-    assert mask_responses([5, 6, 3, 9], [(1, 4)], {2, 3}, 0, str) == [0, 1, 1, 0]
-
-
-@pytest.mark.parametrize("stops", [set(), {1}])
-def test_a_response_without_a_stop_token_is_refused(stops: set[int]) -> None:
-    with pytest.raises(RowError, match=r"Row 3: the response ends in .* without a stop token"):
-        mask_responses([5, 6, 2], [(1, 3)], stops, 3, str)
