@@ -82,9 +82,12 @@ def preview(argv: Sequence[str]) -> None:
         usage="%(prog)s --tokenizer NAME --train_file FILE [--flag value ...]",
         allow_abbrev=False,
     )
-    row_args, options, arguments, unknown = parser.parse_args_into_dataclasses(
-        list(argv), return_remaining_strings=True, look_for_args_file=False
-    )
+    try:
+        row_args, options, arguments, unknown = parser.parse_args_into_dataclasses(
+            list(argv), return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:
+        parser.error(str(error))
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
         parser.error(f"unknown argument '{unknown[0]}'.{_nearest(unknown[0], flags)}")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import yaml
 from datasets import Dataset, concatenate_datasets
 from sft import read_rows
 from transformers import AutoTokenizer, HfArgumentParser
@@ -85,7 +86,7 @@ class RowOptions(DataOptions):
 
     _argument_group_name = "rows"
 
-    data_format: Literal[  # type: ignore[assignment]  # "chat" becomes "messages"
+    data_format: Literal[
         "auto",
         "chat",
         "prompt_response",
@@ -95,7 +96,7 @@ class RowOptions(DataOptions):
         "text",
         "segments",
         "tokenized",
-    ] = field(
+    ] = field(  # type: ignore[assignment]  # "chat" becomes "messages"
         default="auto",
         metadata={
             "aliases": ["--format"],
@@ -111,11 +112,32 @@ class RowOptions(DataOptions):
         },
     )
 
+    chat_template_kwargs: dict[str, Any] | str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "metavar": "MAPPING",
+            "help": "Variables for the chat template, e.g. '{enable_thinking: false}'.",
+        },
+    )
+
     def __post_init__(self) -> None:
-        """Gives the format the name that the package knows."""
+        """Gives the values the form that the package knows."""
         if self.data_format == "chat":
             self.data_format = "messages"
+        if isinstance(self.chat_template_kwargs, str):
+            self.chat_template_kwargs = yaml.safe_load(self.chat_template_kwargs)
+        if not isinstance(self.chat_template_kwargs, dict | None):
+            raise ValueError("chat_template_kwargs must be a mapping like '{name: value}'.")
         super().__post_init__()
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Names each flag once, its short name first; a flag with hyphens is understood as well."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = sorted((n for n in action.option_strings if "-" not in n.lstrip("-")), key=len)
+        values = "" if action.nargs == 0 else self._format_args(action, action.dest.upper())
+        return f"{', '.join(names)} {values}".rstrip()
 
 
 def main() -> None:
@@ -142,7 +164,7 @@ def parse(argv: Sequence[str]) -> tuple[FileArguments, RowOptions]:
         cast(Any, (FileArguments, RowOptions)),
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
         usage="%(prog)s --input_files FILE ... --out_dir DIR --tokenizer_name_or_path NAME "
         "[--flag value ...]\n       %(prog)s --verify DIR",

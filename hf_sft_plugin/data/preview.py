@@ -9,21 +9,17 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import groupby, islice
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hf_sft_plugin.data.tokenization import (
-    RowOutcome,
-    find_stop_token,
-    make_options,
-    tokenize_rows,
-)
+from hf_sft_plugin.data.row_tokenizer import RowOutcome, find_stop_token
+from hf_sft_plugin.data.tokenization import make_options, tokenize_rows
 from hf_sft_plugin.types import DataOptions, RowError, TokenizedExample, TrainedSpan
 
 Only = Literal["longest", "truncated", "set_aside", "split"]
-Rows = Dataset | Sequence[Mapping[str, Any]]
+Rows: TypeAlias = Dataset | Sequence[Mapping[str, Any]]
 
 _BATCH_SIZE = 256
 # A character of four bytes takes at most four tokens, or one more where tokens straddle characters.
@@ -53,6 +49,7 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase
     options: DataOptions = field(default_factory=DataOptions)
     stop_token_ids: Collection[int] | None = None
+    _texts: dict[int, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def stops(self) -> frozenset[int]:
@@ -62,6 +59,22 @@ class Setup:
         eos = self.tokenizer.eos_token_id
         given = [] if eos is None else [eos]
         return frozenset(given if self.stop_token_ids is None else self.stop_token_ids)
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """What a few tokens in a row say, with the space before a word."""
+        if len(token_ids) > 1:
+            return self._decode(token_ids)
+        (token_id,) = token_ids
+        if token_id not in self._texts:
+            self._texts[token_id] = self._decode(token_ids)
+        return self._texts[token_id]
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        text = str(self.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False))
+        token = self.tokenizer.convert_ids_to_tokens(token_ids[0])
+        # SentencePiece writes the space before a word so; decoding drops it where a text begins.
+        is_stripped = isinstance(token, str) and token.startswith("\u2581") and text[:1] != " "
+        return " " + text if is_stripped else text
 
 
 @dataclass(frozen=True)
@@ -205,7 +218,7 @@ def preview_outcome(outcome: RowOutcome, row: Mapping[str, Any], setup: Setup) -
     return PreviewedRow(
         row=outcome.row,
         examples=tuple(
-            _preview_example(example, notes, setup.tokenizer, stops)
+            _preview_example(example, notes, setup.text_of, stops)
             for example, notes in zip(outcome.examples, spans, strict=True)
         ),
         num_tokens=outcome.num_tokens,
@@ -243,9 +256,13 @@ def _visible_character(character: str) -> str:
 
 
 def split_pieces(
-    input_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase
+    input_ids: Sequence[int], text_of: Callable[[Sequence[int]], str]
 ) -> list[tuple[str, int]]:
     """Cuts tokens into readable pieces.
+
+    Args:
+        input_ids: The tokens.
+        text_of: What tokens in a row say.
 
     Returns:
         The text of each piece, and how many tokens it takes.
@@ -253,10 +270,10 @@ def split_pieces(
     pieces = []
     start = 0
     while start < len(input_ids):
-        texts = [_text_of(tokenizer, input_ids[start : start + 1])]
+        texts = [text_of(input_ids[start : start + 1])]
         if "\ufffd" in texts[0]:
             end = min(start + _LONGEST_GROUP, len(input_ids))
-            texts += [_text_of(tokenizer, input_ids[start:e]) for e in range(start + 2, end + 1)]
+            texts += [text_of(input_ids[start:e]) for e in range(start + 2, end + 1)]
         whole = [num for num, text in enumerate(texts, 1) if "\ufffd" not in text]
         # Bytes that are no text, or stand for the replacement character itself, are one piece.
         unreadable = [num for num, text in enumerate(texts, 1) if text == "\ufffd"]
@@ -305,18 +322,10 @@ def _holds(value: Any, text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     return False
 
 
-def _text_of(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    text = str(tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False))
-    token = tokenizer.convert_ids_to_tokens(token_ids[0])
-    # SentencePiece writes the space before a word so, and decoding drops it at the start of a text.
-    is_stripped = isinstance(token, str) and token.startswith("\u2581") and text[:1] != " "
-    return " " + text if is_stripped else text
-
-
 def _preview_example(
     example: TokenizedExample,
     spans: Sequence[TrainedSpan],
-    tokenizer: PreTrainedTokenizerBase,
+    text_of: Callable[[Sequence[int]], str],
     stops: frozenset[int],
 ) -> PreviewedExample:
     """The pieces of an example, each with the span it belongs to."""
@@ -325,7 +334,7 @@ def _preview_example(
         token: number for number, span in enumerate(spans) for token in range(span.start, span.end)
     }
     pieces, start = [], 0
-    for text, num_tokens in split_pieces(ids, tokenizer):
+    for text, num_tokens in split_pieces(ids, text_of):
         end = start + num_tokens
         # A piece at the edge of a span may begin outside it.
         inside = [span_of[token] for token in range(start, end) if token in span_of]

@@ -14,7 +14,7 @@ from hf_sft_plugin.data.preview import (
     preview_outcome,
     tokenize_like,
 )
-from hf_sft_plugin.data.tokenization import RowOutcome
+from hf_sft_plugin.data.row_tokenizer import RowOutcome
 from hf_sft_plugin.types import RowError
 
 _CONTEXT_LENGTH = 24
@@ -99,7 +99,8 @@ def diff_rows(
     Raises:
         ValueError: If columns, tokenizer or options do not fit each other.
     """
-    num_compared, num_changed, shown = 0, 0, []
+    num_compared, num_changed = 0, 0
+    shown: list[RowChange] = []
     for rows, indices in batches_of(dataset, here.tokenizer, containing, source):
         pairs = zip(
             tokenize_like(rows, indices, here), tokenize_like(rows, indices, there), strict=True
@@ -144,10 +145,12 @@ def compare_rows(here: PreviewedRow, there: PreviewedRow) -> RowChange | None:
 
 def _marked_text(row: PreviewedRow) -> _MarkedText:
     """All examples of a row as one text."""
-    text, marks = "", []
+    text = ""
+    marks: list[bool] = []
     for number, example in enumerate(row.examples):
         if number:
-            text, marks = text + "\n", [*marks, False]
+            text += "\n"
+            marks.append(False)
         for piece in example.pieces:
             marks += [piece.trained] * len(piece.text)
         text += "".join(piece.text for piece in example.pieces)

@@ -83,6 +83,8 @@ kbd { font: inherit; padding: 0 .35rem; border: 1px solid var(--line); border-ra
 """
 
 _SCRIPT = """
+// A search box holds one line: line ends are as good as spaces.
+const plain = text => text.replaceAll(/\\s+/g, " ").toLowerCase();
 const search = document.getElementById("search");
 const count = document.getElementById("count");
 const buttons = [...document.querySelectorAll("button[data-only]")];
@@ -94,12 +96,12 @@ const texts = rows.map(row => {
     copy = row.cloneNode(true);
     copy.querySelectorAll("sub").forEach(id => id.remove());
   }
-  return copy.textContent.replaceAll("\\u21b5", "").toLowerCase();
+  return plain(copy.textContent.replaceAll("\\u21b5", ""));
 });
 let only = "all";
 
 function show() {
-  const wanted = search.value.toLowerCase();
+  const wanted = plain(search.value);
   let shown = 0;
   rows.forEach((row, number) => {
     const fits = only === "all" || row.dataset.is.split(" ").includes(only);
@@ -120,7 +122,7 @@ function remember() {
 
 function recall() {
   const state = new URLSearchParams(location.hash.slice(1));
-  search.value = state.get("q") || "";
+  search.value = (state.get("q") || "").replaceAll(/\\s+/g, " ");
   only = buttons.some(button => button.dataset.only === state.get("only")) ?
     state.get("only") : "all";
   show();
@@ -273,7 +275,7 @@ def _row(row: PreviewedRow, show_ids: bool) -> str:
     tags = [f"<span>{row.num_tokens:,} tokens, {row.num_trained:,} trained</span>"]
     if row.source:
         tags.append(f'<span class="tag">{_text(row.source)}</span>')
-    if row.num_lost:
+    if row.num_lost and row.error is None:
         tags.append(f'<span class="tag lost">{row.num_lost:,} tokens lost</span>')
     if len(row.examples) > 1:
         tags.append(f'<span class="tag">{len(row.examples)} examples</span>')

@@ -76,6 +76,18 @@ class RenderedText:
     is_unseen: bool = False
 
 
+def render_whole(
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    index: int,
+    options: DataOptions,
+) -> str:
+    """The text of all turns; see `render_chat`."""
+    whole = _Rendering(conversation, tokenizer, index, options, ())(len(conversation.turns))
+    check_unicode(whole, index, "the rendered conversation")
+    return whole
+
+
 def render_chat(
     conversation: Conversation,
     tokenizer: PreTrainedTokenizerBase,

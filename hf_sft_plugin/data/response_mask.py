@@ -19,14 +19,16 @@ class MaskedText:
 
     Attributes:
         input_ids: The token ids.
-        weights: How much each token counts; 0 where it is not trained.
+        mask: 1 where a token is trained, else 0.
+        weights: How much each token counts; None where every trained one counts 1.
         spans: What is trained, and why.
         proofs: Runs of trained tokens with the text that they must decode to.
         num_straddled: Tokens that reached across the edge of a span.
     """
 
     input_ids: list[int]
-    weights: list[float]
+    mask: list[int]
+    weights: list[float] | None
     spans: list[TrainedSpan]
     proofs: list[tuple[list[int], str]]
     num_straddled: int
@@ -70,7 +72,10 @@ def mask_text(
             parts = [text[start:end] for start, end in pairwise([0, *sorted(cuts), len(text)])]
             encoding = encode(parts)
             straddled = {edge for edge in edges if not _is_clean(encoding, edge)}
-    masked = MaskedText(list(encoding.ids), [0.0] * len(encoding.ids), [], [], num_straddled)
+    zeros = [0] * len(encoding.ids)
+    has_weights = any(span.weight != 1 for span in rendered.spans)
+    weights = [0.0] * len(zeros) if has_weights else None
+    masked = MaskedText(encoding.ids, zeros, weights, [], [], num_straddled)
     for span, place in zip(rendered.spans, places, strict=True):
         _mask_span(masked, span, place, rendered, encoding, stops, boundary, index)
     return masked
@@ -156,11 +161,13 @@ def _mask_span(
             "empty response",
         )
     _check_turns(span, (span.start, last), rendered, index)
-    masked.weights[start:end] = [span.weight] * (end - start)
+    masked.mask[start:end] = [int(span.weight > 0)] * (end - start)
+    if masked.weights is not None:
+        masked.weights[start:end] = [span.weight] * (end - start)
     for first, after in span.untrained:
         tokens = (_token_from(encoding, edge, text, boundary) for edge in (first, after))
         hidden = slice(*tokens)
-        masked.weights[hidden] = [0.0] * len(masked.weights[hidden])
+        masked.mask[hidden] = [0] * len(masked.mask[hidden])
     masked.spans.append(TrainedSpan(start, end, span.turn, span.kind))
     if boundary == "split" or not masked.num_straddled:
         masked.proofs.append((masked.input_ids[start:stop], text[span.start : told]))

@@ -7,10 +7,11 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_sft_plugin.data.chat_shapes import ChatRenderer
 from hf_sft_plugin.data.control_tokens import ControlTokenMarker
 from hf_sft_plugin.data.conversation import to_conversation
 from hf_sft_plugin.data.formats import RowFormat
-from hf_sft_plugin.data.rendering import RenderedText, render_chat
+from hf_sft_plugin.data.rendering import RenderedText
 from hf_sft_plugin.data.response_mask import mask_text
 from hf_sft_plugin.data.text_encoding import (
     JoinedEncoding,
@@ -105,11 +106,13 @@ class RowTokenizer:
         self._stops = {stop: str(tokenizer.convert_ids_to_tokens(stop)) for stop in sorted(stops)}
         self._limit = max_row_length(tokenizer, options.max_length)
         self._marker = ControlTokenMarker(tokenizer)
+        self._render = ChatRenderer(tokenizer, options, self._stops.values())
         self._trains_all = not options.use_loss_mask or options.train_on == "all"
 
     def __call__(
         self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int], row_format: RowFormat
     ) -> list[RowOutcome]:
+        """Tokenizes rows together; see `tokenize_rows`."""
         outcomes = [RowOutcome(row) for row in indices]
         chats: list[tuple[RowOutcome, Conversation]] = []
         texts: list[tuple[RowOutcome, Conversation]] = []
@@ -141,8 +144,7 @@ class RowTokenizer:
         for outcome, conversation in chats:
             try:
                 shown = self._hide_control_tokens(outcome, conversation)
-                stop_texts = self._stops.values()
-                texts = render_chat(shown, self._tokenizer, outcome.row, self._options, stop_texts)
+                texts = self._render(shown, outcome.row)
                 rendered += [(outcome, text) for text in texts]
             except RowError as error:
                 outcome.drop(error)
@@ -191,7 +193,7 @@ class RowTokenizer:
             outcome.num_tokens = outcome.num_example_tokens + len(encoding.ids)
             outcome.drop(error)
             return []
-        outcome.add(_example(masked.input_ids, masked.weights), masked.spans)
+        outcome.add(_example(masked.input_ids, masked.mask, masked.weights), masked.spans)
         outcome.num_straddled += masked.num_straddled
         outcome.is_altered |= text.is_altered
         outcome.is_unseen |= text.is_unseen
@@ -224,19 +226,7 @@ class RowTokenizer:
             ]
             if parts[-1].train and ids[-1][-1] not in self._stops:
                 ids[-1] = [*ids[-1], eos]
-            weights = [
-                part.weight * part.train
-                for part, part_ids in zip(parts, ids, strict=True)
-                for _ in part_ids
-            ]
-            spans = []
-            position = 0
-            for number, (part, part_ids) in enumerate(zip(parts, ids, strict=True)):
-                if part.train:
-                    span = TrainedSpan(position, position + len(part_ids), number, "text")
-                    spans.append(span)
-                position += len(part_ids)
-            outcome.add(_example([token for part in ids for token in part], weights), spans)
+            outcome.add(*_join_segments(parts, ids))
         return proofs
 
     def _end_token(self) -> int:
@@ -387,14 +377,32 @@ def _no_token(row: int) -> RowError:
     )
 
 
-def _example(input_ids: list[int], weights: list[float]) -> TokenizedExample:
-    example: TokenizedExample = {
-        "input_ids": input_ids,
-        "response_mask": [int(weight > 0) for weight in weights],
-    }
-    if not {0.0, 1.0}.issuperset(weights):
+def _example(
+    input_ids: list[int], mask: list[int], weights: list[float] | None
+) -> TokenizedExample:
+    example: TokenizedExample = {"input_ids": input_ids, "response_mask": mask}
+    if weights is not None:
         example["loss_weights"] = weights
     return example
+
+
+def _join_segments(
+    segments: Sequence[Segment], ids: Sequence[list[int]]
+) -> tuple[TokenizedExample, list[TrainedSpan]]:
+    """The tokens of segments as one example, and the spans of those that are trained."""
+    input_ids: list[int] = []
+    mask: list[int] = []
+    weights: list[float] = []
+    spans = []
+    for number, (segment, tokens) in enumerate(zip(segments, ids, strict=True)):
+        start, end = len(input_ids), len(input_ids) + len(tokens)
+        input_ids += tokens
+        mask += [int(segment.train and segment.weight > 0)] * len(tokens)
+        weights += [segment.weight] * len(tokens)
+        if segment.train and tokens:
+            spans.append(TrainedSpan(start, end, number, "text"))
+    has_weights = any(segment.weight != 1 for segment in segments if segment.train)
+    return _example(input_ids, mask, weights if has_weights else None), spans
 
 
 def _ends_with(example: TokenizedExample, stops: Collection[int]) -> bool:

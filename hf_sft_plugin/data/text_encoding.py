@@ -100,9 +100,15 @@ def encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Sequen
         return []
     if not tokenizer.is_fast:
         return [encode_parts([text], tokenizer) for text in texts]
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    assert encoded.encodings is not None
-    return [WholeEncoding(encoding) for encoding in encoded.encodings]
+    # The backend itself: transformers would copy every list once more, and forget the characters.
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = False
+    return [
+        WholeEncoding(encoding)
+        for encoding in backend.encode_batch(texts, add_special_tokens=False)
+    ]
 
 
 def encode_parts(parts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> JoinedEncoding:
@@ -126,6 +132,7 @@ def encode_parts(parts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Jo
 
 
 def decode_tokens(ids: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts of token ids, control tokens included."""
     if tokenizer.is_fast:
         # The tokenizer's own decoding, without what transformers tidies up.
         return list(tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=False))

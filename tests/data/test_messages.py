@@ -257,7 +257,7 @@ def test_a_function_call_that_is_no_json_with_a_name_is_refused(value: Any) -> N
 
 @pytest.mark.parametrize("sender", ["Human", "", 7, [], {"a": 1}])
 def test_an_unknown_sender_is_refused_with_the_known_ones(sender: Any) -> None:
-    with pytest.raises(RowError, match="the known senders are human, user, gpt, .*tool") as info:
+    with pytest.raises(RowError, match=r"the known senders are human, user, gpt, .*tool") as info:
         share({"from": sender, "value": "a"})
     assert info.value.reason == "unknown sender of a message"
     assert "message 0 is from" in str(info.value)

@@ -108,7 +108,7 @@ def test_a_weight_is_its_own_times_that_of_the_whole(
     "value", [-1, -0.5, math.nan, math.inf, -math.inf, True, "1", [1.0], {}, b"1", 10**400, 1e308]
 )
 def test_a_weight_that_cannot_be_counted_with_is_refused(value: Any) -> None:
-    with pytest.raises(RowError, match="Row 3: here has the weight .* finite number of 0 or mo"):
+    with pytest.raises(RowError, match=r"Row 3: here has the weight .* finite number of 0 or"):
         read_weight(value, 10.0, SOURCE, "here")
 
 
@@ -119,7 +119,7 @@ def test_a_flag_is_true_false_or_absent() -> None:
         None,
     ]
     for value in (0, 1, "true", [], 1.0):
-        with pytest.raises(RowError, match="here has 'train': .* true or false is needed"):
+        with pytest.raises(RowError, match=r"here has 'train': .* true or false is needed"):
             read_flag(value, SOURCE, "here")
 
 
