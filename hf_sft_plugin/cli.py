@@ -12,8 +12,12 @@ import yaml
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
-from hf_sft_plugin.data.preview import Setup
-from hf_sft_plugin.data.preview_terminal import PreviewArguments, make_setup, show_preview
+from hf_sft_plugin.data.preview import TokenizationSetup
+from hf_sft_plugin.data.preview_terminal import (
+    PreviewArguments,
+    make_tokenization_setup,
+    show_preview,
+)
 from hf_sft_plugin.reporting.report import REPORT_FOLDER, write_report
 from hf_sft_plugin.reporting.run_log import METRICS_FILE
 from hf_sft_plugin.types import DataOptions
@@ -63,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(given[:1])
     try:
         _COMMANDS[arguments.command][1](given[1:])
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         # Whatever is wrong with settings or data is said there; a traceback would only hide it.
         raise SystemExit(f"hf-sft {arguments.command}: {error}") from None
 
@@ -118,11 +122,11 @@ def report(argv: Sequence[str]) -> None:
         print(path)
 
 
-def _load_setup(row_args: RowArguments, options: DataOptions) -> Setup:
+def _load_setup(row_args: RowArguments, options: DataOptions) -> TokenizationSetup:
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(row_args.tokenizer)
     if row_args.chat_template_path is not None:
         tokenizer.chat_template = Path(row_args.chat_template_path).read_text(encoding="utf-8")
-    return make_setup(tokenizer, options, row_args.tokenizer)
+    return make_tokenization_setup(tokenizer, options, row_args.tokenizer)
 
 
 def _read_settings(path: Path, row_args: RowArguments) -> tuple[RowArguments, DataOptions]:

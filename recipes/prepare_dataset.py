@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 
 import yaml
 from datasets import Dataset, concatenate_datasets
+from datasets.exceptions import DatasetGenerationError
 from sft import read_rows
 from transformers import AutoTokenizer, HfArgumentParser
 
@@ -242,7 +243,12 @@ def read_all(paths: Sequence[str]) -> Dataset:
     Raises:
         ValueError: If a file cannot be read, or the files have different columns.
     """
-    parts = [read_rows(path, "train") for path in paths]
+    parts = []
+    for path in paths:
+        try:
+            parts.append(read_rows(path, "train"))
+        except DatasetGenerationError as error:
+            raise ValueError(f"'{path}' cannot be read: {error.__cause__}") from error
     for path, part in zip(paths, parts, strict=True):
         if set(part.column_names) != set(parts[0].column_names):
             raise ValueError(

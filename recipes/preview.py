@@ -25,8 +25,12 @@ from quickstart import train_tokenizer
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_sft_plugin import MaskedSFTConfig
-from hf_sft_plugin.data.preview import Setup
-from hf_sft_plugin.data.preview_terminal import PreviewArguments, make_setup, show_preview
+from hf_sft_plugin.data.preview import TokenizationSetup
+from hf_sft_plugin.data.preview_terminal import (
+    PreviewArguments,
+    make_tokenization_setup,
+    show_preview,
+)
 from hf_sft_plugin.types import DataOptions
 
 _TOKENIZER_SETTINGS = (
@@ -45,13 +49,13 @@ def main() -> None:
     try:
         rows, _ = sft.load_rows(data_args, seed=int(training.seed or 42))
         tokenizer = load_tokenizer(model_args, rows)
-        setup = make_setup(tokenizer, options, _model(model_args))
+        setup = make_tokenization_setup(tokenizer, options, _model(model_args))
         against = None
         if arguments.against is not None:
             other_args, _, other_options, _, _ = _parse([arguments.against])
             against = _other_setup(other_args, other_options, model_args, rows, tokenizer)
         show_preview(rows, setup, arguments, against=against)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         # Whatever is wrong with settings or data is said there; a traceback would only hide it.
         raise SystemExit(f"preview.py: {error}") from None
 
@@ -84,15 +88,15 @@ def _other_setup(
     model_args: sft.ModelArguments,
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-) -> Setup:
+) -> TokenizationSetup:
     """The setup of another settings file; where it names no tokenizer, with the same one."""
     named = (other.model_name_or_path, other.tokenizer_name_or_path, other.model_config)
     if any(named):
-        return make_setup(load_tokenizer(other, rows), options, _model(other))
+        return make_tokenization_setup(load_tokenizer(other, rows), options, _model(other))
     if other.chat_template_path is not None:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = Path(other.chat_template_path).read_text(encoding="utf-8")
-    return make_setup(tokenizer, options, _model(model_args))
+    return make_tokenization_setup(tokenizer, options, _model(model_args))
 
 
 def _model(model_args: sft.ModelArguments) -> Any:

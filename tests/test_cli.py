@@ -100,6 +100,7 @@ def test_a_wrong_argument_is_an_error_that_says_what_is_possible(
     [
         (("report", "nowhere"), "", "hf-sft report: There is no metrics.jsonl in 'nowhere'"),
         (("preview", *FLAGS[:3], "rows.txt"), "", "'rows.txt' cannot be read: rows come from"),
+        (("preview", "--tokenizer=nowhere", *FLAGS[2:]), "", "hf-sft preview: "),
         (("preview", *FLAGS, "--against=no.yaml"), "", "There is no settings file 'no.yaml'"),
         (("preview", *FLAGS, "--against=o.yaml"), "max_lengt: 3", "Did you mean 'max_length'?"),
         (("preview", *FLAGS, "--against=o.yaml"), "- 3", "o.yaml holds a list"),

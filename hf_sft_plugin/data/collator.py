@@ -6,16 +6,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from hf_sft_plugin.data.formats import detect_format
 from hf_sft_plugin.data.tokenization import make_options, tokenize_rows
-from hf_sft_plugin.types import IGNORE_INDEX, RowError, TokenizedExample
+from hf_sft_plugin.types import IGNORE_INDEX, DataOptions, TokenizedExample
 
 
 class DataCollatorForPromptResponse:
     """Pads rows of prompts and responses into a batch in which only responses carry labels.
 
     Works in any `transformers.Trainer` and in a hand-written loop. Rows may be raw (they are
-    tokenized on the fly) or come from `prepare_dataset`. Masks go by position, never by token id,
-    so a pad token that is also the eos token is harmless.
+    tokenized on the fly) or come tokenized, as from `prepare_dataset` (they are checked, and cut
+    to `max_length`). Masks go by position, never by token id, so a pad token that is also the eos
+    token is harmless.
 
     Args:
         tokenizer: Gives the pad token (the eos token where it has none), and tokenizes raw rows.
@@ -87,6 +89,7 @@ class DataCollatorForPromptResponse:
 
         Raises:
             RowError: If a row cannot be trained; its number is the position in `rows`.
+            ValueError: If there are no rows, or they are written in different ways.
         """
         if isinstance(rows, Mapping):
             raise ValueError(
@@ -124,12 +127,8 @@ class DataCollatorForPromptResponse:
             batch["loss_weights"] = loss_weights * response_mask
         return batch
 
-    def _tokenized(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[TokenizedExample]:
-        columns = ("input_ids", "response_mask")
-        if all(row.get(column) is not None for row in rows for column in columns):
-            for index, row in enumerate(rows):
-                _check_lengths(row, index)
-            return rows  # type: ignore[return-value]  # these are the keys of TokenizedExample
+    def _tokenized(self, rows: Sequence[Mapping[str, Any]]) -> list[TokenizedExample]:
+        _require_one_format(rows, self.options)
         outcomes = tokenize_rows(
             rows, range(len(rows)), self.tokenizer, self.options, self.stop_token_ids
         )
@@ -139,15 +138,29 @@ class DataCollatorForPromptResponse:
         return [example for outcome in outcomes for example in outcome.examples]
 
 
-def _check_lengths(row: Mapping[str, Any], index: int) -> None:
-    """A list of one entry would be spread over the whole row without a word."""
-    columns = ("input_ids", "response_mask", "loss_weights")
-    lengths = {column: len(row[column]) for column in columns if row.get(column) is not None}
-    if len(set(lengths.values())) > 1:
-        found = ", ".join(f"{column} has {length}" for column, length in lengths.items())
-        raise RowError(
-            index,
-            f"the lists of the row differ in length: {found} entries. All of them are "
-            "token-aligned and have one length.",
-            "lists of unequal length",
+def _require_one_format(rows: Sequence[Mapping[str, Any]], options: DataOptions) -> None:
+    """The first row decides how all are read, so the others must be written as it is.
+
+    Columns that a row may go without, such as `loss_weights`, and those that are not read at all
+    may differ.
+    """
+    first = rows[0].keys()
+    for index, row in enumerate(rows):
+        if row.keys() == first or _are_one_format(first, row.keys(), options):
+            continue
+        ours, theirs = (", ".join(sorted(map(str, keys))) for keys in (first, row.keys()))
+        raise ValueError(
+            f"Row 0 of the batch has the columns {ours}, but row {index} has {theirs}. The rows of "
+            "one batch are read alike, by the same columns. Bring the datasets into one format "
+            "before they are mixed."
         )
+
+
+def _are_one_format(first: Collection[str], other: Collection[str], options: DataOptions) -> bool:
+    expected = detect_format(first, options)
+    try:
+        found = detect_format(other, options)
+    except ValueError:
+        return False
+    is_same = all(found.column(part) == column for column, part in expected.columns)
+    return found.kind == expected.kind and is_same

@@ -5,11 +5,10 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hf_sft_plugin.data.formats import RowFormat, RowKind, detect_format  # noqa: F401
+from hf_sft_plugin.data.formats import RowFormat, RowKind
 from hf_sft_plugin.data.messages import ROLES_HELP, read_messages
 from hf_sft_plugin.data.row_values import (
     RowSource,
-    check_texts,  # noqa: F401
     check_unicode,
     read_flag,
     read_weight,

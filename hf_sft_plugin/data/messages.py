@@ -34,15 +34,15 @@ def read_messages(part: str, source: RowSource, weight: float) -> list[Turn]:
     is_sharegpt = source.row_format.kind == "sharegpt"
     turns = []
     for position, message in enumerate(source.entries(part, ROLES_HELP)):
-        if type(message) is dict and len(message) == 2 and _is_clean(message):
-            # Nearly all messages are such, and need none of the questions below.
-            train = message["role"] in source.options.train_roles
-            turns.append(Turn(message, train, weight))
-            continue
         here = f"{place}, message {position}"
         if is_sharegpt:
             message = _from_sharegpt(message, source, here)
-        turns.append(_read_turn(message, source, weight, here))
+        if type(message) is dict and len(message) == 2 and _is_clean(message):
+            # Nearly all messages are such, and raise none of the questions of the others.
+            train = message["role"] in source.options.train_roles
+            turns.append(Turn(message, train, weight))
+        else:
+            turns.append(_read_turn(message, source, weight, here))
     return turns
 
 

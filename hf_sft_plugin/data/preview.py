@@ -37,7 +37,7 @@ _BEGINNINGS = {
 
 
 @dataclass(frozen=True)
-class Setup:
+class TokenizationSetup:
     """Everything that decides what of a row is trained.
 
     Attributes:
@@ -191,7 +191,7 @@ def preview_rows(
     Raises:
         ValueError: If columns, tokenizer or options do not fit each other.
     """
-    setup = Setup(tokenizer, make_options(options), stop_token_ids)
+    setup = TokenizationSetup(tokenizer, make_options(options), stop_token_ids)
     keeps = _FILTERS[only]
     found: list[tuple[RowOutcome, Mapping[str, Any]]] = []
     for rows, indices in batches_of(dataset, tokenizer, containing, source):
@@ -204,7 +204,9 @@ def preview_rows(
     return [preview_outcome(outcome, row, setup) for outcome, row in found[:num_rows]]
 
 
-def preview_outcome(outcome: RowOutcome, row: Mapping[str, Any], setup: Setup) -> PreviewedRow:
+def preview_outcome(
+    outcome: RowOutcome, row: Mapping[str, Any], setup: TokenizationSetup
+) -> PreviewedRow:
     """Makes what became of a row readable.
 
     Args:
@@ -299,7 +301,7 @@ def batches_of(
 
 
 def tokenize_like(
-    rows: Sequence[Mapping[str, Any]], indices: Sequence[int], setup: Setup
+    rows: Sequence[Mapping[str, Any]], indices: Sequence[int], setup: TokenizationSetup
 ) -> list[RowOutcome]:
     """Tokenizes rows as a setup does, without stopping at a row that is too long."""
     options = setup.options

@@ -9,7 +9,7 @@ from itertools import groupby, zip_longest
 from hf_sft_plugin.data.preview import (
     PreviewedRow,
     Rows,
-    Setup,
+    TokenizationSetup,
     batches_of,
     preview_outcome,
     tokenize_like,
@@ -76,8 +76,8 @@ class Diff:
 
 def diff_rows(
     dataset: Rows,
-    here: Setup,
-    there: Setup,
+    here: TokenizationSetup,
+    there: TokenizationSetup,
     *,
     num_rows: int = 5,
     containing: str | None = None,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from hf_sft_plugin.data.preview import PreviewedExample, PreviewedRow, SpanNote, visible
+from hf_sft_plugin.data.preview import Piece, PreviewedExample, PreviewedRow, SpanNote, visible
 from hf_sft_plugin.data.preview_diff import Diff, RowChange
 
 MAX_ROWS = 2000
@@ -160,6 +160,7 @@ _FILTERS = (
     ("truncated", "Truncated"),
     ("set_aside", "Set aside"),
     ("split", "Split"),
+    ("differ", "Differ"),
 )
 
 
@@ -293,13 +294,19 @@ def _row(row: PreviewedRow, show_ids: bool) -> str:
 def _example(example: PreviewedExample, show_ids: bool) -> str:
     parts = []
     for trained, note, pieces in example.runs():
-        text = "".join(
-            _text(piece.text) + (f"<sub>{' '.join(map(str, piece.ids))}</sub>" if show_ids else "")
-            for piece in pieces
-        )
+        text = "".join(_piece(piece, show_ids) for piece in pieces)
         parts.append(f'<mark title="{_text(_title(note))}">{text}</mark>' if trained else text)
     notes = "".join(f"<li>{_text(_title(note))}</li>" for note in example.notes)
     return f'<div class="text">{"".join(parts)}</div><ul class="why">{notes}</ul>'
+
+
+def _piece(piece: Piece, show_ids: bool) -> str:
+    text = _text(piece.text)
+    if not show_ids:
+        return text
+    # A line that ends keeps the ids of its end.
+    line_end = "\n" if text.endswith("\n") else ""
+    return f"{text.removesuffix(line_end)}<sub>{' '.join(map(str, piece.ids))}</sub>{line_end}"
 
 
 def _title(note: SpanNote | None) -> str:

@@ -16,7 +16,7 @@ from hf_sft_plugin.data.preview import (
     PreviewedExample,
     PreviewedRow,
     Rows,
-    Setup,
+    TokenizationSetup,
     preview_rows,
     visible,
 )
@@ -73,14 +73,14 @@ class PreviewArguments:
             raise ValueError(f"num_rows is {self.num_rows}; it counts from 1.")
 
 
-def make_setup(
+def make_tokenization_setup(
     tokenizer: PreTrainedTokenizerBase, options: DataOptions, model: str | PreTrainedConfig | None
-) -> Setup:
+) -> TokenizationSetup:
     """What a run would tokenize with: stop tokens and longest row also come from the model.
 
     Args:
-        tokenizer: See `Setup`.
-        options: See `Setup`.
+        tokenizer: See `TokenizationSetup`.
+        options: See `TokenizationSetup`.
         model: Name or folder of the model, or its config; None where it is not known. A folder
             that holds only a tokenizer is fine.
     """
@@ -95,7 +95,9 @@ def make_setup(
     if options.max_length is None and longest is not None:
         limit = max_row_length(tokenizer, None)
         options = replace(options, max_length=min(longest, limit or longest))
-    return Setup(tokenizer, options, frozenset(stop for stop in stops if stop is not None))
+    return TokenizationSetup(
+        tokenizer, options, frozenset(stop for stop in stops if stop is not None)
+    )
 
 
 def _read(kind: Any, name: str) -> Any:
@@ -108,10 +110,10 @@ def _read(kind: Any, name: str) -> Any:
 
 def show_preview(
     dataset: Rows,
-    setup: Setup,
+    setup: TokenizationSetup,
     arguments: PreviewArguments,
     *,
-    against: Setup | None = None,
+    against: TokenizationSetup | None = None,
     console: Console | None = None,
 ) -> None:
     """Shows rows in the terminal and, where it was asked for, in a page and against another setup.
@@ -239,8 +241,10 @@ def _example_text(example: PreviewedExample, show_ids: bool, brackets: tuple[str
         text.append(brackets[0] if trained else "", style)
         if show_ids:
             for piece in pieces:
-                text.append(visible(piece.text), style)
-                text.append(f"[{' '.join(map(str, piece.ids))}]", "dim cyan")
+                shown = visible(piece.text)
+                line_end = "\n" if shown.endswith("\n") else ""
+                text.append(shown.removesuffix(line_end), style)
+                text.append(f"[{' '.join(map(str, piece.ids))}]{line_end}", "dim cyan")
         else:
             text.append("".join(visible(piece.text) for piece in pieces), style)
         text.append(brackets[1] if trained else "", style)

@@ -88,16 +88,20 @@ class ShardSet:
     Attributes:
         folder: Where the set is.
         vocab_size: Number of ids of its tokenizer.
-        tokenizer_digest: See `tokenizer_digest`.
+        vocab_digest: See `vocab_digest`.
         tokenizer_files: The files of the tokenizer beside the tokens.
         splits: The shards of each split.
+        ledgers: What was accounted of a split, as plain values; None where nothing was.
+        certificates: What was proven of its masks, in the same way.
     """
 
     folder: Path
     vocab_size: int
-    tokenizer_digest: str
+    vocab_digest: str
     tokenizer_files: tuple[ShardFile, ...]
     splits: dict[str, tuple[Shard, ...]]
+    ledgers: dict[str, Any]
+    certificates: dict[str, Any]
 
     def counts(self, split: str) -> SplitCounts:
         """Adds up the shards of a split."""
@@ -172,12 +176,14 @@ def read_metadata(folder: str | Path) -> ShardSet:
         shards = ShardSet(
             folder=folder,
             vocab_size=int(record["tokenizer"]["vocab_size"]),
-            tokenizer_digest=str(record["tokenizer"]["digest"]),
+            vocab_digest=str(record["tokenizer"]["digest"]),
             tokenizer_files=tuple(ShardFile(**file) for file in record["tokenizer"]["files"]),
             splits={
                 name: tuple(map(_read_shard, split["shards"]))
                 for name, split in record["splits"].items()
             },
+            ledgers={name: split["ledger"] for name, split in record["splits"].items()},
+            certificates={name: split["certificate"] for name, split in record["splits"].items()},
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -287,7 +293,7 @@ def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+def vocab_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Two tokenizers of one digest give tokens the same ids and cut a sample text the same way.
 
     Chat template and special roles, such as which token pads, are no part of it.

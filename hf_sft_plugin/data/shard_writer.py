@@ -33,7 +33,7 @@ from hf_sft_plugin.data.shard_set import (
     num_token_ids,
     possible_values,
     read_metadata,
-    tokenizer_digest,
+    vocab_digest,
 )
 from hf_sft_plugin.types import RowError
 
@@ -69,7 +69,8 @@ def write_shards(
         splits: Prepared rows by split, usually `train` and `val`.
         tokenizer: The one that the rows were prepared with.
         ledgers: What `prepare_dataset` accounted, by split; kept in the metadata.
-        certificates: More to keep in the metadata, by split: dataclasses or plain values.
+        certificates: What was proven of the masks, by split: dataclasses or plain values. None:
+            what the ledgers carry.
         max_tokens_per_shard: A shard ends before it has more tokens than this.
         overwrite: Whether a shard set that is already there is replaced.
 
@@ -91,24 +92,16 @@ def write_shards(
             name: tuple(_write_split(partial, name, rows, vocab_size, max_tokens_per_shard))
             for name, rows in splits.items()
         }
-        tokenizer.save_pretrained(partial / TOKENIZER)
+        files = _save_tokenizer(partial, tokenizer)
         shard_set = ShardSet(
-            folder=partial,
-            vocab_size=vocab_size,
-            tokenizer_digest=tokenizer_digest(tokenizer),
-            tokenizer_files=tuple(
-                _digest(partial, path)
-                for path in sorted((partial / TOKENIZER).rglob("*"))
-                if path.is_file()
-            ),
-            splits=shards,
+            *(partial, vocab_size, vocab_digest(tokenizer), files, shards),
+            *_accounts(splits, ledgers or {}, certificates or {}),
         )
-        _write_metadata(shard_set, ledgers or {}, certificates or {})
-        written = dataclasses.replace(read_metadata(partial), folder=Path(folder))
+        _write_metadata(shard_set)
         _put_in_place(partial, target, overwrite=overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return written
+    return dataclasses.replace(shard_set, folder=Path(folder))
 
 
 def check_shard_destination(folder: str | Path, *, overwrite: bool) -> None:
@@ -254,24 +247,33 @@ def _fill(values: np.ndarray, is_given: np.ndarray) -> np.ndarray:
     return filled
 
 
+def _save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[ShardFile, ...]:
+    tokenizer.save_pretrained(folder / TOKENIZER)
+    paths = sorted(path for path in (folder / TOKENIZER).rglob("*") if path.is_file())
+    return tuple(_digest(folder, path) for path in paths)
+
+
 def _digest(folder: Path, path: Path) -> ShardFile:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return ShardFile(path.relative_to(folder).as_posix(), digest)
 
 
-def _write_metadata(
-    shard_set: ShardSet, ledgers: Mapping[str, Any], certificates: Mapping[str, Any]
-) -> None:
+def _write_metadata(shard_set: ShardSet) -> None:
     """Writes what the set holds as JSON that people can read: one line for each list of numbers."""
     splits = {}
     for name, shards in shard_set.splits.items():
         counts = shard_set.counts(name)
+        if counts.num_response_tokens == 0:
+            raise ValueError(
+                f"No token of split {name!r} is trained: it has {counts.num_documents:,} rows, and "
+                "their masks are all zero."
+            )
         splits[name] = {
             **dataclasses.asdict(counts),
             "trained_share": counts.trained_share,
-            "ledger": _plain(ledgers.get(name)),
-            "certificate": _plain(certificates.get(name)),
+            "ledger": shard_set.ledgers[name],
+            "certificate": shard_set.certificates[name],
             "shards": [dataclasses.asdict(shard) for shard in shards],
         }
     record = {
@@ -280,7 +282,7 @@ def _write_metadata(
         "dtypes": {name: column.dtype.str for name, column in COLUMNS.items()},
         "tokenizer": {
             "vocab_size": shard_set.vocab_size,
-            "digest": shard_set.tokenizer_digest,
+            "digest": shard_set.vocab_digest,
             "files": [dataclasses.asdict(file) for file in shard_set.tokenizer_files],
         },
         "splits": splits,
@@ -288,6 +290,19 @@ def _write_metadata(
     text = json.dumps(record, indent=2)
     text = re.sub(r"\[[\d,\s]+\]", lambda match: " ".join(match[0].split()), text)
     (shard_set.folder / METADATA).write_text(text + "\n", encoding="utf-8")
+
+
+def _accounts(
+    splits: Mapping[str, Any], ledgers: Mapping[str, Any], certificates: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Ledgers and certificates as plain values; a ledger may carry the certificate."""
+    accounts = {name: _plain(ledgers.get(name)) for name in splits}
+    proofs = {name: _plain(certificates.get(name)) for name in splits}
+    for name, account in accounts.items():
+        if isinstance(account, dict) and account.get("certificate") and proofs[name] is None:
+            proofs[name] = account["certificate"]
+            accounts[name] = {key: v for key, v in account.items() if key != "certificate"}
+    return accounts, proofs
 
 
 def _plain(value: Any) -> Any:

@@ -22,7 +22,7 @@ from hf_sft_plugin.data.shard_set import (
     impossible,
     possible_values,
     read_metadata,
-    tokenizer_digest,
+    vocab_digest,
 )
 from hf_sft_plugin.types import TokenizedExample
 
@@ -54,6 +54,8 @@ class ShardDataset(data.Dataset[TokenizedExample]):
 
     Attributes:
         counts: Documents and tokens of the split.
+        ledger: What `prepare_dataset` accounted of it, as plain values; None where nothing was.
+        certificate: What was proven of its masks; see `certify_masks`.
 
     Raises:
         ValueError: If something is missing, truncated, damaged or of another version.
@@ -107,6 +109,8 @@ class ShardDataset(data.Dataset[TokenizedExample]):
         columns = check_files(shard_set, self.split, use_loss_mask=self.use_loss_mask)
         shards = shard_set.splits[self.split]
         self.counts = shard_set.counts(self.split)
+        self.ledger = shard_set.ledgers[self.split]
+        self.certificate = shard_set.certificates[self.split]
         self._columns = {
             name: [
                 np.memmap(shard_set.path(shard.files[name]), COLUMNS[name].dtype, mode="r")
@@ -119,8 +123,8 @@ class ShardDataset(data.Dataset[TokenizedExample]):
         if self.block_size is None:
             self._row_bounds = _bounds([n for shard in shards for n in shard.document_lengths])
         else:
-            starts = range(0, self.counts.num_tokens, self.block_size)
-            self._row_bounds = np.array([*starts, self.counts.num_tokens])
+            starts = np.arange(0, self.counts.num_tokens, self.block_size)
+            self._row_bounds = np.append(starts, self.counts.num_tokens)
 
     def __len__(self) -> int:
         return len(self._row_bounds) - 1
@@ -250,7 +254,7 @@ def check_tokenizer(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> N
         ValueError: If it does not; says which token differs.
     """
     shard_set = read_metadata(folder)
-    if tokenizer_digest(tokenizer) == shard_set.tokenizer_digest:
+    if vocab_digest(tokenizer) == shard_set.vocab_digest:
         return
     saved = AutoTokenizer.from_pretrained(shard_set.folder / TOKENIZER, local_files_only=True)
     theirs, ours = ({v: k for k, v in t.get_vocab().items()} for t in (saved, tokenizer))

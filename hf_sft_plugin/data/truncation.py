@@ -101,6 +101,12 @@ def mask_runs(mask: Sequence[int]) -> list[Range]:
         >>> mask_runs([0, 1, 1, 0, 1])
         [(1, 3), (4, 5)]
     """
-    padded = [0, *mask, 0]
-    edges = [i for i in range(len(mask) + 1) if bool(padded[i]) != bool(padded[i + 1])]
-    return list(zip(edges[::2], edges[1::2], strict=True))
+    # Bytes are searched at the speed of memory; a last 0 ends every run.
+    marks = bytes(map(bool, mask)) + b"\0"
+    runs = []
+    start = marks.find(1)
+    while start >= 0:
+        end = marks.find(0, start)
+        runs.append((start, end))
+        start = marks.find(1, end)
+    return runs

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_sft_plugin.data.preview import (
     PreviewedExample,
     PreviewedRow,
-    Setup,
+    TokenizationSetup,
     preview_outcome,
     preview_rows,
     split_pieces,
@@ -86,7 +86,9 @@ def test_a_character_of_several_tokens_is_one_piece(
 ) -> None:
     input_ids = tokenizer(f"a{text}b")["input_ids"]
     assert len(input_ids) > 3
-    assert [piece for piece, _ in split_pieces(input_ids, Setup(tokenizer).text_of)] == [
+    assert [
+        piece for piece, _ in split_pieces(input_ids, TokenizationSetup(tokenizer).text_of)
+    ] == [
         "a",
         text,
         "b",
@@ -97,7 +99,10 @@ def test_half_a_character_at_the_end_is_one_replacement_character(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     input_ids = tokenizer("a\U0001f600")["input_ids"][:-1]
-    assert split_pieces(input_ids, Setup(tokenizer).text_of) == [("a", 1), ("\ufffd", 3)]
+    assert split_pieces(input_ids, TokenizationSetup(tokenizer).text_of) == [
+        ("a", 1),
+        ("\ufffd", 3),
+    ]
 
 
 def test_the_space_before_a_word_of_sentencepiece_is_kept() -> None:
@@ -113,7 +118,7 @@ def test_the_space_before_a_word_of_sentencepiece_is_kept() -> None:
         ]
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    assert split_pieces([1, 2, 3, 4, 5], Setup(tokenizer).text_of) == [
+    assert split_pieces([1, 2, 3, 4, 5], TokenizationSetup(tokenizer).text_of) == [
         (" hello", 1),
         (" world", 1),
         ("\u20ac", 3),
@@ -137,14 +142,14 @@ def test_each_span_says_which_message_it_is_and_why_it_is_trained(
     kind: SpanKind, reason: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     outcome = outcome_of("abc<|im_end|>", tokenizer, TrainedSpan(1, 4, turn=3, kind=kind))
-    (note,) = preview_outcome(outcome, {}, Setup(tokenizer)).examples[0].notes
+    (note,) = preview_outcome(outcome, {}, TokenizationSetup(tokenizer)).examples[0].notes
     assert note.reason.startswith(reason)
     assert note.num_tokens == 3
 
 
 def test_a_span_that_was_cut_says_so(tokenizer: PreTrainedTokenizerFast) -> None:
     outcome = outcome_of("abc", tokenizer, TrainedSpan(1, 3, turn=1, kind="exact"))
-    (note,) = preview_outcome(outcome, {}, Setup(tokenizer)).examples[0].notes
+    (note,) = preview_outcome(outcome, {}, TokenizationSetup(tokenizer)).examples[0].notes
     assert note.reason.endswith("cut off before its stop token")
 
 
@@ -161,13 +166,13 @@ def test_weights_of_a_span_are_told(
 ) -> None:
     outcome = outcome_of("ab<|im_end|>", tokenizer, TrainedSpan(1, 3, turn=1, kind="exact"))
     outcome.examples[0]["loss_weights"] = weights
-    (note,) = preview_outcome(outcome, {}, Setup(tokenizer)).examples[0].notes
+    (note,) = preview_outcome(outcome, {}, TokenizationSetup(tokenizer)).examples[0].notes
     assert note.reason.endswith(ending)
 
 
 def test_two_spans_side_by_side_stay_apart(tokenizer: PreTrainedTokenizerFast) -> None:
     spans = [TrainedSpan(1, 2, turn=1, kind="exact"), TrainedSpan(2, 4, turn=2, kind="exact")]
-    row = preview_outcome(outcome_of("abcd", tokenizer, *spans), {}, Setup(tokenizer))
+    row = preview_outcome(outcome_of("abcd", tokenizer, *spans), {}, TokenizationSetup(tokenizer))
     assert trained_texts(row) == ["b", "cd"]
     notes = [note for _, note, _ in row.examples[0].runs() if note is not None]
     assert [note.span.turn for note in notes] == [1, 2]
@@ -175,7 +180,9 @@ def test_two_spans_side_by_side_stay_apart(tokenizer: PreTrainedTokenizerFast) -
 
 def test_a_row_set_aside_keeps_its_error_and_its_text(tokenizer: PreTrainedTokenizerFast) -> None:
     outcome = RowOutcome(7, error=RowError(7, "it is broken.", "broken"))
-    row = preview_outcome(outcome, {"text": "\ud800", "source": "web"}, Setup(tokenizer))
+    row = preview_outcome(
+        outcome, {"text": "\ud800", "source": "web"}, TokenizationSetup(tokenizer)
+    )
     assert (row.row, row.examples, row.error) == (7, (), outcome.error)
     assert row.source == "web"
     assert json.loads(row.raw) == {"text": "\ud800", "source": "web"}
@@ -250,10 +257,10 @@ def test_an_unknown_option_is_an_error(tokenizer: PreTrainedTokenizerFast) -> No
 def test_the_stop_tokens_of_a_setup_are_those_of_the_run(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    assert Setup(tokenizer).stops == {2}
-    assert Setup(tokenizer, stop_token_ids=[0, 1]).stops == {0, 1}
+    assert TokenizationSetup(tokenizer).stops == {2}
+    assert TokenizationSetup(tokenizer, stop_token_ids=[0, 1]).stops == {0, 1}
     options = DataOptions(stop_token="<|endoftext|>")
-    assert Setup(tokenizer, options, stop_token_ids=[1]).stops == {0}
+    assert TokenizationSetup(tokenizer, options, stop_token_ids=[1]).stops == {0}
 
 
 @pytest.mark.parametrize(

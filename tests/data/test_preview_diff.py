@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from hf_sft_plugin.data.preview import Piece, PreviewedExample, PreviewedRow, Setup
+from hf_sft_plugin.data.preview import Piece, PreviewedExample, PreviewedRow, TokenizationSetup
 from hf_sft_plugin.data.preview_diff import compare_rows, diff_rows
 from hf_sft_plugin.types import DataOptions, RowError
 
@@ -94,8 +94,8 @@ def test_changed_rows_are_counted_and_the_first_are_shown(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     num_tokens = len(tokenizer.apply_chat_template(SHORT["messages"])["input_ids"])
-    there = Setup(tokenizer, DataOptions(max_length=num_tokens))
-    diff = diff_rows([SHORT, LONG, SHORT, LONG], Setup(tokenizer), there, num_rows=1)
+    there = TokenizationSetup(tokenizer, DataOptions(max_length=num_tokens))
+    diff = diff_rows([SHORT, LONG, SHORT, LONG], TokenizationSetup(tokenizer), there, num_rows=1)
     assert (diff.num_rows, diff.num_changed) == (4, 2)
     (change,) = diff.rows
     assert change.row == 1
@@ -111,12 +111,12 @@ def test_another_tokenizer_with_the_same_template_trains_the_same_text(
         chat_template="{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>"
         "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    diff = diff_rows([SHORT, LONG], Setup(tokenizer), Setup(other))
+    diff = diff_rows([SHORT, LONG], TokenizationSetup(tokenizer), TokenizationSetup(other))
     assert (diff.num_rows, diff.num_changed, diff.rows) == (2, 0, ())
 
 
 def test_only_the_rows_asked_for_are_compared(tokenizer: PreTrainedTokenizerFast) -> None:
-    setup = Setup(tokenizer)
+    setup = TokenizationSetup(tokenizer)
     rows = [{**SHORT, "source": "a"}, {**LONG, "source": "b"}]
     assert diff_rows(rows, setup, setup, source="a").num_rows == 1
     assert diff_rows(rows, setup, setup, containing="42").num_rows == 1

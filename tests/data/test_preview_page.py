@@ -15,7 +15,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from hf_sft_plugin.data import preview_page
-from hf_sft_plugin.data.preview import PreviewedRow, Setup, preview_rows
+from hf_sft_plugin.data.preview import PreviewedRow, TokenizationSetup, preview_rows
 from hf_sft_plugin.data.preview_diff import diff_rows
 from hf_sft_plugin.data.preview_page import write_preview_page
 from hf_sft_plugin.types import DataOptions, RowError
@@ -52,7 +52,10 @@ class Elements(HTMLParser):
 @pytest.fixture
 def page(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
     rows = preview_rows(ROWS, tokenizer, max_length=30)
-    here, there = Setup(tokenizer), Setup(tokenizer, DataOptions(max_length=30))
+    here, there = (
+        TokenizationSetup(tokenizer),
+        TokenizationSetup(tokenizer, DataOptions(max_length=30)),
+    )
     return write_preview_page(tmp_path / "page.html", rows, diff=diff_rows(ROWS, here, there))
 
 
@@ -104,7 +107,11 @@ def test_all_data_is_escaped(tokenizer: PreTrainedTokenizerFast, tmp_path: Path)
     error = RowError(1, NASTY, NASTY)
     broken = json.dumps({"text": "\ud800" + NASTY}, ensure_ascii=False)
     rows.append(PreviewedRow(1, (), 0, 0, error, NASTY, broken))
-    diff = diff_rows([row], Setup(tokenizer), Setup(tokenizer, DataOptions(max_length=80)))
+    diff = diff_rows(
+        [row],
+        TokenizationSetup(tokenizer),
+        TokenizationSetup(tokenizer, DataOptions(max_length=80)),
+    )
     path = write_preview_page(tmp_path / "page.html", rows, diff=diff, title=NASTY)
     text = path.read_text(encoding="utf-8")
     tags = [tag for tag, _ in Elements(text).found]
@@ -134,6 +141,7 @@ def test_ids_are_shown_where_they_are_wanted(
 def test_what_other_settings_train_is_a_section_of_its_own(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert "<h2>1 of 3 rows differ</h2>" in text
+    assert 'data-only="differ"' in text
     assert '<mark class="gone" title="trained with these settings only">' in text
 
 
@@ -168,6 +176,7 @@ def open_page(tmp_path: Path) -> Callable[..., tuple[str, str]]:
         ("#only=truncated", ["row-1"]),
         ("#only=set_aside", ["row-2"]),
         ("#q=world&only=set_aside", []),
+        ("#only=differ", []),
         ("#only=nonsense", ["row-0", "row-1", "row-2"]),
     ],
 )

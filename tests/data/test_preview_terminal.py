@@ -8,8 +8,12 @@ import pytest
 from rich.console import Console
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from hf_sft_plugin.data.preview import Setup
-from hf_sft_plugin.data.preview_terminal import PreviewArguments, make_setup, show_preview
+from hf_sft_plugin.data.preview import TokenizationSetup
+from hf_sft_plugin.data.preview_terminal import (
+    PreviewArguments,
+    make_tokenization_setup,
+    show_preview,
+)
 from hf_sft_plugin.types import DataOptions
 
 
@@ -31,9 +35,9 @@ def show(
     )
     show_preview(
         rows,
-        Setup(tokenizer, options or DataOptions()),
+        TokenizationSetup(tokenizer, options or DataOptions()),
         PreviewArguments(**arguments),
-        against=None if against is None else Setup(tokenizer, against),
+        against=None if against is None else TokenizationSetup(tokenizer, against),
         console=console,
     )
     assert isinstance(console.file, io.StringIO)
@@ -123,12 +127,12 @@ def test_the_model_gives_stop_tokens_and_the_longest_row(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     config = Qwen3Config(max_position_embeddings=64, eos_token_id=1)
-    setup = make_setup(tokenizer, DataOptions(), config)
+    setup = make_tokenization_setup(tokenizer, DataOptions(), config)
     assert setup.options.max_length == 64
     assert setup.stops == {1, 2}
     config.save_pretrained(tmp_path)
     GenerationConfig(eos_token_id=[0, 2]).save_pretrained(tmp_path)
-    setup = make_setup(tokenizer, DataOptions(max_length=100), str(tmp_path))
+    setup = make_tokenization_setup(tokenizer, DataOptions(max_length=100), str(tmp_path))
     assert setup.options.max_length == 100
     assert setup.stops == {0, 2}
 
@@ -137,6 +141,6 @@ def test_the_model_gives_stop_tokens_and_the_longest_row(
 def test_without_a_model_the_tokenizer_decides(
     given: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    setup = make_setup(tokenizer, DataOptions(), str(tmp_path) if given else None)
+    setup = make_tokenization_setup(tokenizer, DataOptions(), str(tmp_path) if given else None)
     assert setup.options.max_length is None
     assert setup.stops == {2}

@@ -14,7 +14,7 @@ import pytest
 from datasets import Dataset
 
 from hf_sft_plugin.data import shard_writer
-from hf_sft_plugin.data.prepare import Ledger
+from hf_sft_plugin.data.ledger import Ledger
 from hf_sft_plugin.data.shard_set import METADATA
 from hf_sft_plugin.data.shard_writer import check_shard_destination, write_shards
 from hf_sft_plugin.data.shards import ShardDataset, verify_shards
@@ -76,6 +76,15 @@ def test_the_files_hold_what_the_readme_of_the_format_says(tmp_path: Path, token
     assert split["certificate"] == {"num_proved": 3}
     assert metadata["splits"]["val"]["certificate"] == {"note": "by hand"}
     assert [shard["document_lengths"] for shard in split["shards"]] == [[3], [2]]
+
+
+def test_a_certificate_may_come_with_the_ledger(tmp_path: Path, tokenizer: Any) -> None:
+    ledger = Ledger(num_rows=2, certificate={"masks_sha256": "ab"})
+    write(tmp_path / "set", OLD, tokenizer, ledgers={"train": ledger})
+    dataset = ShardDataset(tmp_path / "set")
+    assert dataset.certificate == {"masks_sha256": "ab"}
+    assert dataset.ledger["num_rows"] == 2
+    assert "certificate" not in dataset.ledger
 
 
 def test_only_the_set_is_left_behind(tmp_path: Path, tokenizer: Any) -> None:
@@ -318,8 +327,9 @@ def test_a_row_that_cannot_be_stored_is_named(
         ({"train": OLD.remove_columns("input_ids")}, "columns response_mask, but no input_ids"),
         (
             {"train": Dataset.from_dict({"input_ids": [[5]], "response_mask": [[0]]})},
-            "the masks of split 'train' are all zero",
+            "No token of split 'train' is trained: it has 1 rows, and their masks are all zero",
         ),
+        ({"train": OLD.select([])}, "No token of split 'train' is trained: it has 0 rows"),
     ],
 )
 def test_splits_that_cannot_be_trained_are_refused(

@@ -58,6 +58,7 @@ def test_rows_become_shards_with_an_account(
     check_tokenizer("data/set", tokenizer)
     metadata = json.loads((tmp_path / "data/set/dataset_metadata.json").read_text())
     assert metadata["splits"]["train"]["ledger"]["num_rows"] == 20
+    assert metadata["splits"]["train"]["certificate"]["num_examples"] == 20
 
 
 def test_conversations_become_shards(run: Callable[..., str], chat_rows: Any) -> None:
@@ -166,6 +167,7 @@ def test_a_wrong_flag_ends_in_one_clear_message(
             ("--input_files", "pairs.jsonl", "other.jsonl", *COMMON),
             "'other.jsonl' has the columns q, but 'pairs.jsonl' has prompt, response",
         ),
+        (("--input_files", "broken.jsonl", *COMMON), "'broken.jsonl' cannot be read: "),
         (("--verify", "tok"), "tok has no dataset_metadata.json, so it is no shard set"),
         (
             ("--input_files", "pairs.jsonl", "--out_dir", "tok", *COMMON[2:], "--overwrite"),
@@ -177,6 +179,7 @@ def test_a_mistake_ends_in_one_clear_message(
     argv: tuple[str, ...], message: str, run: Callable[..., str]
 ) -> None:
     Path("other.jsonl").write_text('{"q": 1}\n')
+    Path("broken.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": \n')
     with pytest.raises(SystemExit) as caught:
         run(*argv)
     assert str(caught.value).startswith("prepare_dataset.py: ")
