@@ -18,6 +18,7 @@ from hf_sft_plugin.data.preview_terminal import (
     make_tokenization_setup,
     show_preview,
 )
+from hf_sft_plugin.data.shards import verify_shards
 from hf_sft_plugin.reporting.report import REPORT_FOLDER, write_report
 from hf_sft_plugin.reporting.run_log import METRICS_FILE
 from hf_sft_plugin.types import DataOptions
@@ -105,6 +106,20 @@ def preview(argv: Sequence[str]) -> None:
     show_preview(rows, setup, arguments, against=against)
 
 
+def verify(argv: Sequence[str]) -> None:
+    """Checks a folder of shards: sizes, checksums, masks and token ids.
+
+    Raises:
+        ValueError: If anything in it is not as it was written.
+    """
+    parser = argparse.ArgumentParser(
+        prog="hf-sft verify-shards",
+        description="Checks every file of a folder of shards, and prints what they hold.",
+    )
+    parser.add_argument("folder", help="folder that prepare_dataset.py wrote")
+    print(verify_shards(parser.parse_args(list(argv)).folder))
+
+
 def report(argv: Sequence[str]) -> None:
     """Draws the report of a run anew from its log.
 
@@ -168,9 +183,9 @@ def _nearest(name: str, names: Sequence[str]) -> str:
     return f" Did you mean '{matches[0]}'?" if matches else " See --help for all of them."
 
 
-# prepare and verify-shards belong here, one line each.
 _COMMANDS: Mapping[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "preview": ("show which tokens of each row would be trained, and why", preview),
+    "verify-shards": ("check every file of a folder of shards", verify),
     "report": ("draw the report of a run anew from its log", report),
 }
 

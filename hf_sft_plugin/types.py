@@ -10,6 +10,7 @@ Up to the batch everything is token-aligned: index `t` talks about token `t`, ne
 prediction made at `t`. `loss.token_stats.shift_labels` is the one place that changes this.
 """
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, NotRequired, TypedDict, get_args
 
@@ -123,9 +124,12 @@ class DataOptions:
         default=None,
         metadata={"help": "Columns that are known to play no part, and need no mention."},
     )
-    chat_template_kwargs: dict[str, Any] | None = field(
+    chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Variables for the chat template, e.g. {enable_thinking: false}."},
+        metadata={
+            "help": "Variables for the chat template, as a mapping or JSON: "
+            '{"enable_thinking": false}.'
+        },
     )
     train_on: TrainOn = field(
         default="response",
@@ -140,9 +144,7 @@ class DataOptions:
     )
     use_loss_mask: bool = field(
         default=True,
-        metadata={
-            "help": "False trains every token, whatever the masks say, as in base training."
-        },
+        metadata={"help": "False trains every token, whatever the masks say, as in base training."},
     )
     multi_turn: MultiTurn = field(
         default="auto",
@@ -174,6 +176,8 @@ class DataOptions:
                 f"max_length is {self.max_length}, but a row needs at least 2 tokens: one of "
                 "context and one to train."
             )
+        if isinstance(self.chat_template_kwargs, str):
+            self.chat_template_kwargs = _read_json(self.chat_template_kwargs)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in get_args(choices):
@@ -185,6 +189,21 @@ class DataOptions:
                 "messages_column was given together with prompt_column or response_column. A row "
                 "is either one list of messages or a prompt and a response: give one or the other."
             )
+
+
+def _read_json(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f"chat_template_kwargs is {text!r}, which is not JSON ({error}). Write names in double "
+            'quotes, as in {"enable_thinking": false}.'
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"chat_template_kwargs is {text!r}; a mapping of names to values is needed."
+        )
+    return value
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,13 @@ from datasets.exceptions import DatasetGenerationError
 from sft import read_rows
 from transformers import AutoTokenizer, HfArgumentParser
 
-from hf_sft_plugin import prepare_dataset
-from hf_sft_plugin.data.shard_writer import check_shard_destination, write_shards
-from hf_sft_plugin.data.shards import verify_shards
-from hf_sft_plugin.types import DataOptions
+from hf_sft_plugin import (
+    DataOptions,
+    check_shard_destination,
+    prepare_dataset,
+    verify_shards,
+    write_shards,
+)
 
 EXAMPLES = """examples:
   python recipes/prepare_dataset.py --input_files chat.jsonl --out_dir data/chat_sft \\

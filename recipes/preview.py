@@ -24,14 +24,14 @@ from datasets import Dataset
 from quickstart import train_tokenizer
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_sft_plugin import MaskedSFTConfig
-from hf_sft_plugin.data.preview import TokenizationSetup
-from hf_sft_plugin.data.preview_terminal import (
+from hf_sft_plugin import (
+    DataOptions,
+    MaskedSFTConfig,
     PreviewArguments,
+    TokenizationSetup,
     make_tokenization_setup,
     show_preview,
 )
-from hf_sft_plugin.types import DataOptions
 
 _TOKENIZER_SETTINGS = (
     "model_name_or_path",

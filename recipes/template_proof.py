@@ -2,15 +2,16 @@
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from datasets import Dataset
 from quickstart import train_tokenizer
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from hf_sft_plugin import DataOptions, RowError, TokenizationSetup, preview_rows
+from hf_sft_plugin import preview_rows
 
 # What the conversations say, word for word; each stands in one message only.
 _SAID = ("alder", "birch", "cedar", "daisy", "elder", "fennel")
@@ -65,7 +66,8 @@ def prove_template(name: str, template: str, base: PreTrainedTokenizerBase) -> T
     """Tries one template on all conversations."""
     tokenizer = type(base)(tokenizer_object=base.backend_tokenizer)
     tokenizer.chat_template = template
-    tokenizer.bos_token, tokenizer.pad_token = "<bos>", "<pad>"  # noqa: S105  # no secrets
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    tokenizer.add_special_tokens(names)
     stops = _find_control_tokens(tokenizer)
     results: dict[str, str] = {}
     num_leaks = 0
@@ -79,18 +81,17 @@ def _find_control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Adds what the template writes as control tokens, and returns those that end a response."""
     try:
         text = str(tokenizer.apply_chat_template(conversations()["single"], tokenize=False))
-    except Exception:  # noqa: BLE001  # a template may fail in any way of its own
+    except Exception:  # a template may fail in any way of its own
         return []
     names = sorted(set(_CONTROL.findall(text + str(tokenizer.chat_template))))
     names = [n for n in names if n in text or n.startswith("<|")]
     names = [n for n in names if n not in ("<think>", "</think>")]
     tokenizer.add_tokens(names, special_tokens=True)
-    after = text[text.index(f"{_SAID[1]} it is.") :]
+    after = text.partition(f"{_SAID[1]} it is.")[2]
     found = _CONTROL.search(after)
     ends = [found.group()] if found else []
     ends += [name for name in ("<|return|>", "<|call|>") if name in str(tokenizer.chat_template)]
     if not ends:
-        tokenizer.eos_token = "<eos>"  # noqa: S105  # no secret
         return [tokenizer.eos_token_id]
     return [int(i) for i in tokenizer.convert_tokens_to_ids(ends)]
 
@@ -98,20 +99,26 @@ def _find_control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _prove(
     messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, stops: list[int]
 ) -> tuple[str, int]:
-    from hf_sft_plugin.data.tokenization import tokenize_rows
-
-    try:
-        (outcome,) = tokenize_rows([{"messages": messages}], [0], tokenizer, DataOptions(), stops)
-    except ValueError as error:
-        return str(error)[:60], 0
-    if outcome.error is not None:
-        return outcome.error.reason, 0
-    leaks = 0
+    """The kinds of the spans and the number of examples, and how many examples leak."""
+    rows = Dataset.from_list([{"messages": messages}])
+    (row,) = preview_rows(rows, tokenizer, stop_token_ids=stops)
+    if row.error is not None:
+        return row.error.reason, 0
     theirs = [w for m in messages if m["role"] != "assistant" for w in _SAID if w in m["content"]]
-    for example in outcome.examples:
-        pairs = zip(example["input_ids"], example["response_mask"], strict=True)
-        trained = tokenizer.decode([token for token, mark in pairs if mark])
+    leaks = 0
+    for example in row.examples:
+        trained = "".join(p.text for has_mark, _, run in example.runs() if has_mark for p in run)
         leaks += any(word in trained for word in theirs)
-    kinds = Counter(span.kind for spans in outcome.spans for span in spans)
-    text = "+".join(f"{n} {kind}" for kind, n in kinds.items())
-    return f"{text} / {len(outcome.examples)}", leaks
+    kinds = Counter(note.span.kind for example in row.examples for note in example.notes)
+    text = " + ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in kinds.items())
+    return f"{text}, {len(row.examples)} ex.", leaks
+
+
+def proof_table(proofs: Sequence[TemplateProof]) -> Table:
+    """One line for each template, one column for each conversation."""
+    table = Table(title=f"The masks of {len(proofs)} chat templates")
+    for column in ("template", *conversations(), "leaks"):
+        table.add_column(column, overflow="fold")
+    for proof in proofs:
+        table.add_row(proof.name, *proof.results.values(), str(proof.num_leaks))
+    return table

@@ -9,6 +9,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerFast
 
+from hf_sft_plugin import write_shards
 from hf_sft_plugin.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -114,3 +115,15 @@ def test_what_does_not_fit_is_said_in_one_message(
     with pytest.raises(SystemExit) as stop:
         main(argv)
     assert message in str(stop.value.code)
+
+
+def test_shards_are_verified(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = Dataset.from_list([{"input_ids": [5, 6, 7, 2], "response_mask": [0, 0, 1, 1]}] * 3)
+    write_shards(tmp_path / "shards", {"train": rows}, tokenizer)
+    main(["verify-shards", str(tmp_path / "shards")])
+    assert "12" in capsys.readouterr().out
+    (tmp_path / "shards" / "train" / "shard_000.bin").write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"hf-sft verify-shards: .*shard_000\.bin"):
+        main(["verify-shards", str(tmp_path / "shards")])

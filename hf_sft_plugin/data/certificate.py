@@ -41,9 +41,7 @@ def certify_masks(
         "chat_template_sha256": _digest(json.dumps(template)) if template else None,
         "options": asdict(options),
         "code_sha256": code_digest(),
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("transformers", "tokenizers")
-        },
+        "versions": _versions(),
     }
 
 
@@ -62,6 +60,7 @@ def preparation_key(
         asdict(options),
         None if stop_token_ids is None else sorted(stop_token_ids),
         code_digest(),
+        _versions(),
     ]
     # As long as the fingerprints of datasets itself are.
     return _digest(json.dumps(parts, default=str))[:16]
@@ -84,6 +83,12 @@ def code_digest() -> str:
     room = Path(__file__).parent
     sources = [*sorted(room.glob("*.py")), room.parent / "types.py"]
     return _digest("\n".join(path.read_text(encoding="utf-8") for path in sources))
+
+
+def _versions() -> dict[str, str]:
+    """Of the libraries that write and cut texts."""
+    names = ("transformers", "tokenizers", "jinja2")
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def _digest_column(dataset: Dataset, column: str) -> str:

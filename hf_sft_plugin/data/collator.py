@@ -1,14 +1,22 @@
 """Step 5 of the walk: examples become one right-padded batch."""
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin.data.formats import detect_format
 from hf_sft_plugin.data.tokenization import make_options, tokenize_rows
-from hf_sft_plugin.types import IGNORE_INDEX, DataOptions, TokenizedExample
+from hf_sft_plugin.data.tokenized_rows import check_tokenized_row
+from hf_sft_plugin.types import IGNORE_INDEX, DataOptions, RowError, TokenizedExample
+
+logger = logging.getLogger(__name__)
+
+# The reason under which the walk drops a row that marks no token.
+_NOTHING_TRAINED = "no trained token"
 
 
 class DataCollatorForPromptResponse:
@@ -75,6 +83,7 @@ class DataCollatorForPromptResponse:
         self.return_response_mask = return_response_mask
         self.stop_token_ids = stop_token_ids
         self.options = make_options(options)
+        self._has_warned = False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Builds one batch.
@@ -102,29 +111,29 @@ class DataCollatorForPromptResponse:
         length = max(len(example["input_ids"]) for example in examples)
         if self.pad_to_multiple_of:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        # Filled as arrays: a tensor takes a list of numbers several times as slowly.
         shape = (len(examples), length)
-        input_ids = torch.full(shape, self.pad_token_id)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        response_mask = torch.zeros(shape, dtype=torch.long)
-        has_weights = any(example.get("loss_weights") is not None for example in examples)
-        loss_weights = torch.zeros(shape) if has_weights else None
+        input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
+        attention_mask, response_mask = np.zeros((2, *shape), dtype=np.int64)
+        loss_weights = np.ones(shape, dtype=np.float32)
         for row, example in enumerate(examples):
             end = len(example["input_ids"])
-            input_ids[row, :end] = torch.as_tensor(example["input_ids"])
+            input_ids[row, :end] = example["input_ids"]
             attention_mask[row, :end] = 1
-            response_mask[row, :end] = torch.as_tensor(example["response_mask"])
-            if loss_weights is not None:
-                weights = example.get("loss_weights")
-                loss_weights[row, :end] = 1.0 if weights is None else torch.as_tensor(weights)
+            response_mask[row, :end] = example["response_mask"]
+            if "loss_weights" in example:
+                loss_weights[row, :end] = example["loss_weights"]
         batch = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": input_ids.masked_fill(response_mask == 0, IGNORE_INDEX),
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(attention_mask),
+            "labels": torch.from_numpy(np.where(response_mask == 1, input_ids, IGNORE_INDEX)),
         }
         if self.return_response_mask:
-            batch["response_mask"] = response_mask
-        if loss_weights is not None:
-            batch["loss_weights"] = loss_weights * response_mask
+            batch["response_mask"] = torch.from_numpy(response_mask)
+        if any("loss_weights" in example for example in examples):
+            batch["loss_weights"] = torch.from_numpy(
+                loss_weights * response_mask.astype(np.float32)
+            )
         return batch
 
     def _tokenized(self, rows: Sequence[Mapping[str, Any]]) -> list[TokenizedExample]:
@@ -132,10 +141,32 @@ class DataCollatorForPromptResponse:
         outcomes = tokenize_rows(
             rows, range(len(rows)), self.tokenizer, self.options, self.stop_token_ids
         )
-        for outcome in outcomes:
+        examples: list[TokenizedExample] = []
+        for row, outcome in zip(rows, outcomes, strict=True):
             if outcome.error is not None:
-                raise outcome.error
-        return [example for outcome in outcomes for example in outcome.examples]
+                examples.append(self._context_only(row, outcome.error))
+            examples += outcome.examples
+        return examples
+
+    def _context_only(self, row: Mapping[str, Any], error: RowError) -> TokenizedExample:
+        """A tokenized row that trains nothing, such as a block cut out of the middle of a prompt.
+
+        Its zero keeps the batch whole, where dropping the row would change the size of it.
+        """
+        if error.reason != _NOTHING_TRAINED or not len(row.get("input_ids", ())):
+            raise error
+        example = check_tokenized_row(row, error.row, len(self.tokenizer))
+        example["response_mask"] = [0] * len(example["input_ids"])
+        if not example["input_ids"]:
+            raise error
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "Row %d of a batch has no trained token. It is read and adds nothing to the loss, "
+                "and so are others like it; prepare_dataset drops and counts them.",
+                error.row,
+            )
+        return example
 
 
 def _require_one_format(rows: Sequence[Mapping[str, Any]], options: DataOptions) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ class Drop:
         num_rows: How many.
         num_tokens: Tokens they had; 0 for rows that were never tokenized.
         first_rows: Positions of the first few in the dataset.
-        example: What is wrong with the first, and the cure.
+        example: What is wrong with the first, and the cure. May quote the data, so it is not saved.
     """
 
     num_rows: int
@@ -128,18 +128,23 @@ class Ledger:
         kept = self.num_response_tokens + self.num_context_tokens
         assert self.num_rows == self.num_rows_trained + self.num_rows_dropped, self
         assert self.num_tokens == kept + lost, self
-        if self.num_rows_trained and self.num_rows_dropped <= max_dropped_share * self.num_rows:
+        self.check_share(max_dropped_share)
+
+    def check_share(self, max_dropped_share: float) -> None:
+        """Stops a run of whose rows too many are missing; see `check`."""
+        # A quotient, because 0.29 * 100 is less than 29.
+        if self.num_rows_trained and self.num_rows_dropped / self.num_rows <= max_dropped_share:
             return
         problems = "\n".join(
-            f"- {drop.num_rows:,} rows, {reason}: {drop.example}"
+            f"- {_rows(drop.num_rows)}, {reason}: {drop.example}"
             for reason, drop in self.drops.items()
         )
         raise ValueError(
-            f"{self.num_rows_dropped:,} of {self.num_rows:,} rows cannot be trained"
+            f"{self.num_rows_dropped:,} of {_rows(self.num_rows)} cannot be trained"
             + ("" if self.num_rows_trained else ", so nothing is left")
             + f":\n{problems}\nRepair or remove these rows"
             + (
-                f", or allow more than {max_dropped_share:.0%} of them to be dropped with "
+                f", or allow more than {100 * max_dropped_share:g}% of them to be dropped with "
                 "max_dropped_share."
                 if self.num_rows_trained
                 else "."
@@ -153,11 +158,11 @@ class Ledger:
             f"({self.num_rows_truncated:,} truncated) + {self.num_rows_dropped:,} dropped",
         ]
         for reason, drop in self.drops.items():
-            rows = ", ".join(map(str, drop.first_rows))
-            more = ", ..." if drop.num_rows > len(drop.first_rows) else ""
-            lines.append(f"        dropped {drop.num_rows:,}: {reason} (rows {rows}{more})")
+            named = _named_rows(drop.first_rows, drop.num_rows)
+            lines.append(f"        dropped {drop.num_rows:,}: {reason} ({named})")
         if self.num_examples != self.num_rows_trained:
-            lines.append(f"        split into {self.num_examples:,} examples, one per response")
+            # By the response, or by the length: `multi_turn` and `overflow` both split rows.
+            lines.append(f"        the trained rows are split into {self.num_examples:,} examples")
         dropped_tokens = sum(drop.num_tokens for drop in self.drops.values())
         lines.append(
             f"tokens  {self.num_tokens:,} in = {self.num_response_tokens:,} trained + "
@@ -181,11 +186,13 @@ class Ledger:
             found = ", ".join(f"{token} ({n:,})" for token, n in self.control_tokens.items())
             lines.append(f"        control tokens in the contents: {found}")
         if self.num_straddled_tokens:
-            lines.append(f"        {self.num_straddled_tokens:,} tokens straddled an edge")
+            noun = "token" if self.num_straddled_tokens == 1 else "tokens"
+            lines.append(
+                f"        {self.num_straddled_tokens:,} {noun} straddled the edge of a response"
+            )
         for remark, number in self.num_remarks.items():
-            rows = ", ".join(map(str, self.remarks[remark]))
-            more = ", ..." if number > len(self.remarks[remark]) else ""
-            lines.append(f"        {number:,} rows: {remark} (rows {rows}{more})")
+            named = _named_rows(self.remarks[remark], number)
+            lines.append(f"        {_rows(number)}: {remark} ({named})")
         return lines
 
     def _column_lines(self) -> list[str]:
@@ -195,13 +202,29 @@ class Ledger:
         return lines
 
     def to_dict(self) -> dict[str, Any]:
-        """The account as plain values."""
-        return asdict(self)
+        """The account as plain values, without anything that the rows say.
+
+        It goes to the Hub with the model, and the data may not.
+        """
+        account = asdict(self)
+        for drop in account["drops"].values():
+            del drop["example"]
+        return account
 
     def save(self, path: Path) -> None:
         """Writes the account as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _rows(number: int) -> str:
+    return "1 row" if number == 1 else f"{number:,} rows"
+
+
+def _named_rows(first: Sequence[int], number: int) -> str:
+    """The first of some rows, and whether there are more."""
+    noun = "row" if number == 1 else "rows"
+    return f"{noun} {', '.join(map(str, first))}{', ...' if number > len(first) else ''}"
 
 
 def account_of(outcome: RowOutcome) -> dict[str, Any]:

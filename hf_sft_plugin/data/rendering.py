@@ -174,7 +174,7 @@ class _Rendering:
             tokenizer.apply_chat_template,
             tokenize=False,
             **({"tools": list(conversation.tools)} if conversation.tools else {}),
-            **(options.chat_template_kwargs or {}),
+            **_template_kwargs(options),
         )
 
     def __call__(
@@ -262,16 +262,19 @@ class _Rendering:
         self, text: str, spans: Sequence[Span], contents: tuple[Range | None, ...]
     ) -> RenderedText:
         """The text with what is trained."""
-        is_altered = any(
-            text[slice(*span.content)] != self._content(span.turn)[slice(*self._cores[span.turn])]
-            for span in spans
-            if span.content is not None
-        )
+        is_altered = any(self._is_altered(span, text) for span in spans)
         is_unseen = any(
             content is None and start < end
             for content, (start, end) in zip(contents, self._cores, strict=False)
         )
         return RenderedText(text, tuple(spans), contents, is_altered, is_unseen)
+
+    def _is_altered(self, span: Span, text: str) -> bool:
+        """Whether a content, with the reasoning in it, stands otherwise than it was given."""
+        content = self._content(span.turn).strip()
+        if span.content is None:
+            return bool(content) and content not in text
+        return not text.endswith(content, span.content[1] - len(content), span.content[1])
 
     def _content(self, turn: int) -> str:
         content = self._messages[turn].get("content")
@@ -324,6 +327,12 @@ def _common_length(first: str, second: str) -> int:
     """Characters at the start that two texts share."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _template_kwargs(options: DataOptions) -> dict[str, Any]:
+    kwargs = options.chat_template_kwargs or {}
+    assert isinstance(kwargs, dict)
+    return kwargs
 
 
 def _core(message: dict[str, Any]) -> Range:

@@ -1,7 +1,7 @@
 """Step 3 of the walk for rows that come tokenized: nothing is made, everything is checked."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import compress
 from typing import Any
 
@@ -34,7 +34,7 @@ def check_tokenized_row(row: Mapping[str, Any], index: int, vocab_size: int) -> 
         >>> check_tokenized_row(row, 0, 300)
         {'input_ids': [5, 6], 'response_mask': [0, 1]}
     """
-    lists = {name: _as_list(row[name], name, index) for name in _given_columns(row)}
+    lists = {name: _as_list(row.get(name), name, index) for name in _given_columns(row)}
     _require_one_length(lists, index)
     if "attention_mask" in lists:
         lists = _without_padding(lists, index)
@@ -55,8 +55,6 @@ def _given_columns(row: Mapping[str, Any]) -> list[str]:
     needed = [] if "input_ids" in given else ["input_ids"]
     if not any(name in given for name in (*_MASKS, "labels")):
         needed.append(next((name for name in ("labels", *_MASKS) if name in row), _MASKS[0]))
-    for name in needed:
-        row = {**row, name: None}
     return [*needed, *given]
 
 
@@ -95,7 +93,7 @@ def _without_padding(lists: Mapping[str, list[Any]], index: int) -> dict[str, li
 def _check_ids(input_ids: list[Any], index: int, vocab_size: int) -> None:
     # Loops in C: on lists they are faster than a numpy array is made. What they refuse is then
     # looked for and named.
-    if _are(int, input_ids) and 0 <= min(input_ids) and max(input_ids) < vocab_size:
+    if _are(int, input_ids) and min(input_ids) >= 0 and max(input_ids) < vocab_size:
         return
     for token in input_ids:
         if type(token) is not int or not 0 <= token < vocab_size:
@@ -114,7 +112,7 @@ def _mask(name: str, lists: Mapping[str, list[Any]], index: int) -> list[int]:
     input_ids, labels = lists["input_ids"], lists["labels"]
     for token, label in zip(input_ids, labels, strict=True):
         # Two comparisons rather than a tuple: this is the inner loop.
-        if label != token and label != IGNORE_INDEX:  # noqa: PLR1714
+        if label != token and label != IGNORE_INDEX:
             raise RowError(
                 index,
                 f"labels holds {label!r} where input_ids holds {token}. Labels are not "
@@ -127,14 +125,16 @@ def _mask(name: str, lists: Mapping[str, list[Any]], index: int) -> list[int]:
 
 def _zeros_and_ones(name: str, marks: list[Any], index: int) -> list[int]:
     """The entries of a mask as integers, in a list of its own."""
-    if _are(int, marks) and 0 <= min(marks) and max(marks) <= 1:
+    if _are(int, marks) and min(marks) >= 0 and max(marks) <= 1:
         return list(marks)
-    meaning = "a token is trained (1) or not (0). Use the column loss_weights to say how much a "
-    meaning += "token counts."
-    if name == "attention_mask":
-        meaning = "a position holds a token (1) or padding (0). Packed rows cannot be taken apart."
     for mark in marks:
         if mark not in (0, 1):
+            meaning = (
+                "a position holds a token (1) or padding (0)."
+                if name == "attention_mask"
+                else "a token is trained (1) or not (0). Use the column loss_weights to say how "
+                "much a token counts."
+            )
             raise RowError(index, f"{name} holds {mark!r}; {meaning}", f"{name} is not 0 or 1")
     return [int(mark) for mark in marks]
 
@@ -170,5 +170,5 @@ def _weights(weights: list[Any], index: int) -> list[float]:
 
 
 def _are(kind: type, values: list[Any]) -> bool:
-    """Whether there are values, and all are of just this type: `True` is no `int` here."""
+    """Whether there are values, and all of just this type: `True` is no token id."""
     return set(map(type, values)) == {kind}
