@@ -125,5 +125,5 @@ def test_shards_are_verified(
     main(["verify-shards", str(tmp_path / "shards")])
     assert "12" in capsys.readouterr().out
     (tmp_path / "shards" / "train" / "shard_000.bin").write_bytes(b"")
-    with pytest.raises(SystemExit, match=r"hf-sft verify-shards: .*shard_000\.bin"):
+    with pytest.raises(SystemExit, match=r"(?s)hf-sft verify-shards: .*shard_000\.bin"):
         main(["verify-shards", str(tmp_path / "shards")])
