@@ -2,6 +2,7 @@
 
 from hf_sft_plugin.data.collator import DataCollatorForPromptResponse
 from hf_sft_plugin.data.ledger import Ledger
+from hf_sft_plugin.data.mixture import mix_datasets
 from hf_sft_plugin.data.prepare import prepare_dataset
 from hf_sft_plugin.data.preview import PreviewedRow, TokenizationSetup, preview_rows
 from hf_sft_plugin.data.preview_diff import Diff, diff_rows
@@ -14,6 +15,7 @@ from hf_sft_plugin.data.preview_terminal import (
 from hf_sft_plugin.data.shard_set import ShardSet
 from hf_sft_plugin.data.shard_writer import check_shard_destination, write_shards
 from hf_sft_plugin.data.shards import ShardDataset, check_tokenizer, verify_shards
+from hf_sft_plugin.data.streaming import prepare_stream
 from hf_sft_plugin.data.tokenization import tokenize_example, tokenize_prompt_and_output
 from hf_sft_plugin.loss.masked_loss import (
     LossNormalization,
@@ -52,7 +54,9 @@ __all__ = [
     "get_response_log_probs",
     "make_tokenization_setup",
     "masked_normalize",
+    "mix_datasets",
     "prepare_dataset",
+    "prepare_stream",
     "preview_rows",
     "sft_microbatch_train_step",
     "show_preview",

@@ -62,6 +62,23 @@ class StepRecord:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the benchmark that the arguments name."""
+    options = vars(make_parser().parse_args(argv))
+    command = options.pop("command")
+    # A file or pipe has no width of its own, and the default would cut the columns.
+    console = Console(width=max(Console().width, 100 if command == "step" else 180))
+    disable_progress_bars()
+    if command == "prepare":
+        measured = measure_preparation(options["rows"], options["repetitions"])
+        console.print(preparation_table(measured))
+    elif command == "masks":
+        folder = options["templates"] or Path(str(importlib.resources.files("trl"))) / _TEMPLATES
+        console.print(proof_table(prove_templates(folder)))
+    else:
+        _run_step(options, console)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The commands and their flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -93,6 +110,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="who takes part; ratios are over the first",
     )
     step.add_argument("--output", type=Path, help="JSON file for all measurements")
+    _add_other_commands(commands)
+    return parser
+
+
+def _add_other_commands(commands: Any) -> None:
     prepare = commands.add_parser(
         "prepare",
         help="rows per second from raw rows to tokens and masks, against TRL",
@@ -108,19 +130,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     masks.add_argument(
         "--templates", type=Path, help="folder with *.jinja files; none: those of TRL"
     )
-    options = vars(parser.parse_args(argv))
-    command = options.pop("command")
-    # A file or pipe has no width of its own, and the default would cut the columns.
-    console = Console(width=max(Console().width, 100 if command == "step" else 180))
-    disable_progress_bars()
-    if command == "prepare":
-        measured = measure_preparation(options["rows"], options["repetitions"])
-        console.print(preparation_table(measured))
-    elif command == "masks":
-        folder = options["templates"] or Path(str(importlib.resources.files("trl"))) / _TEMPLATES
-        console.print(proof_table(prove_templates(folder)))
-    else:
-        _run_step(options, console)
 
 
 def _run_step(options: dict[str, Any], console: Console) -> None:

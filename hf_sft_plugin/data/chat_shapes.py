@@ -18,7 +18,7 @@ from hf_sft_plugin.data.rendering import Range, RenderedText, Span, render_chat,
 from hf_sft_plugin.types import Conversation, DataOptions, RowError
 
 # Contents that templates are known to look into: tags, control tokens, JSON.
-_TELLING = re.compile(r"</|<\||^[<\[{\s]|[>\]}\s]$", re.ASCII)
+_TELLING = re.compile(r"</|<\||^[<\[{\s]|[>\]}\s]$")
 _NUM_TRIALS = 3
 _AUDIT_EVERY = 100
 

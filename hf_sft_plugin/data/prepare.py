@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from hf_sft_plugin.data.certificate import certify_masks, preparation_key
 from hf_sft_plugin.data.formats import detect_format
 from hf_sft_plugin.data.ledger import Ledger, account_of
-from hf_sft_plugin.data.row_tokenizer import max_row_length
 from hf_sft_plugin.data.tokenization import make_options, tokenize_rows
+from hf_sft_plugin.data.truncation import max_row_length
 from hf_sft_plugin.types import DataOptions
 
 # The column that carries the account of a row from the tokenizing pass to the ledger.

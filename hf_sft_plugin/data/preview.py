@@ -14,7 +14,8 @@ from typing import Any, Literal, TypeAlias
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hf_sft_plugin.data.row_tokenizer import RowOutcome, find_stop_token
+from hf_sft_plugin.data.row_tokenizer import RowOutcome
+from hf_sft_plugin.data.stop_tokens import find_stop_token
 from hf_sft_plugin.data.tokenization import make_options, tokenize_rows
 from hf_sft_plugin.types import DataOptions, RowError, TokenizedExample, TrainedSpan
 

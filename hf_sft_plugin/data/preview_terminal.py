@@ -22,7 +22,7 @@ from hf_sft_plugin.data.preview import (
 )
 from hf_sft_plugin.data.preview_diff import Diff, RowChange, diff_rows
 from hf_sft_plugin.data.preview_page import write_preview_page
-from hf_sft_plugin.data.row_tokenizer import max_row_length
+from hf_sft_plugin.data.truncation import max_row_length
 from hf_sft_plugin.types import DataOptions
 
 _NUM_SHOWN = 5

@@ -118,7 +118,7 @@ def render_chat(
     whole = render(count)
     check_unicode(whole, index, "the rendered conversation")
     contents = render.contents(count, whole)
-    if options.train_on == "all":
+    if options.train_on == "all" or not options.use_loss_mask:
         span = Span(0, None, len(whole), 0, "text", needs_stop=False)
         return [RenderedText(whole, (span,), contents)]
     # A response that opens the conversation has no prompt to answer: it is context only.
@@ -135,23 +135,7 @@ def render_chat(
         is_joint = options.multi_turn == "joint" and len(trained) > 1
         if is_joint or all(span.kind != "rewritten" for span in spans):
             return [render.result(whole, spans, contents)]
-    texts = []
-    for turn in trained:
-        text = render(turn + 1)
-        shown = render.contents(turn + 1, text)
-        span = render.span(turn, text, shown)
-        if span.kind == "rewritten":
-            prompt = render(turn, generation_prompt=True)
-            raise RowError(
-                index,
-                f"at inference the model would continue {prompt[-60:]!r}, but the chat template "
-                f"writes the response of message {turn} as {text[-120:]!r}, which does not begin "
-                "so. Training on it would teach a continuation that is never asked for. Use a "
-                "template whose generation prompt is how it begins a response.",
-                "response does not continue the generation prompt",
-            )
-        texts.append(render.result(text, [span], shown))
-    return texts
+    return [render.alone(turn) for turn in trained]
 
 
 class _Rendering:
@@ -257,6 +241,23 @@ class _Rendering:
         own = self(turn + 1)
         ends = [own.rfind(stop) + len(stop) for stop in self._stop_texts if stop in own]
         return text.startswith(own[: max(ends, default=None)])
+
+    def alone(self, turn: int) -> RenderedText:
+        """A turn as it is when it is the last one."""
+        text = self(turn + 1)
+        contents = self.contents(turn + 1, text)
+        span = self.span(turn, text, contents)
+        if span.kind == "rewritten":
+            prompt = self(turn, generation_prompt=True)
+            raise RowError(
+                self._index,
+                f"at inference the model would continue {prompt[-60:]!r}, but the chat template "
+                f"writes the response of message {turn} as {text[-120:]!r}, which does not begin "
+                "so. Training on it would teach a continuation that is never asked for. Use a "
+                "template whose generation prompt is how it begins a response.",
+                "response does not continue the generation prompt",
+            )
+        return self.result(text, [span], contents)
 
     def result(
         self, text: str, spans: Sequence[Span], contents: tuple[Range | None, ...]

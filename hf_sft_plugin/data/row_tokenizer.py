@@ -13,6 +13,8 @@ from hf_sft_plugin.data.conversation import to_conversation
 from hf_sft_plugin.data.formats import RowFormat
 from hf_sft_plugin.data.rendering import RenderedText
 from hf_sft_plugin.data.response_mask import mask_text
+from hf_sft_plugin.data.segments import join_segments
+from hf_sft_plugin.data.stop_tokens import resolve_stop_tokens
 from hf_sft_plugin.data.text_encoding import (
     JoinedEncoding,
     TextEncoding,
@@ -21,12 +23,11 @@ from hf_sft_plugin.data.text_encoding import (
     encode_texts,
 )
 from hf_sft_plugin.data.tokenized_rows import check_tokenized_row
-from hf_sft_plugin.data.truncation import keep, mask_runs, plan_truncation
+from hf_sft_plugin.data.truncation import keep, mask_runs, max_row_length, plan_truncation
 from hf_sft_plugin.types import (
     Conversation,
     DataOptions,
     RowError,
-    Segment,
     TokenizedExample,
     TrainedSpan,
 )
@@ -102,8 +103,7 @@ class RowTokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._options = options
-        stops = _stop_token_ids(tokenizer, options.stop_token, stop_token_ids)
-        self._stops = {stop: str(tokenizer.convert_ids_to_tokens(stop)) for stop in sorted(stops)}
+        self._stops = resolve_stop_tokens(tokenizer, options.stop_token, stop_token_ids)
         self._limit = max_row_length(tokenizer, options.max_length)
         self._marker = ControlTokenMarker(tokenizer)
         self._render = ChatRenderer(tokenizer, options, self._stops.values())
@@ -193,7 +193,10 @@ class RowTokenizer:
             outcome.num_tokens = outcome.num_example_tokens + len(encoding.ids)
             outcome.drop(error)
             return []
-        outcome.add(_example(masked.input_ids, masked.mask, masked.weights), masked.spans)
+        example: TokenizedExample = {"input_ids": masked.input_ids, "response_mask": masked.mask}
+        if masked.weights is not None:
+            example["loss_weights"] = masked.weights
+        outcome.add(example, masked.spans)
         outcome.num_straddled += masked.num_straddled
         outcome.is_altered |= text.is_altered
         outcome.is_unseen |= text.is_unseen
@@ -201,51 +204,20 @@ class RowTokenizer:
         return [(outcome, ids, show(told)) for ids, told in masked.proofs]
 
     def _tokenize_texts(self, texts: Sequence[tuple[RowOutcome, Conversation]]) -> list[Proof]:
-        """Joins segments that are tokenized apart, because inference tokenizes a prompt alone."""
+        """Fills the outcomes of texts without a template, and returns what is to be proven."""
         if not texts:
             return []
-        eos = self._end_token()
-        segments = [_merge(conversation.segments) for _, conversation in texts]
-        firsts = self._tokenizer([each[0].text for each in segments], verbose=False)["input_ids"]
-        later = [segment.text for each in segments for segment in each[1:]]
-        others = iter(
-            self._tokenizer(later, add_special_tokens=False, verbose=False)["input_ids"]
-            if later
-            else ()
-        )
         proofs: list[Proof] = []
-        for (outcome, _), parts, first in zip(texts, segments, firsts, strict=True):
-            ids = [self._opening(first, parts[0].text), *(next(others) for _ in parts[1:])]
-            if not ids[-1]:
+        segments = [conversation.segments for _, conversation in texts]
+        for (outcome, _), joined in zip(
+            texts, join_segments(segments, self._tokenizer, self._stops), strict=True
+        ):
+            if joined is None:
                 outcome.drop(_no_token(outcome.row))
                 continue
-            proofs += [
-                (outcome, part_ids, part.text)
-                for part, part_ids in list(zip(parts, ids, strict=True))[1:]
-                if part.train
-            ]
-            if parts[-1].train and ids[-1][-1] not in self._stops:
-                ids[-1] = [*ids[-1], eos]
-            outcome.add(*_join_segments(parts, ids))
+            outcome.add(joined.example, joined.spans)
+            proofs += [(outcome, ids, text) for ids, text in joined.proofs]
         return proofs
-
-    def _end_token(self) -> int:
-        eos = self._tokenizer.eos_token_id
-        if self._stops and eos not in self._stops:
-            eos = min(self._stops)
-        if eos is None:
-            raise ValueError(
-                "The tokenizer has no eos token, so nothing can end a response and the model would "
-                "never learn to stop. Set tokenizer.eos_token (the recipe: --stop_token)."
-            )
-        return int(eos)
-
-    def _opening(self, ids: list[int], text: str) -> list[int]:
-        """The tokens of a first text: one bos at most, and no eos that the text does not have."""
-        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
-        if ids and ids[-1] == eos and not text.endswith(str(self._tokenizer.eos_token)):
-            ids = ids[:-1]
-        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
     def _prove(self, proofs: Sequence[Proof]) -> None:
         """Decodes what is trained: it must be the text of the response."""
@@ -321,38 +293,6 @@ class RowTokenizer:
             outcome.drop(_nothing_left(outcome.row, limit if is_cut else None, longest))
 
 
-def max_row_length(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int | None:
-    """The longest row that is kept whole, in tokens; None where nothing sets a limit."""
-    # Tokenizers without a limit of their own carry the number 1e30.
-    own = tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else None
-    return own if max_length is None else max_length
-
-
-def find_stop_token(tokenizer: PreTrainedTokenizerBase, stop_token: str) -> int:
-    """The id of a stop token given by name.
-
-    Raises:
-        ValueError: If the tokenizer does not know it.
-    """
-    token_id = tokenizer.get_vocab().get(stop_token)
-    if token_id is None:
-        raise ValueError(
-            f"stop_token {stop_token!r} is not a token of the tokenizer's vocabulary. Name one of "
-            "its tokens, or add it with tokenizer.add_special_tokens."
-        )
-    return token_id
-
-
-def _stop_token_ids(
-    tokenizer: PreTrainedTokenizerBase, stop_token: str | None, given: Collection[int] | None
-) -> frozenset[int]:
-    if stop_token is not None:
-        return frozenset([find_stop_token(tokenizer, stop_token)])
-    if given is not None:
-        return frozenset(given)
-    return frozenset([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
-
-
 def _nothing_left(row: int, limit: int | None, longest: int) -> RowError:
     if limit is not None:
         return RowError(
@@ -377,50 +317,10 @@ def _no_token(row: int) -> RowError:
     )
 
 
-def _example(
-    input_ids: list[int], mask: list[int], weights: list[float] | None
-) -> TokenizedExample:
-    example: TokenizedExample = {"input_ids": input_ids, "response_mask": mask}
-    if weights is not None:
-        example["loss_weights"] = weights
-    return example
-
-
-def _join_segments(
-    segments: Sequence[Segment], ids: Sequence[list[int]]
-) -> tuple[TokenizedExample, list[TrainedSpan]]:
-    """The tokens of segments as one example, and the spans of those that are trained."""
-    input_ids: list[int] = []
-    mask: list[int] = []
-    weights: list[float] = []
-    spans = []
-    for number, (segment, tokens) in enumerate(zip(segments, ids, strict=True)):
-        start, end = len(input_ids), len(input_ids) + len(tokens)
-        input_ids += tokens
-        mask += [int(segment.train and segment.weight > 0)] * len(tokens)
-        weights += [segment.weight] * len(tokens)
-        if segment.train and tokens:
-            spans.append(TrainedSpan(start, end, number, "text"))
-    has_weights = any(segment.weight != 1 for segment in segments if segment.train)
-    return _example(input_ids, mask, weights if has_weights else None), spans
-
-
 def _ends_with(example: TokenizedExample, stops: Collection[int]) -> bool:
     mask = example["response_mask"]
     last = len(mask) - 1 - mask[::-1].index(1)
     return example["input_ids"][last] in stops
-
-
-def _merge(segments: Sequence[Segment]) -> list[Segment]:
-    """Neighbours that are trained alike become one text, as the model reads them."""
-    merged = [segments[0]]
-    for segment in segments[1:]:
-        last = merged[-1]
-        if (segment.train, segment.weight) == (last.train, last.weight):
-            merged[-1] = replace(last, text=last.text + segment.text)
-        else:
-            merged.append(segment)
-    return merged
 
 
 def _without_oldest_exchange(conversation: Conversation) -> Conversation | None:

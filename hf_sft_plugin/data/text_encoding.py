@@ -85,7 +85,7 @@ class JoinedEncoding:
     def token_at(self, char: int) -> int | None:
         """See `TextEncoding`."""
         token = bisect_right(self._starts, char) - 1
-        while token > 0 and self._places[token - 1] == self._places[token]:
+        while token > 0 and self._places[token - 1][1] > char:
             token -= 1
         return token if token >= 0 and char < self._places[token][1] else None
 

@@ -2,10 +2,19 @@
 
 from collections.abc import Sequence
 
+from transformers import PreTrainedTokenizerBase
+
 from hf_sft_plugin.types import Overflow, RowError, TokenizedExample, TrainedSpan
 
 # Tokens `[start, end)` that are kept.
 Range = tuple[int, int]
+
+
+def max_row_length(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int | None:
+    """The longest row that is kept whole, in tokens; None where nothing sets a limit."""
+    # Tokenizers without a limit of their own carry the number 1e30.
+    own = tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else None
+    return own if max_length is None else max_length
 
 
 def plan_truncation(

@@ -14,7 +14,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_sft_plugin.data.row_tokenizer import find_stop_token, max_row_length
+from hf_sft_plugin.data.stop_tokens import find_stop_token
+from hf_sft_plugin.data.truncation import max_row_length
 
 
 def load_model(

@@ -24,7 +24,7 @@ class Family:
         kwargs: Variables for the template.
     """
 
-    template: str
+    template: str = field(repr=False)
     stops: tuple[str, ...] = ("<|im_end|>",)
     specials: tuple[str, ...] = ()
     bos: str | None = None

@@ -199,7 +199,8 @@ def test_the_printed_account_adds_up_line_by_line() -> None:
         "tokens  20,000 in = 4,000 trained + 12,000 context",
         "        + 3,000 truncated + 1,000 dropped",
         "        25.0% of the tokens read are trained; longest row 512, limit 512",
-        "masks   1,400 exact + 100 shared prefix spans; 80.0% of the examples end with a stop token",
+        "masks   1,400 exact + 100 shared prefix spans; "
+        "80.0% of the examples end with a stop token",
         "        control tokens in the contents: <|im_end|> (3)",
         "        2 tokens straddled the edge of a response",
         f"        1 row: {ALTERED} (row 7)",

@@ -330,3 +330,34 @@ def test_a_trimmed_or_upper_cased_response_is_told_from_an_altered_one(
 def trained_text(example: Any, tokenizer: Any) -> str:
     pairs = zip(example["input_ids"], example["response_mask"], strict=True)
     return str(tokenizer.decode([token for token, mark in pairs if mark]))
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="a sentinel before '<tool_response>' changes what the template writes, so contents are "
+    "searched for as text: 'a' is found in the role header and a good row is dropped",
+)
+def test_short_answers_after_a_tool_response_that_the_template_looks_for_are_kept(
+    tokenize_with: Callable[..., Any], trained_of: Callable[..., Any]
+) -> None:
+    messages = chat(
+        ("user", "q"),
+        ("assistant", "<think>\nwhy\n</think>\n\n1"),
+        ("user", "<tool_response>x</tool_response>"),
+        ("assistant", "a"),
+    )
+    assert trained_of("qwen3", tokenize_with("qwen3", messages)) == [
+        [("exact", "<think>\nwhy\n</think>\n\n1" + IM), ("exact", EMPTY + "a" + IM)]
+    ]
+
+
+@pytest.mark.xfail(strict=True, reason="the span of the call ends where the empty answer ends")
+def test_an_empty_answer_of_a_tool_at_the_end_is_not_trained(
+    tokenize_with: Callable[..., Any], trained_of: Callable[..., Any]
+) -> None:
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "tool_calls": call({"a": 1})},
+        {"role": "tool", "content": ""},
+    ]
+    assert trained_of("hermes", tokenize_with("hermes", messages)) == [[("exact", CALL + IM)]]

@@ -12,11 +12,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizer
 
 from hf_sft_plugin import RowError, tokenize_example, tokenize_prompt_and_output
-from hf_sft_plugin.data.row_tokenizer import find_stop_token, max_row_length
 from hf_sft_plugin.data.tokenization import (
     make_options,
     tokenize_rows,
 )
+from hf_sft_plugin.data.truncation import max_row_length
 from hf_sft_plugin.types import DataOptions
 
 STOP = 2
@@ -322,12 +322,6 @@ def test_the_limit_is_the_users_or_else_the_tokenizers(
     assert max_row_length(tokenizer_factory(), None) is None
     assert max_row_length(tokenizer_factory(model_max_length=8), None) == 8
     assert max_row_length(tokenizer_factory(model_max_length=8), 9) == 9
-
-
-def test_a_stop_token_is_found_by_name_or_refused(tokenizer: Any) -> None:
-    assert find_stop_token(tokenizer, "<|endoftext|>") == 0
-    with pytest.raises(ValueError, match=r"stop_token '<\|eot\|>' is not a token"):
-        find_stop_token(tokenizer, "<|eot|>")
 
 
 def test_an_unknown_option_names_the_known_ones() -> None:
