@@ -1,7 +1,21 @@
 """Response-masked supervised fine-tuning for the Hugging Face Trainer, with exact numbers."""
 
 from hf_sft_plugin.data.collator import DataCollatorForPromptResponse
-from hf_sft_plugin.data.prepare import Ledger, prepare_dataset
+from hf_sft_plugin.data.ledger import Ledger
+from hf_sft_plugin.data.mixture import mix_datasets
+from hf_sft_plugin.data.prepare import prepare_dataset
+from hf_sft_plugin.data.preview import PreviewedRow, TokenizationSetup, preview_rows
+from hf_sft_plugin.data.preview_diff import Diff, diff_rows
+from hf_sft_plugin.data.preview_page import write_preview_page
+from hf_sft_plugin.data.preview_terminal import (
+    PreviewArguments,
+    make_tokenization_setup,
+    show_preview,
+)
+from hf_sft_plugin.data.shard_set import ShardSet
+from hf_sft_plugin.data.shard_writer import check_shard_destination, write_shards
+from hf_sft_plugin.data.shards import ShardDataset, check_tokenizer, verify_shards
+from hf_sft_plugin.data.streaming import prepare_stream
 from hf_sft_plugin.data.tokenization import tokenize_example, tokenize_prompt_and_output
 from hf_sft_plugin.loss.masked_loss import (
     LossNormalization,
@@ -13,11 +27,13 @@ from hf_sft_plugin.training.config import MaskedSFTConfig
 from hf_sft_plugin.training.evaluation import ExactMatch, GeneratedResponse
 from hf_sft_plugin.training.masked_loss_mixin import MaskedLossMixin
 from hf_sft_plugin.training.trainer import MaskedSFTTrainer
-from hf_sft_plugin.types import IGNORE_INDEX, RowError
+from hf_sft_plugin.types import IGNORE_INDEX, DataOptions, RowError
 
 __all__ = [
     "IGNORE_INDEX",
     "DataCollatorForPromptResponse",
+    "DataOptions",
+    "Diff",
     "ExactMatch",
     "GeneratedResponse",
     "Ledger",
@@ -25,12 +41,28 @@ __all__ = [
     "MaskedLossMixin",
     "MaskedSFTConfig",
     "MaskedSFTTrainer",
+    "PreviewArguments",
+    "PreviewedRow",
     "RowError",
+    "ShardDataset",
+    "ShardSet",
+    "TokenizationSetup",
+    "check_shard_destination",
+    "check_tokenizer",
     "compute_entropy",
+    "diff_rows",
     "get_response_log_probs",
+    "make_tokenization_setup",
     "masked_normalize",
+    "mix_datasets",
     "prepare_dataset",
+    "prepare_stream",
+    "preview_rows",
     "sft_microbatch_train_step",
+    "show_preview",
     "tokenize_example",
     "tokenize_prompt_and_output",
+    "verify_shards",
+    "write_preview_page",
+    "write_shards",
 ]

@@ -10,8 +10,9 @@ Up to the batch everything is token-aligned: index `t` talks about token `t`, ne
 prediction made at `t`. `loss.token_stats.shift_labels` is the one place that changes this.
 """
 
+import json
 from dataclasses import dataclass, field
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 # The label of a position that carries no loss: the value Hugging Face models and torch share.
 IGNORE_INDEX = -100
@@ -41,6 +42,34 @@ class RowError(ValueError):
         return type(self), (self.row, self.problem, self.reason)
 
 
+DataFormat = Literal[
+    "auto",
+    "prompt_response",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "text",
+    "segments",
+    "tokenized",
+]
+Overflow = Literal["keep_start", "keep_end", "keep_response", "split", "drop", "error"]
+PromptFormat = Literal["plain", "chat"]
+TrainOn = Literal["response", "last_response", "all"]
+MultiTurn = Literal["auto", "joint", "split"]
+Boundary = Literal["split", "include", "exclude"]
+SpanKind = Literal["exact", "shared_prefix", "rewritten", "text", "given"]
+ControlTokens = Literal["text", "keep", "error"]
+_CHOICES: dict[str, Any] = {
+    "data_format": DataFormat,
+    "overflow": Overflow,
+    "prompt_format": PromptFormat,
+    "train_on": TrainOn,
+    "multi_turn": MultiTurn,
+    "boundary": Boundary,
+    "control_tokens": ControlTokens,
+}
+
+
 @dataclass
 class DataOptions:
     """How rows become tokens; shared by the trainer's config, the collator and `prepare_dataset`.
@@ -52,12 +81,17 @@ class DataOptions:
         default=None,
         metadata={"help": "Longest row in tokens. None: as long as the model and tokenizer allow."},
     )
-    overflow: Literal["keep_start", "drop", "error"] = field(
+    overflow: Overflow = field(
         default="keep_start",
         metadata={
-            "help": "What happens to a row longer than max_length: keep its start, drop it or "
-            "stop. Rows and tokens lost this way are counted and printed."
+            "help": "What happens to a row longer than max_length: keep its start, its end or its "
+            "last response (the prompt loses its oldest turns or its middle), split it into rows "
+            "that fit, drop it, or stop. Rows and tokens lost this way are counted and printed."
         },
+    )
+    data_format: DataFormat = field(
+        default="auto",
+        metadata={"help": "How rows are written. auto: found from the column names."},
     )
     prompt_column: str | None = field(
         default=None,
@@ -71,7 +105,7 @@ class DataOptions:
         default=None,
         metadata={"help": "Column with whole conversations. None: 'messages'."},
     )
-    prompt_format: Literal["plain", "chat"] = field(
+    prompt_format: PromptFormat = field(
         default="plain",
         metadata={
             "help": "How prompts and responses that are plain text reach the model: 'plain' joins "
@@ -86,6 +120,55 @@ class DataOptions:
         },
     )
 
+    ignored_columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "Columns that are known to play no part, and need no mention."},
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Variables for the chat template, as a mapping or JSON: "
+            '{"enable_thinking": false}.'
+        },
+    )
+    train_on: TrainOn = field(
+        default="response",
+        metadata={
+            "help": "What is trained: every response, only the last one of each conversation, or "
+            "all text."
+        },
+    )
+    train_roles: list[str] = field(
+        default_factory=lambda: ["assistant"],
+        metadata={"help": "Roles whose turns are responses."},
+    )
+    use_loss_mask: bool = field(
+        default=True,
+        metadata={"help": "False trains every token, whatever the masks say, as in base training."},
+    )
+    multi_turn: MultiTurn = field(
+        default="auto",
+        metadata={
+            "help": "Conversations with several responses: 'joint' makes one example of them, "
+            "'split' one per response; 'auto' splits only where the chat template writes an "
+            "earlier turn differently once later turns follow."
+        },
+    )
+    boundary: Boundary = field(
+        default="split",
+        metadata={
+            "help": "A token that reaches across the edge of a response: 'split' cuts the text "
+            "there, as inference does, 'include' trains the token, 'exclude' does not."
+        },
+    )
+    control_tokens: ControlTokens = field(
+        default="text",
+        metadata={
+            "help": "Contents in which a control token such as <|im_end|> is written: 'text' "
+            "encodes it as ordinary text, 'keep' as the control token, 'error' drops the row."
+        },
+    )
+
     def __post_init__(self) -> None:
         """Refuses values that no row could satisfy."""
         if self.max_length is not None and self.max_length < 2:
@@ -93,13 +176,14 @@ class DataOptions:
                 f"max_length is {self.max_length}, but a row needs at least 2 tokens: one of "
                 "context and one to train."
             )
-        for name, choices in (
-            ("overflow", ("keep_start", "drop", "error")),
-            ("prompt_format", ("plain", "chat")),
-        ):
+        if isinstance(self.chat_template_kwargs, str):
+            self.chat_template_kwargs = _read_json(self.chat_template_kwargs)
+        for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
+            if value not in get_args(choices):
+                raise ValueError(
+                    f"{name} is {value!r}; choose one of {', '.join(get_args(choices))}."
+                )
         if self.messages_column and (self.prompt_column or self.response_column):
             raise ValueError(
                 "messages_column was given together with prompt_column or response_column. A row "
@@ -107,20 +191,91 @@ class DataOptions:
             )
 
 
+def _read_json(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f"chat_template_kwargs is {text!r}, which is not JSON ({error}). Write names in double "
+            'quotes, as in {"enable_thinking": false}.'
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"chat_template_kwargs is {text!r}; a mapping of names to values is needed."
+        )
+    return value
+
+
 @dataclass(frozen=True)
-class Conversation:
-    """One row in its normal form, whatever columns it came in.
+class Segment:
+    """A piece of text that no chat template touches.
 
     Attributes:
-        messages: The turns in order. The turns of role `assistant` are the responses.
-        num_context: How many of the first turns are given and never trained.
-        is_chat: True where the chat template renders the turns; False where a prompt and its
-            response are joined exactly as they are written.
+        text: The text.
+        train: Whether it is trained.
+        weight: How much each of its tokens counts.
     """
 
-    messages: tuple[dict[str, Any], ...]
-    num_context: int
-    is_chat: bool
+    text: str
+    train: bool
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a chat.
+
+    Attributes:
+        message: What the chat template sees; `content` is text, or absent.
+        train: Whether it is trained.
+        weight: How much each of its tokens counts.
+        untrained: Characters `[start, end)` of the content that are not trained all the same.
+    """
+
+    message: dict[str, Any]
+    train: bool
+    weight: float = 1.0
+    untrained: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One row in its normal form, whatever columns it came in: turns or segments, never both.
+
+    Attributes:
+        turns: A chat, which the chat template writes; empty where the row has segments.
+        segments: Texts that are joined exactly as they are written; empty where the row is a chat.
+        tools: Schemas of the tools that the chat template lists; None without any.
+    """
+
+    turns: tuple[Turn, ...] = ()
+    segments: tuple[Segment, ...] = ()
+    tools: tuple[dict[str, Any], ...] | None = None
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The messages of the turns."""
+        return [turn.message for turn in self.turns]
+
+
+@dataclass(frozen=True)
+class TrainedSpan:
+    """A run of trained tokens of one example, and why it is trained.
+
+    Attributes:
+        start: First token.
+        end: The token after the last.
+        turn: The message it belongs to; the segment, where there are no messages.
+        kind: `exact`: the model reads before it what inference would feed. `shared_prefix`: the
+            chat template writes the generation prompt differently before a finished response; the
+            span begins where the two part. `rewritten`: inference would have shown it other
+            earlier turns. `text`: a segment. `given`: the row came tokenized.
+    """
+
+    start: int
+    end: int
+    turn: int
+    kind: SpanKind
 
 
 class TokenizedExample(TypedDict):

@@ -2,6 +2,8 @@
 
     python recipes/benchmark.py step
     python recipes/benchmark.py step --shape qwen3-0.6b --rows train.jsonl --contestants ours plain
+    python recipes/benchmark.py prepare --rows train.jsonl
+    python recipes/benchmark.py masks
 
 Every contestant trains the same model on the same rows in the same order, each in a process of its
 own. They take turns, one optimizer step at a time, so that whatever disturbs the machine disturbs
@@ -10,6 +12,7 @@ all of them. The others need the extra `bench`: pip install "hf_sft_plugin[bench
 
 import argparse
 import importlib.metadata
+import importlib.resources
 import json
 import multiprocessing
 import os
@@ -29,10 +32,15 @@ from typing import Any
 import torch
 from contestants import CONTESTANTS, SHAPES, Setup, make_model, make_rows
 from datasets import disable_progress_bars
+from preparation import measure_preparation, preparation_table
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from template_proof import proof_table, prove_templates
 from transformers import TrainerCallback
+
+# Where TRL keeps its chat templates.
+_TEMPLATES = "chat_templates"
 
 
 @dataclass
@@ -54,6 +62,23 @@ class StepRecord:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the benchmark that the arguments name."""
+    options = vars(make_parser().parse_args(argv))
+    command = options.pop("command")
+    # A file or pipe has no width of its own, and the default would cut the columns.
+    console = Console(width=max(Console().width, 100 if command == "step" else 180))
+    disable_progress_bars()
+    if command == "prepare":
+        measured = measure_preparation(options["rows"], options["repetitions"])
+        console.print(preparation_table(measured))
+    elif command == "masks":
+        folder = options["templates"] or Path(str(importlib.resources.files("trl"))) / _TEMPLATES
+        console.print(proof_table(prove_templates(folder)))
+    else:
+        _run_step(options, console)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The commands and their flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -85,13 +110,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="who takes part; ratios are over the first",
     )
     step.add_argument("--output", type=Path, help="JSON file for all measurements")
-    options = vars(parser.parse_args(argv))
-    options.pop("command")
+    _add_other_commands(commands)
+    return parser
+
+
+def _add_other_commands(commands: Any) -> None:
+    prepare = commands.add_parser(
+        "prepare",
+        help="rows per second from raw rows to tokens and masks, against TRL",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    prepare.add_argument("--rows", help="rows with a question and an answer; none: rows made up")
+    prepare.add_argument("--repetitions", type=int, default=5, help="measured preparations")
+    masks = commands.add_parser(
+        "masks",
+        help="the proof of the masks over real chat templates",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    masks.add_argument(
+        "--templates", type=Path, help="folder with *.jinja files; none: those of TRL"
+    )
+
+
+def _run_step(options: dict[str, Any], console: Console) -> None:
     contestants, output = options.pop("contestants"), options.pop("output")
     setup = Setup(**options)
     records = measure_steps(setup, contestants)
-    # A file or pipe has no width of its own, and the default would cut the columns.
-    Console(width=max(Console().width, 100)).print(result_table(setup, records))
+    console.print(result_table(setup, records))
     if output is not None:
         results = {name: [asdict(record) for record in each] for name, each in records.items()}
         output.write_text(json.dumps({"setup": asdict(setup), "records": results}, indent=1))

@@ -26,18 +26,45 @@ SIGNATURES = {
     "callbacks=(), optimizers=(None, None), optimizer_cls_and_kwargs=None, "
     "preprocess_logits_for_metrics=None",
     "RowError": "row, problem, reason",
+    "ShardDataset": "folder, split='train', block_size=None, use_loss_mask=True",
+    "check_shard_destination": "folder, *, overwrite",
+    "check_tokenizer": "folder, tokenizer",
     "compute_entropy": "logits",
+    "diff_rows": "dataset, here, there, *, num_rows=5, containing=None, source=None",
     "get_response_log_probs": "model, input_ids, labels, return_token_entropy=False",
+    "make_tokenization_setup": "tokenizer, options, model",
+    "mix_datasets": "datasets, weights=None, *, seed=0",
     "masked_normalize": "tensor, mask, dim=None, normalize_constant=1.0",
     "prepare_dataset": "dataset, tokenizer, *, stop_token_ids=None, max_dropped_share=0.05, "
     "num_proc=None, **options",
+    "prepare_stream": "dataset, tokenizer, *, stop_token_ids=None, max_dropped_share=0.05, "
+    "**options",
+    "preview_rows": "dataset, tokenizer, *, num_rows=5, only=None, containing=None, source=None, "
+    "stop_token_ids=None, **options",
+    "show_preview": "dataset, setup, arguments, *, against=None, console=None",
+    "verify_shards": "folder",
+    "write_preview_page": "path, rows, *, diff=None, show_ids=False, title='What is trained'",
+    "write_shards": "folder, splits, tokenizer, *, ledgers=None, certificates=None, "
+    "max_tokens_per_shard=268435456, overwrite=False",
     "sft_microbatch_train_step": "policy_log_probs, response_mask, gradient_accumulation_steps, "
     "normalize_constant=1.0",
     "tokenize_example": "example, tokenizer, *, stop_token_ids=None, **options",
     "tokenize_prompt_and_output": "prompt_strs, output_strs, tokenizer",
 }
 # Names without a signature of their own.
-OTHER_NAMES = {"IGNORE_INDEX", "ExactMatch", "Ledger", "LossNormalization", "MaskedSFTConfig"}
+OTHER_NAMES = {
+    "DataOptions",
+    "Diff",
+    "ExactMatch",
+    "IGNORE_INDEX",
+    "Ledger",
+    "LossNormalization",
+    "MaskedSFTConfig",
+    "PreviewArguments",
+    "PreviewedRow",
+    "ShardSet",
+    "TokenizationSetup",
+}
 
 # Fields of MaskedSFTConfig that TrainingArguments does not have, or has with another default.
 CONFIG_FIELDS = {
@@ -47,6 +74,15 @@ CONFIG_FIELDS = {
     "response_column": None,
     "messages_column": None,
     "prompt_format": "plain",
+    "data_format": "auto",
+    "ignored_columns": None,
+    "chat_template_kwargs": None,
+    "train_on": "response",
+    "train_roles": ["assistant"],
+    "use_loss_mask": True,
+    "multi_turn": "auto",
+    "boundary": "split",
+    "control_tokens": "text",
     "stop_token": None,
     "loss_normalization": "token",
     "normalize_constant": None,

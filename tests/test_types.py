@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hf_sft_plugin import IGNORE_INDEX, RowError
-from hf_sft_plugin.types import Conversation, DataOptions
+from hf_sft_plugin.types import Conversation, DataOptions, Segment, Turn
 
 
 def test_the_ignored_label_is_the_one_that_torch_ignores() -> None:
@@ -37,15 +37,24 @@ def test_every_option_explains_itself() -> None:
     assert without == []
 
 
-def test_the_defaults_cut_nothing_and_wrap_nothing() -> None:
+def test_the_defaults_cut_nothing_wrap_nothing_and_train_the_responses() -> None:
     assert dataclasses.asdict(DataOptions()) == {
         "max_length": None,
         "overflow": "keep_start",
+        "data_format": "auto",
         "prompt_column": None,
         "response_column": None,
         "messages_column": None,
         "prompt_format": "plain",
         "stop_token": None,
+        "ignored_columns": None,
+        "chat_template_kwargs": None,
+        "train_on": "response",
+        "train_roles": ["assistant"],
+        "use_loss_mask": True,
+        "multi_turn": "auto",
+        "boundary": "split",
+        "control_tokens": "text",
     }
 
 
@@ -55,8 +64,13 @@ def test_the_defaults_cut_nothing_and_wrap_nothing() -> None:
         ({"max_length": 1}, "max_length is 1, but a row needs at least 2 tokens"),
         ({"max_length": 0}, "max_length is 0"),
         ({"max_length": -5}, "max_length is -5"),
-        ({"overflow": "cut"}, "overflow is 'cut'; choose one of keep_start, drop, error"),
+        ({"overflow": "cut"}, "overflow is 'cut'; choose one of keep_start, keep_end, "),
         ({"prompt_format": "chatml"}, "prompt_format is 'chatml'; choose one of plain, chat"),
+        ({"data_format": "csv"}, "data_format is 'csv'; choose one of auto, prompt_response, "),
+        ({"train_on": "prompt"}, "train_on is 'prompt'; choose one of response, last_response, "),
+        ({"multi_turn": "one"}, "multi_turn is 'one'; choose one of auto, joint, split"),
+        ({"boundary": "cut"}, "boundary is 'cut'; choose one of split, include, exclude"),
+        ({"control_tokens": "no"}, "control_tokens is 'no'; choose one of text, keep, error"),
         (
             {"messages_column": "m", "prompt_column": "p"},
             "messages_column was given together with prompt_column or response_column",
@@ -78,7 +92,27 @@ def test_two_tokens_are_enough_for_a_row() -> None:
     assert DataOptions(max_length=2).max_length == 2
 
 
+def test_two_options_do_not_share_their_roles() -> None:
+    DataOptions().train_roles.append("tool")
+    assert DataOptions().train_roles == ["assistant"]
+
+
 def test_a_conversation_cannot_be_changed() -> None:
-    conversation = Conversation(messages=(), num_context=0, is_chat=True)
+    conversation = Conversation(turns=(Turn({"role": "user", "content": "a"}, train=False),))
     with pytest.raises(dataclasses.FrozenInstanceError):
-        conversation.is_chat = False  # type: ignore[misc]
+        conversation.turns = ()  # type: ignore[misc]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        conversation.turns[0].train = True  # type: ignore[misc]
+
+
+def test_the_messages_of_a_conversation_are_those_of_its_turns() -> None:
+    message = {"role": "user", "content": "a"}
+    assert Conversation(turns=(Turn(message, train=False),)).messages == [message]
+    assert Conversation(segments=(Segment("a", train=True),)).messages == []
+
+
+def test_a_part_counts_once_unless_it_says_otherwise() -> None:
+    assert Segment("a", train=True).weight == 1.0
+    assert Turn({}, train=True).weight == 1.0
+    assert Turn({}, train=True).untrained == ()
+    assert Conversation().tools is None

@@ -1,21 +1,31 @@
 """Step 5 of the walk: examples become one right-padded batch."""
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from hf_sft_plugin.data.formats import detect_format
 from hf_sft_plugin.data.tokenization import make_options, tokenize_rows
-from hf_sft_plugin.types import IGNORE_INDEX, RowError, TokenizedExample
+from hf_sft_plugin.data.tokenized_rows import check_tokenized_row
+from hf_sft_plugin.types import IGNORE_INDEX, DataOptions, RowError, TokenizedExample
+
+logger = logging.getLogger(__name__)
+
+# The reason under which the walk drops a row that marks no token.
+_NOTHING_TRAINED = "no trained token"
 
 
 class DataCollatorForPromptResponse:
     """Pads rows of prompts and responses into a batch in which only responses carry labels.
 
     Works in any `transformers.Trainer` and in a hand-written loop. Rows may be raw (they are
-    tokenized on the fly) or come from `prepare_dataset`. Masks go by position, never by token id,
-    so a pad token that is also the eos token is harmless.
+    tokenized on the fly) or come tokenized, as from `prepare_dataset` (they are checked, and cut
+    to `max_length`). Masks go by position, never by token id, so a pad token that is also the eos
+    token is harmless.
 
     Args:
         tokenizer: Gives the pad token (the eos token where it has none), and tokenizes raw rows.
@@ -73,6 +83,7 @@ class DataCollatorForPromptResponse:
         self.return_response_mask = return_response_mask
         self.stop_token_ids = stop_token_ids
         self.options = make_options(options)
+        self._has_warned = False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Builds one batch.
@@ -87,6 +98,7 @@ class DataCollatorForPromptResponse:
 
         Raises:
             RowError: If a row cannot be trained; its number is the position in `rows`.
+            ValueError: If there are no rows, or they are written in different ways.
         """
         if isinstance(rows, Mapping):
             raise ValueError(
@@ -99,55 +111,87 @@ class DataCollatorForPromptResponse:
         length = max(len(example["input_ids"]) for example in examples)
         if self.pad_to_multiple_of:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        # Filled as arrays: a tensor takes a list of numbers several times as slowly.
         shape = (len(examples), length)
-        input_ids = torch.full(shape, self.pad_token_id)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        response_mask = torch.zeros(shape, dtype=torch.long)
-        has_weights = any(example.get("loss_weights") is not None for example in examples)
-        loss_weights = torch.zeros(shape) if has_weights else None
+        input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
+        attention_mask, response_mask = np.zeros((2, *shape), dtype=np.int64)
+        loss_weights = np.ones(shape, dtype=np.float32)
         for row, example in enumerate(examples):
             end = len(example["input_ids"])
-            input_ids[row, :end] = torch.as_tensor(example["input_ids"])
+            input_ids[row, :end] = example["input_ids"]
             attention_mask[row, :end] = 1
-            response_mask[row, :end] = torch.as_tensor(example["response_mask"])
-            if loss_weights is not None:
-                weights = example.get("loss_weights")
-                loss_weights[row, :end] = 1.0 if weights is None else torch.as_tensor(weights)
+            response_mask[row, :end] = example["response_mask"]
+            if "loss_weights" in example:
+                loss_weights[row, :end] = example["loss_weights"]
         batch = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": input_ids.masked_fill(response_mask == 0, IGNORE_INDEX),
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(attention_mask),
+            "labels": torch.from_numpy(np.where(response_mask == 1, input_ids, IGNORE_INDEX)),
         }
         if self.return_response_mask:
-            batch["response_mask"] = response_mask
-        if loss_weights is not None:
-            batch["loss_weights"] = loss_weights * response_mask
+            batch["response_mask"] = torch.from_numpy(response_mask)
+        if any("loss_weights" in example for example in examples):
+            batch["loss_weights"] = torch.from_numpy(
+                loss_weights * response_mask.astype(np.float32)
+            )
         return batch
 
-    def _tokenized(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[TokenizedExample]:
-        columns = ("input_ids", "response_mask")
-        if all(row.get(column) is not None for row in rows for column in columns):
-            for index, row in enumerate(rows):
-                _check_lengths(row, index)
-            return rows  # type: ignore[return-value]  # these are the keys of TokenizedExample
+    def _tokenized(self, rows: Sequence[Mapping[str, Any]]) -> list[TokenizedExample]:
+        _require_one_format(rows, self.options)
         outcomes = tokenize_rows(
             rows, range(len(rows)), self.tokenizer, self.options, self.stop_token_ids
         )
-        for outcome in outcomes:
+        examples: list[TokenizedExample] = []
+        for row, outcome in zip(rows, outcomes, strict=True):
             if outcome.error is not None:
-                raise outcome.error
-        return [example for outcome in outcomes for example in outcome.examples]
+                examples.append(self._context_only(row, outcome.error))
+            examples += outcome.examples
+        return examples
+
+    def _context_only(self, row: Mapping[str, Any], error: RowError) -> TokenizedExample:
+        """A tokenized row that trains nothing, such as a block cut out of the middle of a prompt.
+
+        Its zero keeps the batch whole, where dropping the row would change the size of it.
+        """
+        if error.reason != _NOTHING_TRAINED or not len(row.get("input_ids", ())):
+            raise error
+        example = check_tokenized_row(row, error.row, len(self.tokenizer))
+        example["response_mask"] = [0] * len(example["input_ids"])
+        if not example["input_ids"]:
+            raise error
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "Row %d of a batch has no trained token. It is read and adds nothing to the loss, "
+                "and so are others like it; prepare_dataset drops and counts them.",
+                error.row,
+            )
+        return example
 
 
-def _check_lengths(row: Mapping[str, Any], index: int) -> None:
-    """A list of one entry would be spread over the whole row without a word."""
-    columns = ("input_ids", "response_mask", "loss_weights")
-    lengths = {column: len(row[column]) for column in columns if row.get(column) is not None}
-    if len(set(lengths.values())) > 1:
-        found = ", ".join(f"{column} has {length}" for column, length in lengths.items())
-        raise RowError(
-            index,
-            f"the lists of the row differ in length: {found} entries. All of them are "
-            "token-aligned and have one length.",
-            "lists of unequal length",
+def _require_one_format(rows: Sequence[Mapping[str, Any]], options: DataOptions) -> None:
+    """The first row decides how all are read, so the others must be written as it is.
+
+    Columns that a row may go without, such as `loss_weights`, and those that are not read at all
+    may differ.
+    """
+    first = rows[0].keys()
+    for index, row in enumerate(rows):
+        if row.keys() == first or _are_one_format(first, row.keys(), options):
+            continue
+        ours, theirs = (", ".join(sorted(map(str, keys))) for keys in (first, row.keys()))
+        raise ValueError(
+            f"Row 0 of the batch has the columns {ours}, but row {index} has {theirs}. The rows of "
+            "one batch are read alike, by the same columns. Bring the datasets into one format "
+            "before they are mixed."
         )
+
+
+def _are_one_format(first: Collection[str], other: Collection[str], options: DataOptions) -> bool:
+    expected = detect_format(first, options)
+    try:
+        found = detect_format(other, options)
+    except ValueError:
+        return False
+    is_same = all(found.column(part) == column for column, part in expected.columns)
+    return found.kind == expected.kind and is_same

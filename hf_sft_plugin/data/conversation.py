@@ -1,249 +1,276 @@
 """Step 2 of the walk: a raw row, whatever its columns, becomes a `Conversation`."""
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from hf_sft_plugin.types import Conversation, DataOptions, RowError
+from hf_sft_plugin.data.formats import RowFormat, RowKind
+from hf_sft_plugin.data.messages import ROLES_HELP, read_messages
+from hf_sft_plugin.data.row_values import (
+    RowSource,
+    check_unicode,
+    read_flag,
+    read_weight,
+    without_nulls,
+)
+from hf_sft_plugin.types import Conversation, DataOptions, RowError, Segment, Turn
 
-ROLES_HELP = "a list like [{'role': 'user', 'content': '...'}, {'role': 'assistant', ...}]"
-
-
-@dataclass(frozen=True)
-class RowFormat:
-    """Which columns of a dataset hold what.
-
-    Attributes:
-        kind: How the rows are written.
-        prompt_column: Set for `prompt_response`.
-        response_column: Set for `prompt_response`.
-        messages_column: Set for `messages`.
-    """
-
-    kind: Literal["tokenized", "messages", "prompt_response"]
-    prompt_column: str = ""
-    response_column: str = ""
-    messages_column: str = ""
-
-
-def detect_format(columns: Collection[str], options: DataOptions) -> RowFormat:
-    """Decides from the column names how rows are written.
-
-    Args:
-        columns: The column names of the dataset, or the keys of one row.
-        options: `prompt_column`, `response_column` and `messages_column` overrule the usual names.
-
-    Raises:
-        ValueError: If no format fits, or more than one does.
-
-    Examples:
-        >>> detect_format(["question", "answer"],
-        ...               DataOptions(prompt_column="question", response_column="answer")).kind
-        'prompt_response'
-    """
-    found = f"The columns are {', '.join(sorted(columns)) or 'none'}."
-    if options.messages_column:
-        _require(options.messages_column, columns, found)
-        return RowFormat("messages", messages_column=options.messages_column)
-    if options.prompt_column or options.response_column:
-        prompt = options.prompt_column or "prompt"
-        response = options.response_column or _usual_response_column(columns)
-        _require(prompt, columns, found)
-        _require(response, columns, found)
-        return RowFormat("prompt_response", prompt_column=prompt, response_column=response)
-    if "input_ids" in columns:
-        if "response_mask" not in columns and "labels" not in columns:
-            raise ValueError(
-                "The rows have input_ids but neither response_mask nor labels, so nothing says "
-                f"which tokens to train. Add one of the two columns. {found}"
-            )
-        return RowFormat("tokenized")
-    has_messages = "messages" in columns
-    has_prompt = "prompt" in columns
-    if has_messages and has_prompt:
-        raise ValueError(
-            "The rows have both a prompt and a messages column. Say which one to train on: "
-            f"messages_column='messages' or prompt_column='prompt'. {found}"
-        )
-    if has_messages:
-        return RowFormat("messages", messages_column="messages")
-    if has_prompt:
-        response = _usual_response_column(columns)
-        _require(response, columns, found)
-        return RowFormat("prompt_response", prompt_column="prompt", response_column=response)
-    raise ValueError(
-        "No known format: rows need prompt and response (or completion), or messages, or input_ids "
-        "with response_mask or labels. Name other columns with prompt_column and response_column, "
-        f"or messages_column. {found}"
-    )
+# The two prompts that the Alpaca dataset was published with.
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately "
+    "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
 
 
 def to_conversation(
     row: Mapping[str, Any], index: int, row_format: RowFormat, options: DataOptions
 ) -> Conversation:
-    """Brings one raw row into its normal form.
+    """Brings one raw row into its normal form, and decides which of its texts are trained.
 
     Args:
-        row: The raw row; `row_format.kind` is `messages` or `prompt_response`.
+        row: The raw row; it is not tokenized yet.
         index: Its position in the dataset, for error messages.
         row_format: As `detect_format` gave it.
-        options: `prompt_format` decides whether plain text is wrapped in chat turns.
+        options: `prompt_format` decides whether plain text is wrapped in chat turns; `train_on`,
+            `train_roles` and `use_loss_mask` decide what is trained.
+
+    Returns:
+        The conversation; its messages are those of the row wherever nothing had to be removed.
 
     Raises:
-        RowError: If a value has the wrong type, is empty or holds broken Unicode.
+        RowError: If a value has the wrong type, is empty or holds broken Unicode, or if nothing
+            of the row is trained.
+        ValueError: If the rows are tokenized.
 
     Examples:
-        >>> conversation = to_conversation({"prompt": "2+2=", "response": "4"}, 0,
-        ...     RowFormat("prompt_response", "prompt", "response"), DataOptions())
-        >>> [message["content"] for message in conversation.messages], conversation.is_chat
-        (['2+2=', '4'], False)
+        >>> row_format = RowFormat("prompt_response", (("q", "prompt"), ("a", "response")))
+        >>> to_conversation({"q": "2+2=", "a": "4"}, 0, row_format, DataOptions()).segments
+        (Segment(text='2+2=', train=False, weight=1.0), Segment(text='4', train=True, weight=1.0))
     """
-    if row_format.kind == "messages":
-        column = row_format.messages_column
-        messages = _check_messages(row.get(column), index, column)
-        conversation = Conversation(messages, num_context=0, is_chat=True)
-    else:
-        prompt = row.get(row_format.prompt_column)
-        response = row.get(row_format.response_column)
-        as_text = isinstance(prompt, str) and isinstance(response, str)
-        context = _as_messages(prompt, index, row_format.prompt_column, "user")
-        answer = _as_messages(response, index, row_format.response_column, "assistant")
-        conversation = Conversation(
-            context + answer,
-            num_context=len(context),
-            is_chat=not as_text or options.prompt_format == "chat",
-        )
-    _check_responses(conversation, index)
-    return conversation
-
-
-def check_texts(texts: Sequence[Any], name: str) -> None:
-    """Refuses a list in which not every entry is text that a tokenizer can encode.
-
-    Args:
-        texts: The list.
-        name: What the caller calls it, for error messages.
-
-    Raises:
-        ValueError: If it is one text rather than a list.
-        RowError: If an entry is not text, or is broken Unicode.
-    """
-    if isinstance(texts, str):
-        raise ValueError(f"{name} is one text, but a list of texts is needed. Write [text].")
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            found = type(text).__name__
-            raise RowError(
-                index,
-                f"{name} holds {found}, but text is needed. Convert or remove the row.",
-                f"{name} is {found}, not text",
-            )
-        check_unicode(text, index, name)
-
-
-def check_unicode(text: str, index: int, place: str) -> None:
-    """Refuses text that no tokenizer can encode.
-
-    Args:
-        text: The text.
-        index: Its row, for error messages.
-        place: Its column, for error messages.
-
-    Raises:
-        RowError: If the text holds a lone surrogate.
-    """
+    _check_row(row, index)
+    if row_format.kind not in _READERS:
+        raise ValueError("Tokenized rows are no conversations: their tokens are used as they are.")
+    source = RowSource(row, index, row_format, options)
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
+        weight = source.value("weight")
+        place = "" if weight is None else source.place("weight")
+        weight = read_weight(weight, 1.0, source, place)
+        return _READERS[row_format.kind](source, weight)
+    except RecursionError:
         raise RowError(
             index,
-            f"{place} holds half of a surrogate pair at character {error.start}, which no "
-            "tokenizer can encode. Repair the text, e.g. with "
-            "text.encode('utf-8', 'replace').decode().",
-            "broken Unicode",
-        ) from error
+            "its lists and dicts are nested too deep to be read. Flatten or remove the row.",
+            "nested too deep",
+        ) from None
 
 
-def _usual_response_column(columns: Collection[str]) -> str:
-    return "completion" if "completion" in columns and "response" not in columns else "response"
+def _check_row(row: Any, index: int) -> None:
+    if not isinstance(row, Mapping):
+        found = type(row).__name__
+        raise RowError(index, f"the row is {found}, not a dict of columns.", "row is not a dict")
 
 
-def _require(column: str, columns: Collection[str], found: str) -> None:
-    if column not in columns:
-        raise ValueError(
-            f"There is no column {column!r}. {found} Name the right ones with prompt_column and "
-            "response_column, or messages_column."
+def _read_pair(source: RowSource, weight: float) -> Conversation:
+    prompt, response = source.value("prompt"), source.value("response")
+    _check_side("prompt", prompt, source)
+    _check_side("response", response, source)
+    if isinstance(prompt, str) and isinstance(response, str):
+        return _join_pair(prompt, response, source, weight)
+    if isinstance(prompt, str):
+        turns = [Turn({"role": "user", "content": prompt}, False, weight)]
+    else:
+        turns = read_messages("prompt", source, weight)
+        turns = [dataclasses.replace(turn, train=False) for turn in turns]
+    if isinstance(response, str):
+        turns.append(_answer(response, source, weight))
+    else:
+        turns += read_messages("response", source, weight)
+    return _make_chat(turns, source)
+
+
+def _check_side(part: str, value: Any, source: RowSource) -> None:
+    """Refuses a prompt or response that is neither text nor a list."""
+    if isinstance(value, str):
+        # ASCII says so of itself, without being read, and is never broken.
+        if not value.isascii():
+            check_unicode(value, source.index, source.place(part))
+    elif not isinstance(value, list):
+        found = type(value).__name__
+        raise source.error(
+            f"{source.place(part)} holds {found}, but text or {ROLES_HELP} is needed. "
+            "Convert or remove the row.",
+            f"{source.row_format.column(part)} is {found}, not text",
         )
 
 
-def _as_messages(value: Any, index: int, column: str, role: str) -> tuple[dict[str, Any], ...]:
-    """One side of a prompt/response row as messages."""
-    if isinstance(value, str):
-        check_unicode(value, index, f"column {column!r}")
-        return ({"role": role, "content": value},)
-    if isinstance(value, list):
-        return _check_messages(value, index, column)
-    raise RowError(
-        index,
-        f"column {column!r} holds {type(value).__name__}, but text or {ROLES_HELP} is needed. "
-        "Convert or remove the row.",
-        f"{column} is {type(value).__name__}, not text",
+def _join_pair(prompt: str, response: str, source: RowSource, weight: float) -> Conversation:
+    """A prompt and its response that are both plain text."""
+    if source.options.prompt_format == "chat":
+        user = Turn({"role": "user", "content": prompt}, False, weight)
+        return _make_chat([user, _answer(response, source, weight)], source)
+    if _read_tools(source) is not None:
+        raise source.error(
+            "it has tools, but its prompt and response are plain text that no chat template "
+            "writes, so they would be lost. Set prompt_format='chat', or name the column in "
+            "ignored_columns.",
+            "tools without a chat",
+        )
+    return _make_text([Segment(prompt, False, weight), Segment(response, True, weight)], source)
+
+
+def _answer(response: str, source: RowSource, weight: float) -> Turn:
+    train = "assistant" in source.options.train_roles
+    return Turn({"role": "assistant", "content": response}, train, weight)
+
+
+def _read_chat(source: RowSource, weight: float) -> Conversation:
+    return _make_chat(read_messages("messages", source, weight), source)
+
+
+def _read_sharegpt(source: RowSource, weight: float) -> Conversation:
+    turns = read_messages("conversations", source, weight)
+    if source.value("system") not in (None, ""):
+        system = {"role": "system", "content": source.text("system")}
+        if turns[0].message["role"] != "system":
+            turns.insert(0, Turn(system, "system" in source.options.train_roles, weight))
+        elif turns[0].message.get("content") != system["content"]:
+            raise source.error(
+                f"{source.place('system')} and the first message are two different system "
+                "prompts. Remove one, or name the column in ignored_columns.",
+                "two system prompts",
+            )
+    return _make_chat(turns, source)
+
+
+def _read_alpaca(source: RowSource, weight: float) -> Conversation:
+    instruction, output = source.text("instruction"), source.text("output")
+    extra = "" if source.value("input") is None else source.text("input")
+    if source.options.prompt_format == "chat":
+        prompt = f"{instruction}\n\n{extra}" if extra else instruction
+    else:
+        template = _ALPACA_WITH_INPUT if extra else _ALPACA
+        prompt = template.format(instruction=instruction, input=extra)
+    return _join_pair(prompt, output, source, weight)
+
+
+def _read_text(source: RowSource, weight: float) -> Conversation:
+    return _make_text([Segment(source.text("text"), True, weight)], source)
+
+
+def _read_segments(source: RowSource, weight: float) -> Conversation:
+    needed = "a list like [{'text': '...', 'train': False}, {'text': '...', 'train': True}]"
+    segments = []
+    for position, piece in enumerate(source.entries("segments", needed)):
+        place = f"{source.place('segments')}, segment {position}"
+        if not isinstance(piece, Mapping) or not isinstance(piece.get("text"), str):
+            raise source.error(
+                f"{place} is {piece!r:.80}, but a dict with 'text' and 'train' is needed. Convert "
+                "or remove the row.",
+                "a segment without text",
+            )
+        train = read_flag(piece.get("train"), source, place)
+        if train is None:
+            raise source.error(
+                f"{place} does not say whether it is trained. Add 'train': true or false.",
+                "a segment without train",
+            )
+        check_unicode(piece["text"], source.index, place)
+        share = read_weight(piece.get("weight"), weight, source, place)
+        if piece["text"]:
+            segments.append(Segment(piece["text"], train, share))
+    return _make_text(segments, source)
+
+
+_READERS: dict[RowKind, Callable[[RowSource, float], Conversation]] = {
+    "prompt_response": _read_pair,
+    "messages": _read_chat,
+    "sharegpt": _read_sharegpt,
+    "alpaca": _read_alpaca,
+    "text": _read_text,
+    "segments": _read_segments,
+}
+
+
+def _make_text(segments: list[Segment], source: RowSource) -> Conversation:
+    """Segments as a conversation, provided that something of them is trained."""
+    trained = [segment for segment in segments if segment.train]
+    if not trained and not _trains_everything(source.options):
+        raise source.error(
+            "none of its segments is trained, so there is nothing to learn from it. Set "
+            "'train': true on a segment, or remove the row.",
+            "nothing is trained",
+        )
+    if not any(segment.text.strip() for segment in trained or segments):
+        raise _empty_response(source)
+    return Conversation(segments=tuple(segments))
+
+
+def _make_chat(turns: list[Turn], source: RowSource) -> Conversation:
+    """Turns as a conversation, provided that one of them is trained and none of those is empty."""
+    trained = [position for position, turn in enumerate(turns) if turn.train]
+    if not trained and not _trains_everything(source.options):
+        wanted = " or ".join(repr(role) for role in source.options.train_roles)
+        roles = ", ".join(turn.message["role"] for turn in turns)
+        raise source.error(
+            f"no message to train has the role {wanted} (the roles are {roles}; those in the "
+            "prompt, or with 'train': false, do not count). Rename the role of the responses, "
+            "name it in train_roles, or remove the row.",
+            "no message to train",
+        )
+    if source.options.train_on == "last_response" and trained:
+        turns = [
+            turn if position == trained[-1] else dataclasses.replace(turn, train=False)
+            for position, turn in enumerate(turns)
+        ]
+        trained = trained[-1:]
+    for position in trained:
+        message = turns[position].message
+        content = message.get("content", "")
+        if not content.strip() and not (
+            message.get("tool_calls") or message.get("reasoning_content")
+        ):
+            raise _empty_response(source)
+    return Conversation(turns=tuple(turns), tools=_read_tools(source))
+
+
+def _trains_everything(options: DataOptions) -> bool:
+    return options.train_on == "all" or not options.use_loss_mask
+
+
+def _empty_response(source: RowSource) -> RowError:
+    what = "text" if source.row_format.kind == "text" else "response"
+    return source.error(
+        f"the {what} is empty, so there is nothing to learn from it. Fill or remove it.",
+        f"empty {what}",
     )
 
 
-def _check_messages(value: Any, index: int, column: str) -> tuple[dict[str, Any], ...]:
-    if not isinstance(value, list) or not value:
-        what = "an empty list" if value == [] else type(value).__name__
-        raise RowError(
-            index,
-            f"column {column!r} holds {what}, but {ROLES_HELP} is needed. Convert or remove the "
-            "row.",
-            f"{column} is {what}, not messages",
+def _read_tools(source: RowSource) -> tuple[dict[str, Any], ...] | None:
+    """The schemas of the tools: a list of them, or its JSON text; None where there are none."""
+    tools = source.value("tools")
+    if tools is None:
+        return None
+    place = source.place("tools")
+    if isinstance(tools, str) and tools:
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise source.error(
+                f"{place} holds text that is not JSON ({error}). Repair it or remove the row.",
+                "tools is not JSON",
+            ) from error
+    if tools is None or tools == "":
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise source.error(
+            f"{place} holds {tools!r:.60}, but a list of schemas, or its JSON text, is needed. "
+            "Convert it, remove the row, or name the column in ignored_columns.",
+            "tools is not a list of schemas",
         )
-    messages = []
-    for turn, message in enumerate(value):
-        place = f"column {column!r}, message {turn}"
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RowError(
-                index,
-                f"{place} is {message!r:.80}, but a dict with 'role' and 'content' is needed. "
-                "Convert or remove the row.",
-                "a message without a role",
-            )
-        content = message.get("content")
-        if isinstance(content, str):
-            check_unicode(content, index, place)
-        elif content is not None or not message.get("tool_calls"):
-            raise RowError(
-                index,
-                f"{place} has content of type {type(content).__name__}, but text is needed. "
-                "Convert or remove the row.",
-                "message content is not text",
-            )
-        # Arrow gives every struct the keys of all others, filled with None; templates test for
-        # presence, so an absent key has to be absent again.
-        messages.append({k: v for k, v in message.items() if v is not None or k == "content"})
-    return tuple(messages)
-
-
-def _check_responses(conversation: Conversation, index: int) -> None:
-    responses = [
-        message
-        for message in conversation.messages[conversation.num_context :]
-        if message["role"] == "assistant"
-    ]
-    if not responses:
-        roles = ", ".join(message["role"] for message in conversation.messages)
-        raise RowError(
-            index,
-            f"no message to train has the role 'assistant' (the roles are {roles}). Rename the "
-            "role of the responses to 'assistant', or remove the row.",
-            "no assistant message",
-        )
-    for message in responses:
-        if not (message["content"] or "").strip() and not message.get("tool_calls"):
-            raise RowError(
-                index,
-                "the response is empty, so there is nothing to learn from it. Fill or remove it.",
-                "empty response",
-            )
+    return tuple(without_nulls(tools, source, place)) or None

@@ -2,9 +2,7 @@
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,142 +11,15 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from hf_sft_plugin.data.conversation import detect_format
-from hf_sft_plugin.data.tokenization import make_options, max_row_length, tokenize_rows
-from hf_sft_plugin.types import DataOptions, TokenizedExample
+from hf_sft_plugin.data.certificate import certify_masks, preparation_key
+from hf_sft_plugin.data.formats import detect_format
+from hf_sft_plugin.data.ledger import Ledger, account_of
+from hf_sft_plugin.data.tokenization import make_options, tokenize_rows
+from hf_sft_plugin.data.truncation import max_row_length
+from hf_sft_plugin.types import DataOptions
 
-# Columns that carry the account of a row from the tokenizing pass to the ledger.
-_ACCOUNT = {
-    "_row": Value("int64"),
-    "_num_tokens": Value("int64"),
-    "_num_lost": Value("int64"),
-    "_reason": Value("string"),
-    "_problem": Value("string"),
-}
-_NUM_NAMED_ROWS = 5
-
-
-@dataclass
-class Drop:
-    """Rows dropped for one reason.
-
-    Attributes:
-        num_rows: How many.
-        num_tokens: Tokens they had; 0 for rows that were never tokenized.
-        first_rows: Positions of the first few in the dataset.
-        example: What is wrong with the first, and the cure.
-    """
-
-    num_rows: int
-    num_tokens: int
-    first_rows: list[int]
-    example: str
-
-
-@dataclass
-class Ledger:
-    """What became of every row and every token of a dataset.
-
-    Attributes:
-        num_rows: Rows in.
-        num_rows_trained: Rows with at least one trained token.
-        num_examples: Examples made of them; more than rows where conversations were split.
-        num_rows_truncated: Trained rows that were cut to `max_length`.
-        num_tokens: Tokens in, before truncation.
-        num_response_tokens: Tokens trained.
-        num_context_tokens: Tokens read but not trained.
-        num_truncated_tokens: Tokens cut off trained rows.
-        longest: Tokens of the longest example.
-        max_length: The limit that was applied, in tokens; None without one.
-        drops: Dropped rows by reason.
-    """
-
-    num_rows: int
-    num_rows_trained: int = 0
-    num_examples: int = 0
-    num_rows_truncated: int = 0
-    num_tokens: int = 0
-    num_response_tokens: int = 0
-    num_context_tokens: int = 0
-    num_truncated_tokens: int = 0
-    longest: int = 0
-    max_length: int | None = None
-    drops: dict[str, Drop] = field(default_factory=dict)
-
-    @property
-    def num_rows_dropped(self) -> int:
-        """Rows that are not trained."""
-        return sum(drop.num_rows for drop in self.drops.values())
-
-    @property
-    def trained_share(self) -> float:
-        """Trained tokens over tokens read, 0 to 1."""
-        return self.num_response_tokens / max(self.num_response_tokens + self.num_context_tokens, 1)
-
-    def check(self, max_dropped_share: float) -> None:
-        """Stops a run whose data does not add up, or of which too much would be missing.
-
-        Args:
-            max_dropped_share: Largest share of rows, 0 to 1, that may be dropped.
-
-        Raises:
-            ValueError: If more rows are dropped, or none is left.
-        """
-        lost = sum(drop.num_tokens for drop in self.drops.values()) + self.num_truncated_tokens
-        kept = self.num_response_tokens + self.num_context_tokens
-        assert self.num_rows == self.num_rows_trained + self.num_rows_dropped, self
-        assert self.num_tokens == kept + lost, self
-        if self.num_rows_trained and self.num_rows_dropped <= max_dropped_share * self.num_rows:
-            return
-        problems = "\n".join(
-            f"- {drop.num_rows:,} rows, {reason}: {drop.example}"
-            for reason, drop in self.drops.items()
-        )
-        raise ValueError(
-            f"{self.num_rows_dropped:,} of {self.num_rows:,} rows cannot be trained"
-            + ("" if self.num_rows_trained else ", so nothing is left")
-            + f":\n{problems}\nRepair or remove these rows"
-            + (
-                f", or allow more than {max_dropped_share:.0%} of them to be dropped with "
-                "max_dropped_share."
-                if self.num_rows_trained
-                else "."
-            )
-        )
-
-    def __str__(self) -> str:
-        """The account as lines of text that add up."""
-        lines = [
-            f"rows    {self.num_rows:,} in = {self.num_rows_trained:,} trained "
-            f"({self.num_rows_truncated:,} truncated) + {self.num_rows_dropped:,} dropped",
-        ]
-        for reason, drop in self.drops.items():
-            rows = ", ".join(map(str, drop.first_rows))
-            more = ", ..." if drop.num_rows > len(drop.first_rows) else ""
-            lines.append(f"        dropped {drop.num_rows:,}: {reason} (rows {rows}{more})")
-        if self.num_examples != self.num_rows_trained:
-            lines.append(f"        split into {self.num_examples:,} examples, one per response")
-        dropped_tokens = sum(drop.num_tokens for drop in self.drops.values())
-        lines.append(
-            f"tokens  {self.num_tokens:,} in = {self.num_response_tokens:,} trained + "
-            f"{self.num_context_tokens:,} context\n"
-            f"        + {self.num_truncated_tokens:,} truncated + {dropped_tokens:,} dropped"
-        )
-        limit = "no limit" if self.max_length is None else f"limit {self.max_length:,}"
-        lines.append(
-            f"        {self.trained_share:.1%} of the tokens read are trained; longest row "
-            f"{self.longest:,}, {limit}"
-        )
-        return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The account as plain values."""
-        return asdict(self)
-
-    def save(self, path: Path) -> None:
-        """Writes the account as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+# The column that carries the account of a row from the tokenizing pass to the ledger.
+_ACCOUNT = "_account"
 
 
 def prepare_dataset(
@@ -184,7 +55,7 @@ def prepare_dataset(
     data_options = make_options(options)
     if len(dataset) == 0:
         raise ValueError("The dataset is empty: it needs at least one row.")
-    detect_format(dataset.column_names, data_options)
+    row_format = detect_format(dataset.column_names, data_options)
     features = _features(dataset.column_names)
     accounted = dataset.with_format(None).map(
         partial(
@@ -200,14 +71,16 @@ def prepare_dataset(
         remove_columns=dataset.column_names,
         features=features,
         desc="Tokenizing",
+        new_fingerprint=preparation_key(dataset, tokenizer, data_options, stop_token_ids),
     )
-    ledger = _count(accounted, num_rows=len(dataset))
+    ledger = Ledger(num_rows=len(dataset), columns=row_format.describe())
+    ledger.unused_columns = row_format.unused(dataset.column_names, data_options)
     ledger.max_length = max_row_length(tokenizer, data_options.max_length)
+    _count(accounted, ledger)
     ledger.check(max_dropped_share)
-    if ledger.drops:
-        kept = pc.is_null(accounted.data.column("_reason")).to_numpy()
-        accounted = accounted.select(np.flatnonzero(kept))
-    return accounted.remove_columns(list(_ACCOUNT)), ledger
+    prepared = _without_account(accounted)
+    ledger.certificate = certify_masks(prepared, tokenizer, data_options)
+    return prepared, ledger
 
 
 def _require_dataset(dataset: object) -> None:
@@ -230,9 +103,9 @@ def _features(columns: Collection[str]) -> Features:
         {
             "input_ids": List(Value("int32")),
             "response_mask": List(Value("int8")),
-            **({"loss_weights": List(Value("float32"))} if "loss_weights" in columns else {}),
+            "loss_weights": List(Value("float32")),
             **({"source": Value("string")} if "source" in columns else {}),
-            **_ACCOUNT,
+            _ACCOUNT: Value("string"),
         }
     )
 
@@ -245,55 +118,36 @@ def _prepare_batch(
     stop_token_ids: Collection[int] | None,
     columns: Sequence[str],
 ) -> dict[str, list[Any]]:
-    """One batch of rows as columns; a dropped row becomes one empty row with its reason."""
+    """One batch of rows as columns; a dropped row becomes one empty row with its account."""
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     table: dict[str, list[Any]] = {column: [] for column in columns}
     for outcome in tokenize_rows(rows, indices, tokenizer, options, stop_token_ids):
-        empty: TokenizedExample = {"input_ids": [], "response_mask": []}
-        for position, example in enumerate(outcome.examples or [empty]):
-            # The account of a row stands on its first example, so that sums count it once.
-            first = position == 0
-            account = {
-                "_row": outcome.row,
-                "_num_tokens": outcome.num_tokens if first else 0,
-                "_num_lost": outcome.num_lost if first else 0,
-                "_reason": outcome.error.reason if outcome.error else None,
-                "_problem": str(outcome.error) if outcome.error else None,
-            }
-            values = {**example, **account}
+        # The account of a row stands on its first example.
+        account: str | None = json.dumps(account_of(outcome))
+        for example in outcome.examples or [{}]:
             for column in columns:
-                table[column].append(values.get(column))
+                table[column].append(account if column == _ACCOUNT else example.get(column))
+            account = None
     return table
 
 
-def _count(accounted: Dataset, num_rows: int) -> Ledger:
+def _count(accounted: Dataset, ledger: Ledger) -> None:
     """Reads the ledger off the columns, so that it is the same when the pass came from a cache."""
     table = accounted.data.table
-    rows = table.column("_row").to_numpy()
-    tokens = table.column("_num_tokens").to_numpy()
-    lost = table.column("_num_lost").to_numpy()
-    reasons = table.column("_reason").to_pylist()
-    lengths = pc.list_value_length(table.column("input_ids"))
+    for account in table.column(_ACCOUNT).to_pylist():
+        if account is not None:
+            ledger.add_row(json.loads(account))
     mask = pc.list_flatten(table.column("response_mask"))
-    is_trained = np.array([reason is None for reason in reasons], dtype=bool)
-    ledger = Ledger(
-        num_rows=num_rows,
-        num_rows_trained=len(np.unique(rows[is_trained])),
-        num_examples=int(is_trained.sum()),
-        num_rows_truncated=int((lost[is_trained] > 0).sum()),
-        num_tokens=int(tokens.sum()),
-        num_response_tokens=pc.sum(mask.cast(pa.int64())).as_py() or 0,
-        num_truncated_tokens=int(lost[is_trained].sum()),
-        longest=pc.max(lengths).as_py() or 0,
-    )
+    ledger.num_response_tokens = pc.sum(mask.cast(pa.int64())).as_py() or 0
     ledger.num_context_tokens = len(mask) - ledger.num_response_tokens
-    for position in np.flatnonzero(~is_trained):
-        reason = reasons[position]
-        if reason not in ledger.drops:
-            ledger.drops[reason] = Drop(0, 0, [], table.column("_problem")[position].as_py())
-        drop = ledger.drops[reason]
-        drop.num_rows += 1
-        drop.num_tokens += int(tokens[position])
-        if len(drop.first_rows) < _NUM_NAMED_ROWS:
-            drop.first_rows.append(int(rows[position]))
-    return ledger
+    ledger.longest = pc.max(pc.list_value_length(table.column("input_ids"))).as_py() or 0
+
+
+def _without_account(accounted: Dataset) -> Dataset:
+    """The rows that are trained, and the columns that hold something."""
+    table = accounted.data
+    is_trained = pc.is_valid(table.column("input_ids")).to_numpy()
+    has_weights = table.column("loss_weights").null_count < len(accounted)
+    if not is_trained.all():
+        accounted = accounted.select(np.flatnonzero(is_trained))
+    return accounted.remove_columns([_ACCOUNT, *([] if has_weights else ["loss_weights"])])

@@ -1,220 +1,223 @@
-"""Which tokens are the response: found from how the chat template renders, never from markers.
+"""Which tokens are the response, and the proof: characters become tokens, and decode to the same.
 
-A trained span begins right after the text that inference supplies (the turns before the response,
-rendered with the generation prompt) and ends with the stop token that inference waits for. Neither
-the role header before it nor the newline after it is trained.
+A trained span begins right after the text that inference supplies and ends with the stop token
+that inference waits for. Neither the role header before it nor the newline after it is trained.
 """
 
-from bisect import bisect_left
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
-from typing import Any
 
-from jinja2.exceptions import TemplateError
-from transformers import PreTrainedTokenizerBase
-
-from hf_sft_plugin.data.conversation import check_unicode
-from hf_sft_plugin.types import Conversation, RowError
-
-# Token ids of a text, and the characters `[start, end)` that each token covers. A tokenizer that
-# cannot tell gives every token the whole text, which `align_spans` answers by cutting at each edge.
-Encoding = tuple[list[int], list[tuple[int, int]]]
+from hf_sft_plugin.data.rendering import Range, RenderedText, Span
+from hf_sft_plugin.data.text_encoding import JoinedEncoding, TextEncoding
+from hf_sft_plugin.types import Boundary, RowError, TrainedSpan
 
 
-@dataclass(frozen=True)
-class RenderedText:
-    """A conversation as one text.
+@dataclass
+class MaskedText:
+    """A rendered text as tokens, with what of it is trained.
 
     Attributes:
-        text: What the model reads.
-        spans: Characters `[start, end)` of each turn to train: from the end of what inference
-            supplies to the end of the turn, which comes after its stop token.
+        input_ids: The token ids.
+        mask: 1 where a token is trained, else 0.
+        weights: How much each token counts; None where every trained one counts 1.
+        spans: What is trained, and why.
+        proofs: Runs of trained tokens with the text that they must decode to.
+        num_straddled: Tokens that reached across the edge of a span.
     """
 
-    text: str
-    spans: tuple[tuple[int, int], ...]
+    input_ids: list[int]
+    mask: list[int]
+    weights: list[float] | None
+    spans: list[TrainedSpan]
+    proofs: list[tuple[list[int], str]]
+    num_straddled: int
 
 
-def render_chat(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, index: int
-) -> list[RenderedText]:
-    """Renders a conversation with the tokenizer's chat template and finds its responses.
-
-    A template may write an earlier turn differently once later turns exist (one that drops old
-    reasoning does). Then no single text shows every response the context it has at inference, so
-    the conversation becomes one text per response; otherwise it becomes one text.
-
-    Args:
-        conversation: A conversation with `is_chat`.
-        tokenizer: Has a chat template.
-        index: Row of the dataset, for error messages.
-
-    Raises:
-        RowError: If the template refuses the conversation, or writes a response that does not
-            continue what inference supplies.
-    """
-    messages = conversation.messages
-    render = partial(_render, messages, tokenizer, index)
-    # A response that opens the conversation has no prompt to answer: it is context only.
-    turns = [
-        turn
-        for turn, message in enumerate(messages)
-        if message["role"] == "assistant" and turn >= max(conversation.num_context, 1)
-    ]
-    if not turns:
-        raise RowError(
-            index,
-            "the only response opens the conversation, so there is no prompt that it answers. "
-            "Put the turn it answers before it, or remove the row.",
-            "response without a prompt",
-        )
-    starts, texts = [], []
-    for turn in turns:
-        prompt = render(turn, add_generation_prompt=True)
-        text = render(turn + 1)
-        if not text.startswith(prompt):
-            raise RowError(
-                index,
-                f"at inference the model would continue {prompt[-60:]!r}, but the chat template "
-                f"writes the response of message {turn} as {text[-120:]!r}, which does not begin "
-                "so. Training on it would teach a continuation that is never asked for. Use a "
-                "template whose generation prompt is how it begins a response.",
-                "response does not continue the generation prompt",
-            )
-        starts.append(len(prompt))
-        texts.append(text)
-    whole = render(len(messages))
-    if all(whole.startswith(text) for text in texts):
-        ends = [len(text) for text in texts]
-        return [RenderedText(whole, tuple(zip(starts, ends, strict=True)))]
-    return [
-        RenderedText(text, ((start, len(text)),)) for start, text in zip(starts, texts, strict=True)
-    ]
-
-
-def _render(
-    messages: Sequence[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
+def mask_text(
+    rendered: RenderedText,
+    encoding: TextEncoding,
+    encode: Callable[[Sequence[str]], JoinedEncoding],
+    stops: Mapping[int, str],
+    boundary: Boundary,
     index: int,
-    num_messages: int,
-    add_generation_prompt: bool = False,
-) -> str:
-    """The first turns as text."""
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages[:num_messages]),
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-    except (TemplateError, TypeError) as error:
-        raise RowError(
-            index,
-            f"the chat template refuses the conversation: {error}. Bring the roles and contents "
-            "into the form that the template expects, or remove the row.",
-            "refused by the chat template",
-        ) from error
-    assert isinstance(text, str)
-    check_unicode(text, index, "the rendered conversation")
-    return text
+) -> MaskedText:
+    """Marks the tokens to train: each span from its first character through its stop token.
 
-
-def align_spans(
-    rendered: RenderedText, encoding: Encoding, encode: Callable[[str], Encoding]
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Maps spans of characters to spans of tokens.
-
-    The text is tokenized as a whole. Where a token reaches across the edge of a span, or offsets
-    leave out the white space at the edge, so that its token could be on either side, the text is
-    tokenized again in two parts that meet at this edge. Inference does the same: it tokenizes the
-    prompt without knowing the response.
+    The text is tokenized as a whole. Where a token reaches across the edge of a span, `boundary`
+    decides; `split` tokenizes again in parts that meet at this edge, as inference does, which
+    tokenizes the prompt without knowing the response.
 
     Args:
         rendered: The text and its spans.
         encoding: The encoding of the whole text.
-        encode: Encodes a part of the text.
-
-    Returns:
-        The token ids, and `[start, end)` of each span in tokens.
-    """
-    edges = {edge for span in rendered.spans for edge in span}
-    input_ids, offsets = encoding
-    # Where the number of tokens before an edge is known for certain: at the ends and at cuts.
-    known = {0: 0, len(rendered.text): len(input_ids)}
-    while True:
-        starts = [start for start, _ in offsets]
-        found = {edge: bisect_left(starts, edge) for edge in edges - known.keys()}
-        unclear = {
-            edge
-            for edge, token in found.items()
-            if (token > 0 and offsets[token - 1][1] != edge)
-            or (token < len(starts) and starts[token] != edge)
-        }
-        if not unclear:
-            positions = {**found, **known}
-            return input_ids, [(positions[start], positions[end]) for start, end in rendered.spans]
-        cuts = sorted(unclear | known.keys())
-        input_ids, offsets, known = [], [], {0: 0}
-        for begin, end in pairwise(cuts):
-            part_ids, part_offsets = encode(rendered.text[begin:end])
-            input_ids += part_ids
-            offsets += [(begin + start, begin + stop) for start, stop in part_offsets]
-            known[end] = len(input_ids)
-
-
-def mask_responses(
-    input_ids: list[int],
-    spans: Sequence[tuple[int, int]],
-    stop_token_ids: Collection[int],
-    index: int,
-    decode: Callable[[list[int]], str],
-) -> list[int]:
-    """Marks the tokens to train: each span up to and including its stop token.
-
-    Args:
-        input_ids: The tokens of one row.
-        spans: `[start, end)` in tokens, as `align_spans` gave them.
-        stop_token_ids: The tokens at which inference stops.
+        encode: Encodes parts of the text.
+        stops: The tokens at which inference stops, and their text.
+        boundary: See `DataOptions`.
         index: Row of the dataset, for error messages.
-        decode: Token ids to text, for error messages.
-
-    Returns:
-        1 where a token is trained, else 0; as long as `input_ids`.
 
     Raises:
-        RowError: If a span holds no stop token, or nothing before it.
-
-    Examples:
-        Token 2 is the stop token, token 9 the newline that the template writes after it.
-
-        >>> mask_responses([5, 6, 7, 2, 9], [(2, 5)], {2}, index=0, decode=str)
-        [0, 0, 1, 1, 0]
+        RowError: If a span holds no stop token, or nothing before it, or reaches into the text of
+            another turn.
     """
-    mask = [0] * len(input_ids)
-    for start, end in spans:
-        stop = end - 1
-        while stop >= start and input_ids[stop] not in stop_token_ids:
-            stop -= 1
-        if stop < start:
-            raise RowError(
-                index,
-                f"the response ends in {decode(input_ids[max(start, end - 20) : end])!r}, without "
-                f"a stop token ({_names(stop_token_ids, decode)}), so the model would never learn "
-                "to stop. Set stop_token to the token that ends a turn of the chat template.",
-                "no stop token after the response",
-            )
-        if stop == start:
-            raise RowError(
-                index,
-                "the chat template writes nothing of the response but its stop token, so there is "
-                "nothing to learn from it. Use a template that writes what the message holds, or "
-                "remove the row.",
-                "empty response",
-            )
-        mask[start : stop + 1] = [1] * (stop + 1 - start)
-    return mask
+    text = rendered.text
+    places = [_find_stop(span, text, stops) for span in rendered.spans]
+    edges = _edges(rendered, places, encoding)
+    straddled = {edge for edge in edges if not _is_clean(encoding, edge)}
+    num_straddled = len(straddled) if encoding.tells_characters else 0
+    if boundary == "split" or not encoding.tells_characters:
+        cuts: set[int] = set()
+        while straddled - cuts:
+            cuts |= straddled
+            parts = [text[start:end] for start, end in pairwise([0, *sorted(cuts), len(text)])]
+            encoding = encode(parts)
+            straddled = {edge for edge in edges if not _is_clean(encoding, edge)}
+    zeros = [0] * len(encoding.ids)
+    has_weights = any(span.weight != 1 for span in rendered.spans)
+    weights = [0.0] * len(zeros) if has_weights else None
+    masked = MaskedText(encoding.ids, zeros, weights, [], [], num_straddled)
+    for span, place in zip(rendered.spans, places, strict=True):
+        _mask_span(masked, span, place, rendered, encoding, stops, boundary, index)
+    return masked
 
 
-def _names(token_ids: Collection[int], decode: Callable[[list[int]], str]) -> str:
-    return ", ".join(repr(decode([token_id])) for token_id in sorted(token_ids)) or "none is set"
+def _edges(
+    rendered: RenderedText, places: Sequence[Range | None], encoding: TextEncoding
+) -> set[int]:
+    """The characters at which a token has to begin."""
+    edges = {span.start for span in rendered.spans}
+    edges |= {edge for span in rendered.spans for part in span.untrained for edge in part}
+    for span, place in zip(rendered.spans, places, strict=True):
+        if place is None and span.content:
+            edges.add(span.content[1])
+        if place is not None and not encoding.tells_characters:
+            edges.add(place[1])
+    return edges - {0, len(rendered.text)}
+
+
+def _is_clean(encoding: TextEncoding, edge: int) -> bool:
+    """Whether one token ends and another begins at a character."""
+    if edge in encoding.seams:
+        return True
+    token = encoding.token_at(edge)
+    # White space that offsets leave out could belong to the token on either side.
+    return (
+        token is not None
+        and encoding.characters(token)[0] == edge
+        and encoding.token_at(edge - 1) is not None
+    )
+
+
+def _token_from(encoding: TextEncoding, char: int, text: str, boundary: Boundary) -> int:
+    """The first token at or after a character; `boundary` decides about one that is cut."""
+    if char in encoding.seams:
+        return encoding.seams[char]
+    while char < len(text):
+        token = encoding.token_at(char)
+        if token is not None:
+            is_cut = encoding.characters(token)[0] < char
+            return token + 1 if boundary == "exclude" and is_cut else token
+        char += 1
+    return len(encoding.ids)
+
+
+def _mask_span(
+    masked: MaskedText,
+    span: Span,
+    place: Range | None,
+    rendered: RenderedText,
+    encoding: TextEncoding,
+    stops: Mapping[int, str],
+    boundary: Boundary,
+    index: int,
+) -> None:
+    """Marks one span, and notes what its tokens must decode to."""
+    text = rendered.text
+    if place is None and span.needs_stop:
+        raise RowError(
+            index,
+            f"the response ends in {text[max(span.start, span.bound - 60) : span.bound]!r}, "
+            f"without a stop token ({_names(stops.values())}), so the model would never learn to "
+            "stop. Set stop_token to the token that ends a turn of the chat template.",
+            "no stop token after the response",
+        )
+    start = _token_from(encoding, span.start, text, boundary)
+    told, last = place or (_last_character(span),) * 2
+    stop = end = _token_from(encoding, last, text, boundary)
+    if place is None:
+        end += boundary == "include" and last < len(text) and not _is_clean(encoding, last)
+    else:
+        # A control token may swallow the space after it, so it is found by its first character.
+        stop = end - 1 if last in encoding.seams else encoding.token_at(told)
+        if stop is None or stops.get(masked.input_ids[stop]) != text[told:last]:
+            raise _disagreement(span, span.turn, text[span.start : last], index)
+        end = stop + 1
+    if start >= stop:
+        raise RowError(
+            index,
+            "the chat template writes nothing of the response but its stop token, so there is "
+            "nothing to learn from it. Use a template that writes what the message holds, or "
+            "remove the row.",
+            "empty response",
+        )
+    _check_turns(span, (span.start, last), rendered, index)
+    masked.mask[start:end] = [int(span.weight > 0)] * (end - start)
+    if masked.weights is not None:
+        masked.weights[start:end] = [span.weight] * (end - start)
+    for first, after in span.untrained:
+        tokens = (_token_from(encoding, edge, text, boundary) for edge in (first, after))
+        hidden = slice(*tokens)
+        masked.mask[hidden] = [0] * len(masked.mask[hidden])
+    masked.spans.append(TrainedSpan(start, end, span.turn, span.kind))
+    if boundary == "split" or not masked.num_straddled:
+        masked.proofs.append((masked.input_ids[start:stop], text[span.start : told]))
+
+
+def _last_character(span: Span) -> int:
+    return span.content[1] if span.content else span.bound
+
+
+def _find_stop(span: Span, text: str, stops: Mapping[int, str]) -> Range | None:
+    """The characters of the stop token that ends a turn: the first one after its content."""
+    if span.content is None and span.bound == len(text):
+        # Nothing shows where the content ends, but this is the last turn: the last one counts.
+        found = [(text.rfind(stop, span.start), stop) for stop in stops.values()]
+        start, stop = max(found, default=(-1, ""))
+        if text[start + len(stop) :].strip():
+            return None
+    else:
+        first = span.content[1] if span.content else span.start
+        found = [(text.find(stop, first, span.bound), stop) for stop in stops.values()]
+        start, stop = min((f for f in found if f[0] >= 0), default=(-1, ""))
+    if start < 0:
+        return None
+    if not span.needs_stop and text[span.content[1] if span.content else 0 : start].strip():
+        return None
+    return start, start + len(stop)
+
+
+def _check_turns(span: Span, chars: Range, rendered: RenderedText, index: int) -> None:
+    """The second derivation: the turn's content lies in what is trained, and no other does."""
+    if span.kind == "text":
+        return
+    for turn, content in enumerate(rendered.contents):
+        if content is None:
+            continue
+        is_inside = chars[0] <= content[0] and content[1] <= chars[1]
+        overlaps = content[0] < chars[1] and content[1] > chars[0]
+        if not is_inside if turn == span.turn else overlaps:
+            raise _disagreement(span, turn, rendered.text[slice(*chars)], index)
+
+
+def _disagreement(span: Span, turn: int, trained: str, index: int) -> RowError:
+    return RowError(
+        index,
+        f"two ways to find the response of message {span.turn} disagree about message {turn}: the "
+        f"generation prompt says {trained[:80]!r}. The chat template moves or repeats contents, so "
+        "no mask of this row can be trusted. Use another template, or remove the row.",
+        "two derivations of the mask disagree",
+    )
+
+
+def _names(texts: Collection[str]) -> str:
+    return ", ".join(map(repr, sorted(texts))) or "none is set"

@@ -16,7 +16,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_sft_plugin.data.tokenization import find_stop_token, max_row_length
+from hf_sft_plugin.data.stop_tokens import find_stop_token
+from hf_sft_plugin.data.truncation import max_row_length
 
 logger = logging.getLogger(__name__)
 

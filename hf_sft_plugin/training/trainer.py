@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from hf_sft_plugin.data.collator import DataCollatorForPromptResponse
-from hf_sft_plugin.data.prepare import Ledger, prepare_dataset
+from hf_sft_plugin.data.ledger import Ledger
+from hf_sft_plugin.data.prepare import prepare_dataset
 from hf_sft_plugin.loss.masked_loss import LossNormalization
 from hf_sft_plugin.training.adapters import add_adapter
 from hf_sft_plugin.training.callbacks import RunRecorder

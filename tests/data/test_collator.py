@@ -1,5 +1,7 @@
 """Rows become one padded batch that any Trainer, and any loop, can train on."""
 
+import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,8 +120,18 @@ def test_labels_may_stand_in_for_the_mask(tokenizer: Any) -> None:
         ({"input_ids": [[5, 6]]}, "one dict of columns, but the collator takes a list of rows"),
         ([RAW[0], {"prompt": "a", "response": ""}], "Row 1: the response is empty"),
         ([{"prompt": "a", "response": 5}], "Row 0: column 'response' holds int"),
-        ([{"text": "a"}], "No known format"),
-        ([LONG, {**LONG, "response_mask": [1]}], "Row 1: the lists of the row differ in length"),
+        ([{"words": "a"}], "No known format"),
+        (
+            [LONG, {**LONG, "response_mask": [1]}],
+            "Row 1: input_ids has 4 tokens but response_mask has 1",
+        ),
+        ([LONG, {**LONG, "input_ids": [5, 300, 7, 2]}], "Row 1: input_ids holds 300"),
+        ([LONG, {**LONG, "input_ids": [5, -1, 7, 2]}], "Row 1: input_ids holds -1"),
+        ([LONG, {**LONG, "response_mask": [0, 0, 7, 1]}], "Row 1: response_mask holds 7"),
+        ([{**LONG, "loss_weights": [1.0, 1.0, -1.0, 1.0]}], "Row 0: loss_weights holds -1.0"),
+        ([{**LONG, "labels": LONG["input_ids"]}], "Row 0: labels trains token 0"),
+        ([LONG, {"input_ids": [], "response_mask": []}], "Row 1: no token of the row is trained"),
+        ([{**LONG, "attention_mask": [0] * 4}], "Row 0: no token of the row is trained"),
         ([{**LONG, "loss_weights": [1.0]}], "loss_weights has 1"),
         ([{"input_ids": [5, 999], "labels": [-100, 999]}], "Row 0: input_ids holds 999"),
     ],
@@ -127,6 +139,109 @@ def test_labels_may_stand_in_for_the_mask(tokenizer: Any) -> None:
 def test_rows_that_make_no_batch_are_refused(rows: Any, message: str, tokenizer: Any) -> None:
     with pytest.raises(ValueError, match=message):
         DataCollatorForPromptResponse(tokenizer)(rows)
+
+
+@pytest.mark.parametrize(
+    ("overflow", "input_ids", "mask"),
+    [
+        ("keep_start", [[5, 6, 7]], [[0, 0, 1]]),
+        ("keep_end", [[6, 7, 2]], [[0, 1, 1]]),
+    ],
+)
+def test_tokenized_rows_are_cut_to_the_limit_as_raw_ones_are(
+    overflow: str, input_ids: list[list[int]], mask: list[list[int]], tokenizer: Any
+) -> None:
+    collator = DataCollatorForPromptResponse(tokenizer, max_length=3, overflow=overflow)
+    batch = collator([LONG])
+    assert batch["input_ids"].tolist() == input_ids
+    assert batch["response_mask"].tolist() == mask
+
+
+def test_a_tokenized_row_cut_before_its_response_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(RowError, match="Row 1: the response begins after the first 2 tokens of 4"):
+        DataCollatorForPromptResponse(tokenizer, max_length=2)(
+            [{"input_ids": [5, 6], "response_mask": [0, 1]}, LONG]
+        )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_make_the_batch_of_rows_without_padding(side: str, tokenizer: Any) -> None:
+    collator = DataCollatorForPromptResponse(tokenizer)
+    rows = []
+    for row in (LONG, SHORT):
+        num_pads = 6 - len(row["input_ids"])
+        attention = [1] * len(row["input_ids"])
+        rows.append(
+            {
+                name: [pad] * num_pads + values if side == "left" else values + [pad] * num_pads
+                for name, values, pad in (
+                    ("input_ids", row["input_ids"], 2),
+                    ("response_mask", row["response_mask"], 0),
+                    ("attention_mask", attention, 0),
+                )
+            }
+        )
+    batch, expected = collator(rows), collator([LONG, SHORT])
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
+def test_the_rows_that_were_given_stay_as_they_were(tokenizer: Any) -> None:
+    rows = [{"input_ids": [5, 6, 2], "response_mask": [1, 0, 1], "loss_weights": [1.0, 2.0, 3.0]}]
+    before = copy.deepcopy(rows)
+    first = DataCollatorForPromptResponse(tokenizer)(rows)
+    assert rows == before
+    assert first["response_mask"].tolist() == [[0, 0, 1]]
+    assert first["loss_weights"].tolist() == [[0, 0, 3]]
+
+
+def test_a_block_that_trains_nothing_is_read_adds_nothing_and_is_spoken_of_once(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A block of a shard set may lie within a prompt."""
+    collator = DataCollatorForPromptResponse(tokenizer)
+    block = {"input_ids": [8, 9], "response_mask": [0, 0]}
+    batch = collator([LONG, block])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 2], [8, 9, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 7, 2], [-100] * 4]
+    # Nothing predicts the first token, so a mask of only that is as good as none.
+    assert collator([{"input_ids": [2], "response_mask": [1]}])["labels"].tolist() == [[-100]]
+    assert [record.getMessage() for record in caplog.records] == [
+        "Row 1 of a batch has no trained token. It is read and adds nothing to the loss, and so "
+        "are others like it; prepare_dataset drops and counts them."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (RAW[0], {"messages": [{"role": "user", "content": "a"}]}),
+        (RAW[0], {"prompt": "a", "completion": "b"}),
+        (RAW[0], LONG),
+        (LONG, RAW[0]),
+        (RAW[0], {"words": "a"}),
+        (RAW[0], {"prompt": "a"}),
+        (RAW[0], {**RAW[0], "text": "a"}),
+    ],
+)
+def test_rows_of_one_batch_are_of_one_format(
+    first: dict[str, Any], second: dict[str, Any], tokenizer: Any
+) -> None:
+    ours, theirs = ", ".join(sorted(first)), ", ".join(sorted(second))
+    message = f"Row 0 of the batch has the columns {ours}, but row 2 has {theirs}. The rows of one"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        DataCollatorForPromptResponse(tokenizer)([first, first, second])
+
+
+def test_columns_that_a_row_may_go_without_may_differ(tokenizer: Any) -> None:
+    collator = DataCollatorForPromptResponse(tokenizer)
+    rows = [{**RAW[0], "id": 7}, {**RAW[1], "weight": 1.0, "source": "book"}, RAW[2]]
+    batch, expected = collator(rows), collator(RAW)
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    by_labels = {"input_ids": SHORT["input_ids"], "labels": [-100, -100, 2]}
+    batch, expected = collator([LONG, by_labels]), collator([LONG, SHORT])
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
 
 
 def test_an_unknown_option_is_refused_at_once(tokenizer: Any) -> None:
@@ -164,6 +279,7 @@ def test_whatever_the_rows_each_keeps_its_tokens_and_its_mask(
         assert is_row.tolist() == [True] * len(row) + [False] * (is_row.numel() - len(row))
         assert batch["input_ids"][number][is_row].tolist() == [token for token, _ in row]
         expected = [token if mark else IGNORE_INDEX for token, mark in row]
+        expected[0] = IGNORE_INDEX  # nothing comes before the first token, so nothing predicts it
         assert batch["labels"][number][is_row].tolist() == expected
         assert batch["labels"][number][~is_row].eq(IGNORE_INDEX).all()
         assert torch.equal(batch["labels"] != IGNORE_INDEX, batch["response_mask"].bool())

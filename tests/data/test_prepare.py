@@ -1,6 +1,8 @@
 """A whole dataset is prepared, and every row and every token of it is accounted for."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,12 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from hf_sft_plugin import RowError, prepare_dataset, tokenize_example
-from hf_sft_plugin.data.prepare import Drop, Ledger
+from hf_sft_plugin.data import certificate
+from hf_sft_plugin.data import prepare as prepare_module
+from hf_sft_plugin.data.ledger import Ledger
 from hf_sft_plugin.data.tokenization import make_options, tokenize_rows
 
 GOOD = {"prompt": "hello", "response": "world"}
@@ -36,7 +41,12 @@ def test_the_rows_are_those_of_the_tokenizer_in_their_order(
     assert dataset.to_list() == [tokenize_example(row, tokenizer)[0] for row in chat_rows]
     num_tokens = sum(len(row["input_ids"]) for row in dataset)
     num_response_tokens = sum(sum(row["response_mask"]) for row in dataset)
+    assert ledger.certificate.pop("num_examples") == 8
     assert ledger == Ledger(
+        certificate=ledger.certificate,
+        columns="messages: messages",
+        num_stopped=8,
+        spans={"exact": 12},
         num_rows=8,
         num_rows_trained=8,
         num_examples=8,
@@ -59,6 +69,9 @@ def test_the_ledger_of_known_rows_is_as_counted_by_hand(tokenizer: Any) -> None:
     assert late.example.startswith("Row 2: the response begins after the first 6 tokens of 8")
     assert never.example.startswith("Row 3: no token of the row is trained")
     assert ledger == Ledger(
+        certificate=ledger.certificate,
+        columns="tokenized: input_ids, response_mask",
+        spans={"given": 3},
         num_rows=5,
         num_rows_trained=3,
         num_examples=3,
@@ -70,43 +83,6 @@ def test_the_ledger_of_known_rows_is_as_counted_by_hand(tokenizer: Any) -> None:
         longest=6,
         max_length=6,
     )
-
-
-def test_the_printed_account_adds_up_line_by_line() -> None:
-    ledger = Ledger(
-        num_rows=1010,
-        num_rows_trained=1003,
-        num_examples=1500,
-        num_rows_truncated=2,
-        num_tokens=20_000,
-        num_response_tokens=4_000,
-        num_context_tokens=12_000,
-        num_truncated_tokens=3_000,
-        longest=512,
-        max_length=512,
-        drops={
-            "empty response": Drop(6, 0, [1, 2, 3, 4, 5], "Row 1: ..."),
-            "no trained token": Drop(1, 1_000, [9], "Row 9: ..."),
-        },
-    )
-    assert str(ledger).splitlines() == [
-        "rows    1,010 in = 1,003 trained (2 truncated) + 7 dropped",
-        "        dropped 6: empty response (rows 1, 2, 3, 4, 5, ...)",
-        "        dropped 1: no trained token (rows 9)",
-        "        split into 1,500 examples, one per response",
-        "tokens  20,000 in = 4,000 trained + 12,000 context",
-        "        + 3,000 truncated + 1,000 dropped",
-        "        25.0% of the tokens read are trained; longest row 512, limit 512",
-    ]
-
-
-def test_the_ledger_is_saved_as_json(tokenizer: Any, tmp_path: Path) -> None:
-    _, ledger = prepare([GOOD, {**GOOD, "response": ""}], tokenizer, max_dropped_share=0.5)
-    path = tmp_path / "new" / "ledger.json"
-    ledger.save(path)
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    assert saved == ledger.to_dict()
-    assert saved["drops"]["empty response"]["first_rows"] == [1]
 
 
 @pytest.mark.parametrize("num_bad", [1, 5])
@@ -122,7 +98,7 @@ def test_more_bad_rows_than_allowed_stop_the_run_and_are_named(tokenizer: Any) -
         prepare(rows, tokenizer)
     message = str(info.value)
     assert "- 5 rows, empty response: Row 94: the response is empty" in message
-    assert "- 1 rows, response is NoneType, not text: Row 99: column 'response' holds" in message
+    assert "- 1 row, response is NoneType, not text: Row 99: column 'response' holds" in message
     assert message.endswith("allow more than 5% of them to be dropped with max_dropped_share.")
     assert len(prepare(rows, tokenizer, max_dropped_share=0.06)[0]) == 94
 
@@ -137,7 +113,7 @@ def test_a_dataset_without_a_trained_token_is_refused_whatever_is_allowed(tokeni
     ("dataset", "message"),
     [
         (Dataset.from_dict({"prompt": [], "response": []}), "The dataset is empty"),
-        (Dataset.from_list([{"text": "hello"}]), "No known format.*The columns are text"),
+        (Dataset.from_list([{"words": "hello"}]), "No known format.*The columns are words"),
         (Dataset.from_list([{"prompt": "a"}]), "no column 'response'.*The columns are prompt"),
         (
             Dataset.from_list([{**GOOD, "messages": []}]),
@@ -171,7 +147,8 @@ def test_a_prepared_dataset_prepared_again_is_the_same(
     once, ledger = prepare(chat_rows, tokenizer)
     twice, again = prepare_dataset(once, tokenizer)
     assert twice.to_list() == once.to_list()
-    assert again == ledger
+    assert again.certificate["masks_sha256"] == ledger.certificate["masks_sha256"]
+    assert again.num_tokens == ledger.num_tokens
 
 
 def test_the_format_of_the_users_dataset_does_not_matter(
@@ -196,18 +173,126 @@ def test_two_processes_give_the_rows_and_the_ledger_of_one(
     assert two[1] == one[1]
 
 
-def test_a_cached_pass_has_the_ledger_of_the_first(
-    tokenizer: Any, chat_rows: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_weights_are_a_column_just_when_some_row_has_them(tokenizer: Any) -> None:
+    weighted = {**tokenized(1, 2), "loss_weights": [1.0, 1.0, 0.5]}
+    without = {**tokenized(1, 1), "loss_weights": None}
+    assert prepare([without], tokenizer)[0].column_names == ["input_ids", "response_mask"]
+    dataset, _ = prepare([without, weighted], tokenizer)
+    assert dataset["loss_weights"][:] == [None, [1.0, 1.0, 0.5]]
+    # Every response counts 1 unless its row says otherwise.
+    rows = [{**GOOD, "weight": 1.0}, {**GOOD, "weight": 1.0}]
+    assert "loss_weights" not in prepare(rows, tokenizer)[0].column_names
+    rows[1]["weight"] = 0.5
+    dataset, _ = prepare(rows, tokenizer)
+    assert dataset["loss_weights"][0] is None
+    marked = zip(dataset["response_mask"][1], dataset["loss_weights"][1], strict=True)
+    assert {weight for mark, weight in marked if mark} == {0.5}
+
+
+def test_the_source_of_each_row_stays_with_it(tokenizer: Any) -> None:
+    rows = [
+        {**GOOD, "source": "book"},
+        {**GOOD, "response": "", "source": "dropped"},
+        {**GOOD, "source": None},
+        {**GOOD, "source": "web"},
+    ]
+    dataset, _ = prepare(rows, tokenizer, max_dropped_share=0.5)
+    assert dataset["source"][:] == ["book", None, "web"]
+    long = {**tokenized(1, 5), "source": "book"}
+    dataset, ledger = prepare([long], tokenizer, max_length=3, overflow="split")
+    assert dataset["source"][:] == ["book", "book"]
+    assert (ledger.num_rows_trained, ledger.num_examples) == (1, 2)
+
+
+@pytest.fixture
+def rows_on_disk(chat_rows: list[dict[str, Any]], tmp_path: Path) -> Any:
+    """Rows whose preparation is cached: those that were made in memory are not."""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in chat_rows), encoding="utf-8")
-    rows: Any = Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache"))
-    first, ledger = prepare_dataset(rows, tokenizer, max_length=20, max_dropped_share=0.9)
-    files = [file["filename"] for file in first.cache_files]
-    again, of_cache = prepare_dataset(rows, tokenizer, max_length=20, max_dropped_share=0.9)
-    assert [file["filename"] for file in again.cache_files] == files
+    return Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache"))
+
+
+def refuse_to_tokenize(*_: Any, **__: Any) -> None:
+    raise RuntimeError("not in the cache")
+
+
+def files_of(dataset: Any) -> list[str]:
+    return [file["filename"] for file in dataset.cache_files]
+
+
+def test_a_cached_pass_has_the_ledger_of_the_first(
+    tokenizer: Any, rows_on_disk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, ledger = prepare_dataset(rows_on_disk, tokenizer, max_length=20, max_dropped_share=0.9)
+    monkeypatch.setattr(prepare_module, "_prepare_batch", refuse_to_tokenize)
+    again, of_cache = prepare_dataset(rows_on_disk, tokenizer, max_length=20, max_dropped_share=0.9)
+    assert files_of(again) == files_of(first)
     assert again.to_list() == first.to_list()
     assert of_cache == ledger
+    assert str(of_cache) == str(ledger)
+
+
+def test_a_tokenizer_that_has_padded_and_cut_in_between_still_hits_the_cache(
+    tokenizer: Any, rows_on_disk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, ledger = prepare_dataset(rows_on_disk, tokenizer)
+    monkeypatch.setattr(prepare_module, "_prepare_batch", refuse_to_tokenize)
+    tokenizer(["a", "hello world"], padding=True, truncation=True, max_length=2)
+    again, of_cache = prepare_dataset(rows_on_disk, tokenizer)
+    assert (again.to_list(), of_cache) == (first.to_list(), ledger)
+
+
+def test_a_tokenizer_that_pads_and_cuts_prepares_the_same_rows(
+    tokenizer: Any, tokenizer_factory: Callable[..., Any], chat_rows: list[dict[str, Any]]
+) -> None:
+    used = tokenizer_factory()
+    used(["a", "hello world"], padding="max_length", truncation=True, max_length=3)
+    for rows in (chat_rows, [GOOD, {**GOOD, "prompt": "a longer one"}]):
+        expected, ledger = prepare(rows, tokenizer)
+        found, of_used = prepare(rows, used)
+        assert (found.to_list(), of_used) == (expected.to_list(), ledger)
+
+
+def test_changed_code_does_not_meet_an_old_cache(
+    tokenizer: Any, rows_on_disk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = prepare_dataset(rows_on_disk, tokenizer)
+    monkeypatch.setattr(certificate, "code_digest", lambda: "other")
+    again, _ = prepare_dataset(rows_on_disk, tokenizer)
+    assert files_of(again) != files_of(first)
+    assert again.to_list() == first.to_list()
+
+
+OTHER_PROCESS = """
+import sys
+from pathlib import Path
+from datasets import Dataset
+from transformers import AutoTokenizer
+from hf_sft_plugin.data import prepare
+folder = Path(sys.argv[1])
+rows = Dataset.from_json(str(folder / "rows.jsonl"), cache_dir=str(folder / "cache"))
+def refuse_to_tokenize(*args, **kwargs):
+    raise RuntimeError("not in the cache")
+prepare._prepare_batch = refuse_to_tokenize
+dataset, ledger = prepare.prepare_dataset(rows, AutoTokenizer.from_pretrained(folder / "tokenizer"))
+print([file["filename"] for file in dataset.cache_files], ledger.certificate["masks_sha256"])
+"""
+
+
+def test_another_process_finds_the_cache_of_this_one(
+    tokenizer: Any, rows_on_disk: Any, tmp_path: Path
+) -> None:
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    command = [sys.executable, "-c", OTHER_PROCESS, str(tmp_path)]
+    room = Path(certificate.__file__).parents[2]
+    # Without a cache there is nothing for it to find, and it cannot tokenize.
+    failed = subprocess.run(command, check=False, capture_output=True, text=True, cwd=room)
+    assert "RuntimeError: not in the cache" in failed.stderr
+    dataset, ledger = prepare_dataset(rows_on_disk, loaded)
+    found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=room)
+    expected = f"{files_of(dataset)} {ledger.certificate['masks_sha256']}"
+    assert found.stdout.splitlines()[-1] == expected
 
 
 TURN = st.fixed_dictionaries(

@@ -1,281 +1,449 @@
-"""For any chat template, what is trained is what the model must write at inference, no more."""
+"""Which tokens are trained, for every way in which tokenizers cut text."""
 
+import random
 from collections.abc import Callable
-from itertools import groupby
+from functools import lru_cache
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import trainers as tokenizer_trainers
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from hf_sft_plugin import RowError, tokenize_example
-from hf_sft_plugin.data.response_mask import (
-    Encoding,
-    RenderedText,
-    align_spans,
-    mask_responses,
-    render_chat,
+from hf_sft_plugin.data.tokenization import make_options, tokenize_rows
+
+# The generation prompt ends in a space, which tokenizers like to join with the word after it.
+SPACED = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-from hf_sft_plugin.types import Conversation
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+# Nothing but a control token stands before a response.
+CLEAN = (
+    "{% for m in messages %}{% if m.role == 'user' %}[i]{{ m.content }}[/i]"
+    "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
 )
-# A text starts with bos, headers are wrapped in two control tokens, contents are stripped.
-HEADERS = (
-    "{{ bos_token }}{% for m in messages %}<|header|>{{ m.role }}<|/header|>\n\n"
-    "{{ m.content | trim }}<|eot|>{% endfor %}"
-    "{% if add_generation_prompt %}<|header|>assistant<|/header|>\n\n{% endif %}"
-)
-# No generation prompt: the model goes on right after the user, and writes the space itself.
-BRACKETS = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% else %} {{ m.content }}<|eot|>{% endif %}{% endfor %}"
-)
-# The assistant has another name, and its turn ends in the same token as every other.
-RENAMED = (
-    "{{ bos_token }}{% for m in messages %}<|turn|>"
-    "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<|eot|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|turn|>model\n{% endif %}"
-)
-# The system text stands inside the first user turn.
-FOLDED = (
-    "{% set ns = namespace(system='') %}{% for m in messages %}"
-    "{% if m.role == 'system' %}{% set ns.system = m.content ~ '\n\n' %}"
-    "{% elif m.role == 'user' %}<|turn|>{{ ns.system }}{{ m.content }}<|turn|>"
-    "{% set ns.system = '' %}{% else %}{{ m.content }}<|eot|>{% endif %}{% endfor %}"
-)
-# Reasoning is shown in the last response only, so earlier turns are written anew as turns follow.
-REASONING = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] | trim }}"
-    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-# Writes an empty reasoning block before every response, which the model has to write as well.
-EMPTY_REASONING = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-TEMPLATES = {
-    "chatml": CHATML,
-    "headers": HEADERS,
-    "brackets": BRACKETS,
-    "renamed": RENAMED,
-    "folded": FOLDED,
-    "reasoning": REASONING,
-    "empty_reasoning": EMPTY_REASONING,
-}
-STOPS = {name: "<|im_end|>" if "im_end" in text else "<|eot|>" for name, text in TEMPLATES.items()}
-FIRST, SECOND = "  the answer\n", "<think>the world</think>\nanswer: 42 \U0001f30d"
-THINK, END, EOT = "<think>\n\n</think>\n\n", "<|im_end|>", "<|eot|>"
-TWO_TURNS = [
-    {"role": "system", "content": "answer this"},
-    {"role": "user", "content": " hello world "},
-    {"role": "assistant", "content": FIRST},
-    {"role": "user", "content": "answer 2"},
-    {"role": "assistant", "content": SECOND},
-]
+# No token ends a word, so only a control token does.
+COLON = SPACED.replace(": ", ":")
+CHAT = [("user", "hi"), ("assistant", "the end")]
 
 
-@pytest.fixture(scope="session")
-def tokenizer_of(tokenizer_factory: Callable[..., Any]) -> Callable[[str], Any]:
-    """Makes the tokenizer of a template, whose stop token is its eos token."""
-
-    def make(name: str) -> Any:
-        fields = {"eos_token": STOPS[name], "bos_token": "<|bos|>"}
-        tokenizer = tokenizer_factory(chat_template=TEMPLATES[name], **fields)
-        extra = ["<|header|>", "<|/header|>", "<|turn|>", "<|eot|>", "[INST]", "[/INST]"]
-        tokenizer.add_tokens(extra, special_tokens=True)
-        return tokenizer
-
-    return make
+def chat(*pairs: tuple[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in pairs]}
 
 
-def trained_texts(example: Any, tokenizer: Any) -> list[str]:
-    """The text of every run of trained tokens."""
-    pairs = zip(example["response_mask"], example["input_ids"], strict=True)
-    runs = groupby(pairs, key=lambda pair: pair[0])
-    return [tokenizer.decode([token for _, token in run]) for mark, run in runs if mark]
+def outcome_of(row: dict[str, Any], tokenizer: Any, **options: Any) -> Any:
+    return tokenize_rows([row], [0], tokenizer, make_options(options))[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("chatml", [[FIRST + END, SECOND + END]]),
-        ("headers", [["the answer" + EOT, SECOND + EOT]]),
-        ("brackets", [[" " + FIRST + EOT, " " + SECOND + EOT]]),
-        ("renamed", [["the answer" + EOT, SECOND + EOT]]),
-        ("folded", [[FIRST + EOT, SECOND + EOT]]),
-        ("reasoning", [[FIRST + END], [SECOND + END]]),
-        ("empty_reasoning", [[THINK + FIRST + END, THINK + SECOND + END]]),
-    ],
-)
-def test_the_trained_text_is_the_response_and_its_stop_token(
-    name: str, expected: list[list[str]], tokenizer_of: Callable[[str], Any]
-) -> None:
-    tokenizer = tokenizer_of(name)
-    examples = tokenize_example({"messages": TWO_TURNS}, tokenizer)
-    assert [trained_texts(example, tokenizer) for example in examples] == expected
+def trained_tokens(outcome: Any, tokenizer: Any) -> list[str]:
+    assert outcome.error is None, outcome.error
+    (example,) = outcome.examples
+    pairs = zip(example["input_ids"], example["response_mask"], strict=True)
+    return list(tokenizer.convert_ids_to_tokens([token for token, mark in pairs if mark]))
 
 
-def check_against_inference(messages: list[dict[str, str]], tokenizer: Any) -> None:
-    """Before each response stand exactly the tokens that inference would feed."""
-    examples = tokenize_example({"messages": messages}, tokenizer)
-    starts = [
-        (example["input_ids"], position)
-        for example in examples
-        for position, mark in enumerate(example["response_mask"])
-        if mark and not example["response_mask"][position - 1]
-    ]
-    turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-    for (input_ids, start), turn in zip(starts, turns, strict=True):
-        prompt = tokenizer.apply_chat_template(
-            messages[:turn], add_generation_prompt=True, tokenize=True, return_dict=False
+def fed(row: dict[str, Any], turn: int, tokenizer: Any) -> list[int]:
+    return list(
+        tokenizer.apply_chat_template(
+            row["messages"][:turn], add_generation_prompt=True, tokenize=True, return_dict=False
         )
-        assert input_ids[:start] == prompt
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_before_a_response_stands_what_inference_feeds(
-    name: str, tokenizer_of: Callable[[str], Any]
-) -> None:
-    check_against_inference(TWO_TURNS, tokenizer_of(name))
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_the_whole_conversation_is_kept_and_has_one_bos(
-    name: str, tokenizer_of: Callable[[str], Any]
-) -> None:
-    tokenizer = tokenizer_of(name)
-    last = tokenize_example({"messages": TWO_TURNS}, tokenizer)[-1]["input_ids"]
-    text = tokenizer.apply_chat_template(TWO_TURNS, tokenize=False)
-    assert tokenizer.decode(last) == text
-    assert last.count(tokenizer.bos_token_id) == int("bos_token" in TEMPLATES[name])
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    name=st.sampled_from(sorted(TEMPLATES)),
-    texts=st.lists(
-        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<|[")).filter(
-            lambda text: text.strip()
-        ),
-        min_size=4,
-        max_size=4,
-    ),
-)
-def test_any_text_is_trained_whole_and_nothing_else_is(
-    name: str, texts: list[str], tokenizer_of: Callable[[str], Any]
-) -> None:
-    tokenizer = tokenizer_of(name)
-    roles = ("user", "assistant", "user", "assistant")
-    messages = [{"role": r, "content": text} for r, text in zip(roles, texts, strict=True)]
-    examples = tokenize_example({"messages": messages}, tokenizer)
-    trained = [text for example in examples for text in trained_texts(example, tokenizer)]
-    strips = name in ("headers", "renamed")
-    before = {"brackets": " ", "empty_reasoning": THINK}.get(name, "")
-    expected = [before + (text.strip() if strips else text) + STOPS[name] for text in texts[1::2]]
-    assert trained == expected
-    check_against_inference(messages, tokenizer)
-
-
-def test_turns_that_are_given_are_context_only(tokenizer: Any) -> None:
-    conversation = Conversation(tuple(TWO_TURNS), num_context=4, is_chat=True)
-    (rendered,) = render_chat(conversation, tokenizer, 0)
-    ((start, end),) = rendered.spans
-    assert rendered.text[start:end] == TWO_TURNS[-1]["content"] + "<|im_end|>\n"
-
-
-def test_a_response_that_opens_the_conversation_is_context_only(tokenizer: Any) -> None:
-    greeting = {"role": "assistant", "content": "hello"}
-    (rendered,) = render_chat(
-        Conversation((greeting, *TWO_TURNS[1:3]), num_context=0, is_chat=True), tokenizer, 0
     )
-    ((start, end),) = rendered.spans
-    assert rendered.text[start:end] == "  the answer\n<|im_end|>\n"
-    with pytest.raises(RowError, match="Row 4: the only response opens the conversation") as info:
-        render_chat(Conversation((greeting,), num_context=0, is_chat=True), tokenizer, 4)
-    assert info.value.reason == "response without a prompt"
+
+
+def wrap(backend: Tokenizer, template: str) -> Any:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="</s>",
+        additional_special_tokens=["[i]", "[/i]"],
+        chat_template=template,
+    )
+
+
+def byte_level(
+    template: str, *merges: tuple[str, str], normalizer: Any = None, trims: bool = False
+) -> Any:
+    """Bytes and a few merges."""
+    texts = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
+    backend = Tokenizer(models.BPE({t: n for n, t in enumerate(texts)}, list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    if trims:
+        backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    return wrap(backend, template)
+
+
+def metaspace(template: str, prepend: str, *merges: tuple[str, str]) -> Any:
+    """Characters, bytes for all others, and a few merges, as SentencePiece has them."""
+    texts = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    texts += list("abcdefghijklmnopqrstuvwxyz:.\u2581") + [a + b for a, b in merges]
+    vocabulary = {text: number for number, text in enumerate(texts)}
+    model = models.BPE(vocabulary, list(merges), byte_fallback=True, unk_token="<unk>")
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return wrap(backend, template)
+
+
+G = "\u0120"  # how byte-level tokenizers write a space
+
+
+def test_split_cuts_where_inference_cuts() -> None:
+    tokenizer = byte_level(SPACED, (G, "t"), ("e", "n"))
+    row = chat(*CHAT)
+    outcome = outcome_of(row, tokenizer)
+    assert trained_tokens(outcome, tokenizer) == ["t", "h", "e", G, "en", "d", "</s>"]
+    assert outcome.num_straddled == 1
+    (span,) = outcome.spans[0]
+    assert outcome.examples[0]["input_ids"][: span.start] == fed(row, 1, tokenizer)
+    assert tokenizer.decode(outcome.examples[0]["input_ids"]) == (
+        "user: hi</s>assistant: the end</s>"
+    )
+
+
+def test_include_trains_the_token_across_the_edge_and_exclude_does_not() -> None:
+    tokenizer = byte_level(SPACED, (G, "t"), ("e", "n"))
+    end = ["h", "e", G, "en", "d", "</s>"]
+    whole = tokenizer("user: hi</s>assistant: the end</s>")["input_ids"]
+    for boundary, expected in (("include", [G + "t", *end]), ("exclude", end)):
+        outcome = outcome_of(chat(*CHAT), tokenizer, boundary=boundary)
+        assert trained_tokens(outcome, tokenizer) == expected
+        assert outcome.examples[0]["input_ids"] == whole
+        assert outcome.num_straddled == 1
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="where offsets leave space out, the token seems to begin at the edge, and is trained",
+)
+def test_exclude_leaves_the_token_across_the_edge_out_where_offsets_are_trimmed() -> None:
+    tokenizer = byte_level(SPACED, (G, "t"), ("e", "n"), trims=True)
+    outcome = outcome_of(chat(*CHAT), tokenizer, boundary="exclude")
+    assert outcome.num_straddled == 1
+    assert trained_tokens(outcome, tokenizer) == ["h", "e", G, "en", "d", "</s>"]
+
+
+@pytest.mark.parametrize("boundary", ["split", "include", "exclude"])
+def test_all_choices_are_one_where_no_token_straddles(boundary: str) -> None:
+    for template in (CLEAN, COLON):
+        tokenizer = byte_level(template, ("t", "h"), ("th", "e"))
+        outcome = outcome_of(chat(*CHAT), tokenizer, boundary=boundary)
+        assert trained_tokens(outcome, tokenizer) == ["the", G, "e", "n", "d", "</s>"]
+        assert outcome.num_straddled == 0
+
+
+def test_two_straddled_responses_are_both_cut() -> None:
+    tokenizer = byte_level(SPACED, (G, "t"))
+    outcome = outcome_of(chat(*CHAT, ("user", "to"), ("assistant", "to")), tokenizer)
+    assert trained_tokens(outcome, tokenizer) == [
+        *["t", "h", "e", G, "e", "n", "d", "</s>"],
+        *["t", "o", "</s>"],
+    ]
+    assert outcome.num_straddled == 2
+
+
+def test_a_token_of_half_a_character_across_the_edge_is_cut() -> None:
+    tokenizer = byte_level(SPACED, (G, "\u00c3"))
+    for text in ("\u00e9", "\u00e9\u00e9 \u00e9"):
+        outcome = outcome_of(chat(("user", text), ("assistant", text)), tokenizer)
+        assert outcome.num_straddled == 1
+        (span,) = outcome.spans[0]
+        ids = outcome.examples[0]["input_ids"]
+        assert tokenizer.decode(ids[span.start : span.end]) == text + "</s>"
+        assert outcome.is_lossy is False
+
+
+def test_the_edges_of_untrained_parts_are_cut_too() -> None:
+    tokenizer = byte_level(CLEAN, ("b", "c"), ("d", "e"))
+    parts = [
+        {"type": "text", "text": "ab"},
+        {"type": "text", "text": "cd", "train": False},
+        {"type": "text", "text": "ef"},
+    ]
+    row = chat(("user", "q"), ("assistant", parts))
+    outcome = outcome_of(row, tokenizer)
+    assert trained_tokens(outcome, tokenizer) == ["a", "b", "e", "f", "</s>"]
+    assert outcome.num_straddled == 2
+    exclude = outcome_of(row, tokenizer, boundary="exclude")
+    assert trained_tokens(exclude, tokenizer)[0] == "a"
+    assert trained_tokens(exclude, tokenizer)[-2:] == ["f", "</s>"]
+
+
+def test_offsets_that_leave_space_out_do_not_move_the_edge() -> None:
+    row = chat(("user", " q "), ("assistant", "  the end \n"))
+    expected = "  the end \n</s>"
+    for template in (SPACED, CLEAN, COLON):
+        for trims in (False, True):
+            tokenizer = byte_level(template, (G, "t"), (G, G), ("e", G), (":", G), trims=trims)
+            outcome = outcome_of(row, tokenizer)
+            (span,) = outcome.spans[0]
+            ids = outcome.examples[0]["input_ids"]
+            assert tokenizer.decode(ids[span.start : span.end]) == expected
+            assert ids[: span.start] == fed(row, 1, tokenizer)
 
 
 @pytest.mark.parametrize(
-    ("template", "message"),
+    ("normalizer", "text", "told", "is_lossy"),
     [
-        (CHATML.replace("assistant\n{% endif %}", "model\n{% endif %}"), "does not begin so"),
-        ("{{ raise_exception('roles must alternate') }}", "refuses.*roles must alternate"),
-        ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "refuses the conversation"),
-        (CHATML.replace("<|im_end|>", ""), r"without a stop token \('<\|im_end\|>'\)"),
-        (
-            CHATML.replace("{{ m.content }}", "{{ m.content if m.role == 'user' else '' }}"),
-            "writes nothing of the response but its stop token",
+        (normalizers.Lowercase(), "The End", "the end", True),
+        (normalizers.Lowercase(), "the end", "the end", False),
+        (normalizers.NFKC(), "\ufb01n\u2460", "fin1", True),
+        (normalizers.NFKC(), "fin", "fin", False),
+        (normalizers.NFC(), "e\u0301", "\u00e9", True),
+        (normalizers.NFC(), "\u00e9", "\u00e9", False),
+        (normalizers.NFD(), "\u00e9", "e\u0301", True),
+        (normalizers.StripAccents(), "\u00e9", "\u00e9", False),
+        (normalizers.Replace("e", "oo"), "end", "oond", True),
+    ],
+)
+def test_a_normalizer_is_lossy_where_it_changes_something(
+    normalizer: Any, text: str, told: str, is_lossy: bool
+) -> None:
+    for template in (CLEAN, SPACED):
+        tokenizer = byte_level(template, normalizer=normalizer)
+        outcome = outcome_of(chat(("user", text), ("assistant", text)), tokenizer)
+        (span,) = outcome.spans[0]
+        ids = outcome.examples[0]["input_ids"]
+        assert tokenizer.decode(ids[span.start : span.end]) == told + "</s>"
+        assert outcome.is_lossy is is_lossy
+
+
+def test_a_combining_mark_does_not_merge_with_the_prompt() -> None:
+    tokenizer = byte_level(
+        "{% for m in messages %}{{ m.role }}e{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistante{% endif %}",
+        normalizer=normalizers.NFC(),
+    )
+    row = chat(("user", "q"), ("assistant", "\u0301x"))
+    outcome = outcome_of(row, tokenizer)
+    (span,) = outcome.spans[0]
+    ids = outcome.examples[0]["input_ids"]
+    assert ids[: span.start] == fed(row, 1, tokenizer)
+    assert tokenizer.decode(ids[span.start : span.end]) == "\u0301x</s>"
+
+
+@pytest.mark.parametrize("prepend", ["always", "first", "never"])
+def test_sentencepiece_like_tokenizers_train_the_response(prepend: str) -> None:
+    tokenizer = metaspace(CLEAN, prepend, ("\u2581", "t"))
+    outcome = outcome_of(chat(("user", "hi"), ("assistant", "the \U0001f30d")), tokenizer)
+    world = ["<0xF0>", "<0x9F>", "<0x8C>", "<0x8D>"]
+    first = ["\u2581t"] if prepend == "always" else ["t"]
+    assert trained_tokens(outcome, tokenizer) == [*first, "h", "e", "\u2581", *world, "</s>"]
+    assert outcome.num_straddled == 0
+
+
+@pytest.mark.parametrize(
+    "prepend",
+    [
+        "never",
+        *(
+            pytest.param(
+                prepend,
+                marks=pytest.mark.xfail(
+                    strict=True,
+                    reason="the response is encoded alone, so it gets a space before it that the "
+                    "text does not have; decoding it alone hides that",
+                ),
+            )
+            for prepend in ("first", "always")
         ),
     ],
 )
-def test_a_template_that_does_not_fit_is_refused(
-    template: str, message: str, tokenizer_factory: Callable[..., Any]
+def test_a_cut_adds_no_space_of_its_own(prepend: str) -> None:
+    tokenizer = metaspace(SPACED, prepend, ("\u2581", "t"))
+    outcome = outcome_of(chat(*CHAT), tokenizer)
+    assert outcome.num_straddled == 1
+    assert trained_tokens(outcome, tokenizer)[:3] == ["t", "h", "e"]
+
+
+def test_wordpiece_like_tokenizers_are_lossy_but_masked_rightly() -> None:
+    texts = ["[UNK]", "</s>", *"abcdefghijklmnopqrstuvwxyz:.", "the", "end", "##s", "hi"]
+    texts += ["user", "assistant"]
+    backend = Tokenizer(models.WordPiece({t: n for n, t in enumerate(texts)}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    for template in (SPACED, CLEAN):
+        tokenizer = wrap(backend, template)
+        row = chat(("user", "Hi."), ("assistant", "  The  ends \u4e16 "))
+        outcome = outcome_of(row, tokenizer)
+        assert trained_tokens(outcome, tokenizer) == ["the", "end", "##s", "[UNK]", "</s>"]
+        assert outcome.is_lossy
+        (span,) = outcome.spans[0]
+        assert outcome.examples[0]["input_ids"][: span.start] == fed(row, 1, tokenizer)
+
+
+class SlowTokenizer(PreTrainedTokenizer):
+    """Pairs of characters, written in Python: it cannot tell which characters a token has."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self._texts = ["</s>"]
+        super().__init__(eos_token="</s>", **kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pairs met so far."""
+        return 10_000
+
+    def get_vocab(self) -> dict[str, int]:
+        """Pairs met so far."""
+        return {text: number for number, text in enumerate(self._texts)}
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        return [text[start : start + 2] for start in range(0, len(text), 2)]
+
+    def _convert_token_to_id(self, token: str) -> int:
+        if token not in self._texts:
+            self._texts.append(token)
+        return self._texts.index(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self._texts[index]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Pairs, joined."""
+        return "".join(tokens)
+
+
+@pytest.mark.parametrize("hi", ["hi", "hi!"])
+@pytest.mark.parametrize("boundary", ["split", "include", "exclude"])
+def test_a_slow_tokenizer_is_cut_wherever_something_begins(hi: str, boundary: str) -> None:
+    tokenizer: Any = SlowTokenizer(chat_template=COLON)
+    row = chat(("user", hi), ("assistant", "the end"), ("user", hi), ("assistant", "a"))
+    outcome = outcome_of(row, tokenizer, boundary=boundary)
+    assert trained_tokens(outcome, tokenizer) == ["th", "e ", "en", "d", "</s>", "a", "</s>"]
+    first, second = outcome.spans[0]
+    ids = outcome.examples[0]["input_ids"]
+    assert ids[: first.start] == fed(row, 1, tokenizer)
+    assert ids[: second.start] == fed(row, 3, tokenizer)
+
+
+@lru_cache(maxsize=64)
+def random_vocabulary(seed: int) -> Tokenizer:
+    """A byte-level BPE tokenizer with merges of random text."""
+    maker = random.Random(seed)
+    letters = maker.choice(["ab :", "user assistant:\n", "\u00e9\u0301 \U0001f30d\n", "the end</"])
+    words = ["".join(maker.choices(letters, k=40)) for _ in range(40)]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=maker.random() < 0.5
+    )
+    backend.decoder = decoders.ByteLevel()
+    if maker.random() < 0.5:
+        backend.post_processor = processors.ByteLevel(trim_offsets=maker.random() < 0.5)
+    trainer = tokenizer_trainers.BpeTrainer(
+        vocab_size=256 + maker.randint(1, 200),
+        special_tokens=["</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(words, trainer)
+    return backend
+
+
+# Without the characters that stand for the edges of contents: see test_rendering.py.
+TEXTS = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs", "Co"]), min_size=1, max_size=20),
+    st.text(st.sampled_from("ab user assistant:\n\u00e9\u0301\U0001f30d</s>"), min_size=1),
+)
+NEWLINES = (
+    "{% for m in messages %}{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant\n{% endif %}"
+)
+
+
+@settings(
+    deadline=None, max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    template=st.sampled_from([SPACED, CLEAN, COLON, NEWLINES]),
+    seed=st.integers(0, 23),
+    texts=st.lists(TEXTS.filter(str.strip), min_size=2, max_size=8),
+)
+def test_any_conversation_with_any_vocabulary_trains_its_responses_and_nothing_else(
+    template: str, seed: int, texts: list[str]
 ) -> None:
+    tokenizer = wrap(random_vocabulary(seed), template)
+    texts = texts[: len(texts) // 2 * 2]
+    row = chat(*zip(("user", "assistant") * 4, texts, strict=False))
+    outcome = outcome_of(row, tokenizer)
+    assert outcome.error is None
+    (example,), (spans,) = outcome.examples, outcome.spans
+    ids = example["input_ids"]
+    told = [tokenizer.decode(ids[s.start : s.end]) for s in spans]
+    assert told == [text + "</s>" for text in texts[1::2]]
+    marks = {token for span in spans for token in range(span.start, span.end)}
+    assert {token for token, mark in enumerate(example["response_mask"]) if mark} == marks
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    stop = tokenizer.eos_token_id
+    assert [ids[s.start : s.end].count(stop) for s in spans] == [1] * len(spans)
+    assert ids.count(stop) == len(texts) if template is not CLEAN else len(spans)
+    assert not outcome.is_lossy
+    if not outcome.control_tokens:
+        # Of a later response the context holds the earlier ones as they were trained.
+        assert ids[: spans[0].start] == fed(row, 1, tokenizer)
+        for span in spans:
+            before = tokenizer.decode(ids[: span.start])
+            assert before == tokenizer.decode(fed(row, span.turn, tokenizer))
+
+
+@settings(
+    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    template=st.sampled_from([SPACED, CLEAN, COLON, NEWLINES]),
+    seed=st.integers(0, 23),
+    question=TEXTS.filter(str.strip),
+    answer=TEXTS.filter(str.strip),
+    boundary=st.sampled_from(["include", "exclude"]),
+)
+def test_include_and_exclude_leave_the_tokens_and_move_the_edge_by_one_at_most(
+    template: str, seed: int, question: str, answer: str, boundary: str
+) -> None:
+    tokenizer = wrap(random_vocabulary(seed), template)
+    row = chat(("user", question), ("assistant", answer))
+    split = outcome_of(row, tokenizer)
+    outcome = outcome_of(row, tokenizer, boundary=boundary)
+    trims = getattr(tokenizer.backend_tokenizer.post_processor, "trim_offsets", False)
+    if split.control_tokens or (trims and boundary == "exclude") or outcome.error is not None:
+        # A response of one token that straddles has nothing left but its stop token.
+        assert outcome.error is None or boundary == "exclude"
+        return
+    text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    ids = outcome.examples[0]["input_ids"]
+    assert ids == tokenizer(text)["input_ids"]
+    (span,) = outcome.spans[0]
+    told = tokenizer.backend_tokenizer.decode(ids[span.start : span.end], skip_special_tokens=False)
+    assert ids[span.end - 1] == tokenizer.eos_token_id
+    if outcome.num_straddled == 0:
+        assert told == answer + "</s>"
+    elif boundary == "include":
+        assert told.endswith(answer + "</s>")
+    else:
+        assert (answer + "</s>").endswith(told.lstrip("\ufffd"))
+
+
+def test_a_stop_token_in_the_wrong_place_is_no_stop_token(
+    tokenizer_factory: Callable[..., Any],
+) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'user' %}{{ m.content }}<|im_end|>\n{% else %}{{ m.content }}\n{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
     tokenizer = tokenizer_factory(chat_template=template)
-    with pytest.raises(RowError, match=f"Row 0: .*{message}"):
-        tokenize_example({"messages": TWO_TURNS}, tokenizer)
-
-
-def words(text: str) -> Encoding:
-    """One token for each word, together with the white space before it."""
-    ids, offsets, start = [], [], 0
-    for end in range(1, len(text) + 1):
-        if end == len(text) or (text[end].isspace() and not text[end - 1].isspace()):
-            ids.append(end - start)
-            offsets.append((start, end))
-            start = end
-    return ids, offsets
-
-
-def test_a_token_that_reaches_across_an_edge_is_cut_there() -> None:
-    rendered = RenderedText("say onetwo three", ((7, 10),))
-    calls: list[str] = []
-
-    def encode(text: str) -> Encoding:
-        calls.append(text)
-        return words(text)
-
-    input_ids, spans = align_spans(rendered, words(rendered.text), encode)
-    assert calls == ["say one", "two three"]
-    assert (input_ids, spans) == ([3, 4, 3, 6], [(2, 3)])
-
-
-def test_a_text_whose_edges_lie_between_tokens_is_tokenized_once() -> None:
-    rendered = RenderedText("say one two", ((7, 11),))
-
-    def encode(text: str) -> Encoding:
-        raise AssertionError(text)
-
-    assert align_spans(rendered, words(rendered.text), encode) == ([3, 4, 4], [(2, 3)])
-
-
-def test_a_tokenizer_without_offsets_is_asked_for_the_parts() -> None:
-    rendered = RenderedText("abcde", ((1, 3), (3, 5)))
-
-    def encode(text: str) -> Encoding:
-        return [ord(c) for c in text], [(0, len(text))] * len(text)
-
-    input_ids, spans = align_spans(rendered, encode(rendered.text), encode)
-    assert (input_ids, spans) == ([97, 98, 99, 100, 101], [(1, 3), (3, 5)])
-
-
-def test_each_span_is_trained_up_to_its_last_stop_token() -> None:
-    input_ids = [5, 6, 2, 9, 5, 7, 2, 7, 2, 9, 9]
-    mask = mask_responses(input_ids, [(1, 4), (5, 10)], {2}, 0, str)
-    assert mask == [0, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0]
-
-
-def test_any_of_several_stop_tokens_ends_a_response() -> None:
-    assert mask_responses([5, 6, 3, 9], [(1, 4)], {2, 3}, 0, str) == [0, 1, 1, 0]
-
-
-@pytest.mark.parametrize("stops", [set(), {1}])
-def test_a_response_without_a_stop_token_is_refused(stops: set[int]) -> None:
-    with pytest.raises(RowError, match=r"Row 3: the response ends in .* without a stop token"):
-        mask_responses([5, 6, 2], [(1, 3)], stops, 3, str)
+    outcome = outcome_of(chat(("user", "q"), ("assistant", "a")), tokenizer)
+    assert outcome.error.reason == "no stop token after the response"
+    # That of the next turn is not the response's own.
+    outcome = outcome_of(chat(("user", "q"), ("assistant", "a"), ("user", "p")), tokenizer)
+    assert outcome.error.reason == "no stop token after the response"

@@ -13,11 +13,10 @@ from transformers import PreTrainedTokenizer
 
 from hf_sft_plugin import RowError, tokenize_example, tokenize_prompt_and_output
 from hf_sft_plugin.data.tokenization import (
-    find_stop_token,
     make_options,
-    max_row_length,
     tokenize_rows,
 )
+from hf_sft_plugin.data.truncation import max_row_length
 from hf_sft_plugin.types import DataOptions
 
 STOP = 2
@@ -288,7 +287,7 @@ def test_a_long_row_is_dropped_or_refused_where_asked(tokenizer: Any) -> None:
     rows = [row_of(3, 3), row_of(3, 4)]
     assert lengths_of(rows, tokenizer, max_length=6, overflow="drop") == [
         (6, 0, 6, None),
-        (7, 0, 0, "longer than max_length"),
+        (7, 7, 0, "longer than max_length"),
     ]
     with pytest.raises(RowError, match="Row 1: the row has 7 tokens, but max_length is 6"):
         lengths_of(rows, tokenizer, max_length=6, overflow="error")
@@ -323,12 +322,6 @@ def test_the_limit_is_the_users_or_else_the_tokenizers(
     assert max_row_length(tokenizer_factory(), None) is None
     assert max_row_length(tokenizer_factory(model_max_length=8), None) == 8
     assert max_row_length(tokenizer_factory(model_max_length=8), 9) == 9
-
-
-def test_a_stop_token_is_found_by_name_or_refused(tokenizer: Any) -> None:
-    assert find_stop_token(tokenizer, "<|endoftext|>") == 0
-    with pytest.raises(ValueError, match=r"stop_token '<\|eot\|>' is not a token"):
-        find_stop_token(tokenizer, "<|eot|>")
 
 
 def test_an_unknown_option_names_the_known_ones() -> None:

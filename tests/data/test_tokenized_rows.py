@@ -1,5 +1,6 @@
 """Rows that come tokenized are taken as they are, or refused for what is impossible in them."""
 
+import copy
 import re
 from typing import Any
 
@@ -13,6 +14,7 @@ from hf_sft_plugin import IGNORE_INDEX, RowError
 from hf_sft_plugin.data.tokenized_rows import check_tokenized_row
 
 VOCAB_SIZE = 300
+MASKS = ["response_mask", "completion_mask", "assistant_masks"]
 IDS = [5, 6, 7, 2]
 
 
@@ -24,7 +26,11 @@ IDS = [5, 6, 7, 2]
         {"response_mask": [0.0, 0.0, 1.0, 1.0]},
         {"response_mask": [False, False, True, True]},
         {"labels": [-100, -100, 7, 2]},
-        {"response_mask": [0, 0, 1, 1], "labels": IDS},
+        {"completion_mask": [0, 0, 1, 1]},
+        {"assistant_masks": [0, 0, 1, 1]},
+        {"response_mask": [0, 0, 1, 1], "labels": [-100, -100, 7, 2]},
+        {"completion_mask": [0, 0, 1, 1], "assistant_masks": [0.0, 0.0, 1.0, 1.0]},
+        {"labels": [-100, -100, 7, 2], "attention_mask": [1, 1, 1, 1]},
     ],
 )
 def test_lists_arrays_and_tensors_say_the_same(kind: Any, marks: dict[str, Any]) -> None:
@@ -73,12 +79,93 @@ def test_shifted_labels_are_refused() -> None:
         check_tokenized_row({"input_ids": IDS, "labels": [-100, 7, 2, -100]}, 0, VOCAB_SIZE)
 
 
-@pytest.mark.parametrize("bad", [2, -1, 0.5, None, "1", -100])
-def test_a_mask_that_neither_trains_nor_ignores_is_refused(bad: Any) -> None:
-    message = f"Row 4: response_mask holds {bad!r}; a token is trained (1) or not (0)."
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("bad", [2, 7, 256, -1, 0.5, None, "1", -100, [1]])
+def test_a_mask_that_neither_trains_nor_ignores_is_refused(bad: Any, name: str) -> None:
+    message = f"Row 4: {name} holds {bad!r}; a token is trained (1) or not (0). Use the column loss"
     with pytest.raises(RowError, match=re.escape(message)) as info:
-        check_tokenized_row({"input_ids": [5, 6], "response_mask": [0, bad]}, 4, VOCAB_SIZE)
-    assert info.value.reason == "response_mask is not 0 or 1"
+        check_tokenized_row({"input_ids": [5, 6], name: [0, bad]}, 4, VOCAB_SIZE)
+    assert info.value.reason == f"{name} is not 0 or 1"
+
+
+@pytest.mark.parametrize(
+    ("marks", "message", "reason"),
+    [
+        (
+            {"response_mask": [0, 0, 1, 1], "labels": IDS},
+            "labels trains token 0 of the row (padding not counted) and response_mask does not",
+            "response_mask and labels contradict each other",
+        ),
+        (
+            {"completion_mask": [0, 1, 1, 1], "assistant_masks": [0, 1, 1, 0]},
+            "completion_mask trains token 3 of the row (padding not counted) and assistant_masks",
+            "completion_mask and assistant_masks contradict each other",
+        ),
+        (
+            {"completion_mask": [0, 1, 1, 1], "labels": [-100, 6, 7, 2], "response_mask": [0] * 4},
+            "completion_mask trains token 1 of the row (padding not counted) and response_mask",
+            "response_mask and completion_mask contradict each other",
+        ),
+    ],
+)
+def test_columns_that_contradict_each_other_are_refused(
+    marks: dict[str, Any], message: str, reason: str
+) -> None:
+    with pytest.raises(RowError, match=re.escape(f"Row 4: {message}")) as info:
+        check_tokenized_row({"input_ids": IDS, **marks}, 4, VOCAB_SIZE)
+    assert info.value.reason == reason
+    assert "Remove one of the two columns." in str(info.value)
+
+
+@pytest.mark.parametrize("shown", [[1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 1, 0], [0.0, 1.0, 1.0, 0.0]])
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_padding_on_either_side_is_taken_out_of_all_lists(kind: Any, shown: list[float]) -> None:
+    def padded(values: list[Any], pad: Any) -> Any:
+        left = iter(values)
+        return kind([next(left) if is_token else pad for is_token in shown])
+
+    row = {
+        # What stands at padding is nobody's business, a mask of all ones included.
+        "input_ids": padded([5, 6], -1),
+        "labels": padded([-100, 6], -100),
+        "completion_mask": padded([0, 1], 1),
+        "loss_weights": padded([1.0, 0.5], -1.0),
+        "attention_mask": kind(shown),
+    }
+    assert check_tokenized_row(row, 0, VOCAB_SIZE) == {
+        "input_ids": [5, 6],
+        "response_mask": [0, 1],
+        "loss_weights": [1.0, 0.5],
+    }
+
+
+def test_a_row_of_nothing_but_padding_is_empty() -> None:
+    row = {"input_ids": [0, 0], "labels": [-100, -100], "attention_mask": [0, 0]}
+    assert check_tokenized_row(row, 0, VOCAB_SIZE) == {"input_ids": [], "response_mask": []}
+
+
+@pytest.mark.parametrize("bad", [2, -1, 0.5, None, "1"])
+def test_an_attention_mask_that_is_none_is_refused(bad: Any) -> None:
+    row = {"input_ids": [5, 6], "response_mask": [0, 1], "attention_mask": [1, bad]}
+    message = f"Row 4: attention_mask holds {bad!r}; a position holds a token (1) or padding (0)."
+    with pytest.raises(RowError, match=re.escape(message)) as info:
+        check_tokenized_row(row, 4, VOCAB_SIZE)
+    assert info.value.reason == "attention_mask is not 0 or 1"
+
+
+def test_the_row_itself_stays_as_it_was() -> None:
+    row: Any = {
+        "input_ids": [0, 5, 6],
+        "response_mask": [0, 1, 1],
+        "attention_mask": [0, 1, 1],
+        "loss_weights": [1.0, 1.0, 2.0],
+    }
+    before = copy.deepcopy(row)
+    for mask in ({}, {"attention_mask": None}):
+        example = check_tokenized_row({**row, **mask}, 0, VOCAB_SIZE)
+        example["response_mask"][:] = []
+        example["loss_weights"][:] = []
+    assert row == before
 
 
 @pytest.mark.parametrize("bad", [-0.5, float("nan"), float("inf"), None, "1"])
@@ -100,6 +187,10 @@ def test_an_impossible_weight_is_refused(bad: Any) -> None:
         (
             {"input_ids": IDS, "labels": [*IDS, 5]},
             "input_ids has 4 tokens but labels has 5 entries",
+        ),
+        (
+            {"input_ids": IDS, "labels": IDS, "attention_mask": [1]},
+            "input_ids has 4 tokens but attention_mask has 1 entries",
         ),
         (
             {"input_ids": IDS, "labels": IDS, "loss_weights": [1.0]},
@@ -126,6 +217,9 @@ def test_lists_of_unequal_length_are_refused_with_both_lengths(
         ({"input_ids": IDS, "labels": None, "response_mask": None}, "labels", "NoneType"),
         ({"input_ids": IDS, "response_mask": None}, "response_mask", "NoneType"),
         ({"input_ids": IDS, "response_mask": 1}, "response_mask", "int"),
+        ({"input_ids": IDS, "assistant_masks": None}, "assistant_masks", "NoneType"),
+        ({"input_ids": IDS, "completion_mask": "0011"}, "completion_mask", "str"),
+        ({"input_ids": IDS, "labels": IDS, "attention_mask": 1}, "attention_mask", "int"),
         ({"input_ids": IDS, "labels": IDS, "loss_weights": 1.0}, "loss_weights", "float"),
     ],
 )

@@ -1,0 +1,158 @@
+"""Rendering chats of one shape without rendering each of them many times.
+
+Most chats of a dataset differ in their contents alone: the same roles in the same order. Where a
+template treats contents as opaque text, what it writes around them is the same for all of them. So
+one chat of each shape is rendered in full, with a placeholder for each content, and the others are
+filled in. Every row is still rendered once, and must equal what was filled in; rows whose
+contents a template might look at, and every hundredth row, take the full way.
+"""
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from hf_sft_plugin.data.rendering import Range, RenderedText, Span, render_chat, render_whole
+from hf_sft_plugin.types import Conversation, DataOptions, RowError
+
+# Contents that templates are known to look into: tags, control tokens, JSON.
+_TELLING = re.compile(r"</|<\||^[<\[{\s]|[>\]}\s]$")
+_NUM_TRIALS = 3
+_AUDIT_EVERY = 100
+
+
+@dataclass
+class _Shape:
+    """What the template writes around contents.
+
+    Attributes:
+        texts: The rendered texts, with one placeholder for each content; None where the template
+            does not treat contents as opaque.
+        num_rows: Rows seen so far.
+    """
+
+    texts: list[RenderedText] | None
+    num_rows: int = 0
+
+
+@dataclass
+class ChatRenderer:
+    """Renders chats as `render_chat` does, and remembers what chats of one shape have in common.
+
+    Attributes:
+        tokenizer: See `render_chat`.
+        options: See `render_chat`.
+        stop_texts: See `render_chat`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    options: DataOptions
+    stop_texts: Collection[str]
+    _shapes: dict[Any, _Shape] = field(default_factory=dict)
+
+    def __call__(self, conversation: Conversation, index: int) -> list[RenderedText]:
+        """See `render_chat`."""
+        contents = _opaque_contents(conversation)
+        if contents is None:
+            return self._in_full(conversation, index)
+        key = tuple((t.message["role"], t.train, t.weight) for t in conversation.turns)
+        shape = self._shapes.get(key)
+        if shape is None:
+            shape = self._shapes[key] = self._find_shape(conversation)
+        shape.num_rows += 1
+        if shape.texts is None:
+            return self._in_full(conversation, index)
+        filled = [_fill(text, contents) for text in shape.texts]
+        if filled[-1].text != render_whole(conversation, self.tokenizer, index, self.options):
+            return self._in_full(conversation, index)
+        if shape.num_rows <= _NUM_TRIALS or shape.num_rows % _AUDIT_EVERY == 0:
+            texts = self._in_full(conversation, index)
+            if texts != filled:
+                shape.texts = None
+            return texts
+        return filled
+
+    def _in_full(self, conversation: Conversation, index: int) -> list[RenderedText]:
+        return render_chat(conversation, self.tokenizer, index, self.options, self.stop_texts)
+
+    def _find_shape(self, conversation: Conversation) -> _Shape:
+        """Renders placeholders, and sees whether each went to one place."""
+        turns = tuple(
+            replace(turn, message={**turn.message, "content": chr(0xE000 + number)})
+            for number, turn in enumerate(conversation.turns)
+        )
+        try:
+            texts = self._in_full(replace(conversation, turns=turns), 0)
+        except RowError:
+            return _Shape(None)
+        is_whole = len(texts[-1].contents) == len(turns)
+        is_clear = all(_is_clear(text) for text in texts)
+        return _Shape(texts if is_whole and is_clear else None)
+
+
+def _opaque_contents(conversation: Conversation) -> list[str] | None:
+    """The contents, where nothing in the chat could make a template write something else."""
+    if conversation.tools:
+        return None
+    contents = []
+    for turn in conversation.turns:
+        content = turn.message.get("content")
+        if len(turn.message) != 2 or not content or turn.untrained:
+            return None
+        if _TELLING.search(content):
+            return None
+        contents.append(content)
+    return contents
+
+
+def _is_clear(text: RenderedText) -> bool:
+    """Whether every placeholder went to one place, in order, and nothing else was found."""
+    places = [content[0] for content in text.contents if content is not None]
+    return (
+        len(places) == len(text.contents)
+        and places == sorted(set(places))
+        and all(text.text.count(chr(0xE000 + n)) == 1 for n in range(len(places)))
+        and not text.is_altered
+        and not text.is_unseen
+    )
+
+
+def _fill(text: RenderedText, contents: list[str]) -> RenderedText:
+    """Puts contents where placeholders are, and moves everything accordingly."""
+    places = [content[0] for content in text.contents if content is not None]
+    pieces = []
+    # Characters up to and with each placeholder, and how far what follows it moves.
+    moves: list[Range] = []
+    position = shift = 0
+    for place, content in zip(places, contents, strict=False):
+        pieces += [text.text[position:place], content]
+        position = place + 1
+        shift += len(content) - 1
+        moves.append((place, shift))
+    pieces.append(text.text[position:])
+
+    def move(char: int) -> int:
+        """Where a character went; one at a placeholder is the first of its content."""
+        moved = char
+        for place, by in moves:
+            if place >= char:
+                break
+            moved = char + by
+        return moved
+
+    def move_range(chars: Range | None) -> Range | None:
+        return None if chars is None else (move(chars[0]), move(chars[1]))
+
+    spans = tuple(
+        _move_span(span, move(span.start), move_range(span.content), move(span.bound))
+        for span in text.spans
+    )
+    return RenderedText(
+        "".join(pieces), spans, tuple(move_range(content) for content in text.contents)
+    )
+
+
+def _move_span(span: Span, start: int, content: Range | None, bound: int) -> Span:
+    return Span(start, content, bound, span.turn, span.kind, span.weight, span.needs_stop)

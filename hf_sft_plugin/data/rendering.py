@@ -1,0 +1,360 @@
+"""From a chat to the text a model reads, and to the characters of it that are trained.
+
+A trained span begins right after the text that inference supplies: the turns before the response,
+rendered with the generation prompt. Nothing is looked up in the template; everything is found by
+rendering. A second rendering, in which every content stands between two sentinels, is the witness:
+it says independently where each content went.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from hf_sft_plugin.data.row_values import check_unicode
+from hf_sft_plugin.types import Conversation, DataOptions, RowError, SpanKind
+
+# Private characters that no text means; one before and one after each content.
+_SENTINEL = 0xF0000
+_PRIVATE = re.compile("[\U000f0000-\U000fffff]")
+# What a template may write between the point where a finished response parts from the generation
+# prompt and its content: an empty thought, but no role.
+_TAGS = re.compile(r"(\s|<[^<>]*>)*")
+_REASONING_END = "</think>"
+
+# Characters `[start, end)`.
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Span:
+    """The characters of one turn that are trained.
+
+    Attributes:
+        start: Where the model begins to write.
+        content: The content of the message without the space around it; None where no rendering
+            shows where it went.
+        bound: Where the text of the next turn begins, or the end of the text. The stop token lies
+            before it.
+        turn: Position of the message.
+        kind: See `TrainedSpan`.
+        weight: How much each of its tokens counts.
+        needs_stop: Whether the span must end in a stop token.
+        untrained: Characters within the span that are not trained.
+    """
+
+    start: int
+    content: Range | None
+    bound: int
+    turn: int
+    kind: SpanKind
+    weight: float = 1.0
+    needs_stop: bool = True
+    untrained: tuple[Range, ...] = ()
+
+
+@dataclass(frozen=True)
+class RenderedText:
+    """A conversation as one text.
+
+    Attributes:
+        text: What the model reads.
+        spans: What of it is trained, in order.
+        contents: The contents of all messages, in order; None where one went unseen.
+        is_altered: Whether the template wrote a trained content otherwise than it was given.
+        is_unseen: Whether a content that is not empty went unseen.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    contents: tuple[Range | None, ...]
+    is_altered: bool = False
+    is_unseen: bool = False
+
+
+def render_whole(
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    index: int,
+    options: DataOptions,
+) -> str:
+    """The text of all turns; see `render_chat`."""
+    whole = _Rendering(conversation, tokenizer, index, options, ())(len(conversation.turns))
+    check_unicode(whole, index, "the rendered conversation")
+    return whole
+
+
+def render_chat(
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    index: int,
+    options: DataOptions,
+    stop_texts: Collection[str],
+) -> list[RenderedText]:
+    """Renders a chat with the tokenizer's chat template and finds what of it is trained.
+
+    A template may write an earlier turn differently once later turns exist (one that drops old
+    reasoning does, and so does one that ends the last turn in a token of its own). Then no single
+    text shows every response as it is at inference, and the conversation becomes one text per
+    response, unless `multi_turn` is `joint`.
+
+    Args:
+        conversation: A conversation with turns.
+        tokenizer: Has a chat template.
+        index: Row of the dataset, for error messages.
+        options: `multi_turn`, `train_on` and `chat_template_kwargs` matter here.
+        stop_texts: The tokens at which inference stops, as text.
+
+    Raises:
+        RowError: If the template refuses the conversation, or writes a response that does not
+            continue what inference supplies.
+    """
+    render = _Rendering(conversation, tokenizer, index, options, stop_texts)
+    count = len(conversation.turns)
+    whole = render(count)
+    check_unicode(whole, index, "the rendered conversation")
+    contents = render.contents(count, whole)
+    if options.train_on == "all" or not options.use_loss_mask:
+        span = Span(0, None, len(whole), 0, "text", needs_stop=False)
+        return [RenderedText(whole, (span,), contents)]
+    # A response that opens the conversation has no prompt to answer: it is context only.
+    trained = [turn for turn in range(1, count) if conversation.turns[turn].train]
+    if not trained:
+        raise RowError(
+            index,
+            "the only response opens the conversation, so there is no prompt that it answers. "
+            "Put the turn it answers before it, or remove the row.",
+            "response without a prompt",
+        )
+    if options.multi_turn != "split" or len(trained) == 1:
+        spans = [render.span(turn, whole, contents) for turn in trained]
+        is_joint = options.multi_turn == "joint" and len(trained) > 1
+        if is_joint or all(span.kind != "rewritten" for span in spans):
+            return [render.result(whole, spans, contents)]
+    return [render.alone(turn) for turn in trained]
+
+
+class _Rendering:
+    """The first turns of a conversation as text, and what of it is trained."""
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        tokenizer: PreTrainedTokenizerBase,
+        index: int,
+        options: DataOptions,
+        stop_texts: Collection[str],
+    ) -> None:
+        self._turns = conversation.turns
+        self._messages = conversation.messages
+        self._cores = [_core(message) for message in self._messages]
+        self._index = index
+        self._stop_texts = stop_texts
+        self._render = partial(
+            tokenizer.apply_chat_template,
+            tokenize=False,
+            **({"tools": list(conversation.tools)} if conversation.tools else {}),
+            **_template_kwargs(options),
+        )
+
+    def __call__(
+        self,
+        num_messages: int,
+        generation_prompt: bool = False,
+        messages: Sequence[dict[str, Any]] | None = None,
+    ) -> str:
+        """The first messages as text."""
+        shown = (self._messages if messages is None else messages)[:num_messages]
+        try:
+            text = self._render(shown, add_generation_prompt=generation_prompt)
+        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise RowError(
+                self._index,
+                f"the chat template refuses the conversation: {error}. Bring the roles and "
+                "contents into the form that the template expects, or remove the row.",
+                "refused by the chat template",
+            ) from error
+        assert isinstance(text, str)
+        return text
+
+    def contents(self, num_messages: int, text: str) -> tuple[Range | None, ...]:
+        """Where the contents of the first messages went in their rendered text."""
+        if _PRIVATE.search(text) is None:
+            try:
+                marked = self(num_messages, messages=self._marked())
+            except RowError:
+                marked = ""
+            plain, ranges = _unmark(marked, num_messages)
+            if plain == text:
+                return ranges
+        return self._search(num_messages, text)
+
+    def span(self, turn: int, text: str, contents: Sequence[Range | None]) -> Span:
+        """What of a turn is trained."""
+        content = contents[turn]
+        span = Span(
+            start=content[0] if content else 0,
+            content=content,
+            bound=next((later[0] for later in contents[turn + 1 :] if later), len(text)),
+            turn=turn,
+            kind="exact",
+            weight=self._turns[turn].weight,
+            untrained=self._untrained(turn, text, content),
+        )
+        if self._messages[turn]["role"] != "assistant":
+            if content is None:
+                raise RowError(
+                    self._index,
+                    f"the chat template does not show the content of message {turn}, which is to "
+                    "be trained. Leave its role out of train_roles, or remove the row.",
+                    "trained content is not shown",
+                )
+            # No generation prompt opens such a turn, so what is trained is its content.
+            return replace(span, needs_stop=False)
+        prompt = self(turn, generation_prompt=True)
+        if text.startswith(prompt):
+            kind: SpanKind = "exact"
+            start = len(prompt)
+        else:
+            base = self(turn)
+            opening = prompt[len(base) :] if prompt.startswith(base) else ""
+            start = _common_length(text, prompt)
+            between = text[start : content[0]] if content else ""
+            if opening and text.startswith(base) and _TAGS.fullmatch(between):
+                kind = "shared_prefix"
+            else:
+                kind = "rewritten"
+                before = max((r[1] for r in contents[:turn] if r), default=0)
+                found = text.rfind(opening, before, content[0] if content else len(text))
+                start = found + len(opening) if opening and found >= 0 else span.start
+            start = min(start, content[0]) if content else start
+        if turn + 1 < len(contents) and not self._is_as_at_inference(turn, text):
+            kind = "rewritten"
+        return replace(span, kind=kind, start=start)
+
+    def _is_as_at_inference(self, turn: int, text: str) -> bool:
+        """Whether a turn stands in a longer text as it does when it is the last one."""
+        own = self(turn + 1)
+        ends = [own.rfind(stop) + len(stop) for stop in self._stop_texts if stop in own]
+        return text.startswith(own[: max(ends, default=None)])
+
+    def alone(self, turn: int) -> RenderedText:
+        """A turn as it is when it is the last one."""
+        text = self(turn + 1)
+        contents = self.contents(turn + 1, text)
+        span = self.span(turn, text, contents)
+        if span.kind == "rewritten":
+            prompt = self(turn, generation_prompt=True)
+            raise RowError(
+                self._index,
+                f"at inference the model would continue {prompt[-60:]!r}, but the chat template "
+                f"writes the response of message {turn} as {text[-120:]!r}, which does not begin "
+                "so. Training on it would teach a continuation that is never asked for. Use a "
+                "template whose generation prompt is how it begins a response.",
+                "response does not continue the generation prompt",
+            )
+        return self.result(text, [span], contents)
+
+    def result(
+        self, text: str, spans: Sequence[Span], contents: tuple[Range | None, ...]
+    ) -> RenderedText:
+        """The text with what is trained."""
+        is_altered = any(self._is_altered(span, text) for span in spans)
+        is_unseen = any(
+            content is None and start < end
+            for content, (start, end) in zip(contents, self._cores, strict=False)
+        )
+        return RenderedText(text, tuple(spans), contents, is_altered, is_unseen)
+
+    def _is_altered(self, span: Span, text: str) -> bool:
+        """Whether a content, with the reasoning in it, stands otherwise than it was given."""
+        content = self._content(span.turn).strip()
+        if span.content is None:
+            return bool(content) and content not in text
+        return not text.endswith(content, span.content[1] - len(content), span.content[1])
+
+    def _content(self, turn: int) -> str:
+        content = self._messages[turn].get("content")
+        return content if isinstance(content, str) else ""
+
+    def _untrained(self, turn: int, text: str, content: Range | None) -> tuple[Range, ...]:
+        """The parts of a content that are not trained, in the rendered text."""
+        parts = self._turns[turn].untrained
+        if not parts:
+            return ()
+        start, end = self._cores[turn]
+        if content is None or text[slice(*content)] != self._content(turn)[start:end]:
+            raise RowError(
+                self._index,
+                f"message {turn} has parts that are not to be trained, but the chat template does "
+                "not write its content as it is, so they cannot be found. Use a template that "
+                "does, or one flag for the whole message.",
+                "parts of a content cannot be found",
+            )
+        move = content[0] - start
+        return tuple((max(a, start) + move, min(b, end) + move) for a, b in parts)
+
+    def _marked(self) -> list[dict[str, Any]]:
+        """The messages with each content between two sentinels; space stays outside."""
+        marked = []
+        for turn, (message, (start, end)) in enumerate(
+            zip(self._messages, self._cores, strict=True)
+        ):
+            if start < end:
+                content = message["content"]
+                opening, closing = chr(_SENTINEL + 2 * turn), chr(_SENTINEL + 2 * turn + 1)
+                content = content[:start] + opening + content[start:end] + closing + content[end:]
+                message = {**message, "content": content}
+            marked.append(message)
+        return marked
+
+    def _search(self, num_messages: int, text: str) -> tuple[Range | None, ...]:
+        """Looks the contents up in order, for a template that sentinels disturb."""
+        ranges: list[Range | None] = []
+        position = 0
+        for turn in range(num_messages):
+            core = self._content(turn)[slice(*self._cores[turn])]
+            found = text.find(core, position) if core else -1
+            ranges.append((found, found + len(core)) if found >= 0 else None)
+            position = max(position, found + len(core) if found >= 0 else 0)
+        return tuple(ranges)
+
+
+def _common_length(first: str, second: str) -> int:
+    """Characters at the start that two texts share."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _template_kwargs(options: DataOptions) -> dict[str, Any]:
+    kwargs = options.chat_template_kwargs or {}
+    assert isinstance(kwargs, dict)
+    return kwargs
+
+
+def _core(message: dict[str, Any]) -> Range:
+    """The content without the space around it, and without reasoning that templates cut off."""
+    content = message.get("content")
+    if not isinstance(content, str):
+        return (0, 0)
+    thought = content.rfind(_REASONING_END) if message["role"] == "assistant" else -1
+    start = thought + len(_REASONING_END) if thought >= 0 else 0
+    start = len(content) - len(content[start:].lstrip())
+    return (start, max(start, len(content.rstrip())))
+
+
+def _unmark(marked: str, num_messages: int) -> tuple[str, tuple[Range | None, ...]]:
+    """Takes the sentinels out again, and says where they stood in what remains."""
+    places: dict[int, list[int]] = {}
+    for number, match in enumerate(_PRIVATE.finditer(marked)):
+        places.setdefault(ord(match.group()) - _SENTINEL, []).append(match.start() - number)
+    ranges: list[Range | None] = []
+    for turn in range(num_messages):
+        edges = places.get(2 * turn, []) + places.get(2 * turn + 1, [])
+        is_found = len(edges) == 2 and edges[0] <= edges[1]
+        ranges.append((edges[0], edges[1]) if is_found else None)
+    return _PRIVATE.sub("", marked), tuple(ranges)

@@ -1,0 +1,334 @@
+"""The walk of a batch of rows: normal form, rendering, tokens, mask, proof, truncation."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeAlias
+
+from transformers import PreTrainedTokenizerBase
+
+from hf_sft_plugin.data.chat_shapes import ChatRenderer
+from hf_sft_plugin.data.control_tokens import ControlTokenMarker
+from hf_sft_plugin.data.conversation import to_conversation
+from hf_sft_plugin.data.formats import RowFormat
+from hf_sft_plugin.data.rendering import RenderedText
+from hf_sft_plugin.data.response_mask import mask_text
+from hf_sft_plugin.data.segments import join_segments
+from hf_sft_plugin.data.stop_tokens import resolve_stop_tokens
+from hf_sft_plugin.data.text_encoding import (
+    JoinedEncoding,
+    TextEncoding,
+    decode_tokens,
+    encode_parts,
+    encode_texts,
+)
+from hf_sft_plugin.data.tokenized_rows import check_tokenized_row
+from hf_sft_plugin.data.truncation import keep, mask_runs, max_row_length, plan_truncation
+from hf_sft_plugin.types import (
+    Conversation,
+    DataOptions,
+    RowError,
+    TokenizedExample,
+    TrainedSpan,
+)
+
+# A row, trained token ids of it, and the text that they must decode to.
+Proof: TypeAlias = tuple["RowOutcome", list[int], str]
+
+
+@dataclass
+class RowOutcome:
+    """What became of one raw row: examples to train, or the reason why there are none.
+
+    Attributes:
+        row: Position of the row in its dataset.
+        examples: Usually one; one per response where the chat template rewrites earlier turns.
+        spans: What each example trains, and why.
+        num_tokens: Tokens of all examples before truncation.
+        num_lost: Tokens of them that are in no example.
+        num_stopped: Examples whose last trained token is a stop token.
+        control_tokens: Control tokens that stood in the contents.
+        num_straddled: Tokens that reached across the edge of a response.
+        is_lossy: Whether the tokenizer cannot give the text back exactly, as one that lowers case.
+        is_altered: Whether the chat template wrote a response otherwise than it was given.
+        is_unseen: Whether a second rendering could not show where every content went.
+        error: Why the row is dropped; None where it is trained.
+    """
+
+    row: int
+    examples: list[TokenizedExample] = field(default_factory=list)
+    spans: list[list[TrainedSpan]] = field(default_factory=list)
+    num_tokens: int = 0
+    num_lost: int = 0
+    num_stopped: int = 0
+    control_tokens: list[str] = field(default_factory=list)
+    num_straddled: int = 0
+    is_lossy: bool = False
+    is_altered: bool = False
+    is_unseen: bool = False
+    error: RowError | None = None
+
+    @property
+    def num_example_tokens(self) -> int:
+        """Tokens of the examples."""
+        return sum(len(example["input_ids"]) for example in self.examples)
+
+    def drop(self, error: RowError) -> None:
+        """Leaves the row out, for a reason."""
+        self.error = error
+        self.num_tokens = max(self.num_tokens, self.num_example_tokens)
+        self.num_lost = self.num_tokens
+        self.examples, self.spans = [], []
+
+    def add(self, example: TokenizedExample, spans: list[TrainedSpan]) -> None:
+        """Adds an example."""
+        self.examples.append(example)
+        self.spans.append(spans)
+
+
+class RowTokenizer:
+    """Everything that is the same for all rows of a dataset, and the walk of a batch of them.
+
+    Args:
+        tokenizer: See `tokenize_example`.
+        options: See `DataOptions`.
+        stop_token_ids: See `tokenize_example`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        options: DataOptions,
+        stop_token_ids: Collection[int] | None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._options = options
+        self._stops = resolve_stop_tokens(tokenizer, options.stop_token, stop_token_ids)
+        self._limit = max_row_length(tokenizer, options.max_length)
+        self._marker = ControlTokenMarker(tokenizer)
+        self._render = ChatRenderer(tokenizer, options, self._stops.values())
+        self._trains_all = not options.use_loss_mask or options.train_on == "all"
+
+    def __call__(
+        self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int], row_format: RowFormat
+    ) -> list[RowOutcome]:
+        """Tokenizes rows together; see `tokenize_rows`."""
+        outcomes = [RowOutcome(row) for row in indices]
+        chats: list[tuple[RowOutcome, Conversation]] = []
+        texts: list[tuple[RowOutcome, Conversation]] = []
+        for row, outcome in zip(rows, outcomes, strict=True):
+            try:
+                if row_format.kind == "tokenized":
+                    example = check_tokenized_row(row, outcome.row, len(self._tokenizer))
+                    runs = mask_runs(example["response_mask"])
+                    outcome.add(example, [TrainedSpan(a, b, 0, "given") for a, b in runs])
+                    continue
+                conversation = to_conversation(row, outcome.row, row_format, self._options)
+                (chats if conversation.turns else texts).append((outcome, conversation))
+            except RowError as error:
+                outcome.drop(error)
+        self._prove([*self._tokenize_chats(chats), *self._tokenize_texts(texts)])
+        for outcome, conversation in chats:
+            self._shorten(outcome, conversation)
+        for row, outcome in zip(rows, outcomes, strict=True):
+            if outcome.error is None:
+                self._finish(outcome)
+            if isinstance(row.get("source"), str):
+                for example in outcome.examples:
+                    example["source"] = row["source"]
+        return outcomes
+
+    def _tokenize_chats(self, chats: Sequence[tuple[RowOutcome, Conversation]]) -> list[Proof]:
+        """Fills the outcomes of chats, and returns what is to be proven of them."""
+        rendered: list[tuple[RowOutcome, RenderedText]] = []
+        for outcome, conversation in chats:
+            try:
+                shown = self._hide_control_tokens(outcome, conversation)
+                texts = self._render(shown, outcome.row)
+                rendered += [(outcome, text) for text in texts]
+            except RowError as error:
+                outcome.drop(error)
+        keeps = self._options.control_tokens == "keep"
+        usual = [text.text for outcome, text in rendered if keeps or not outcome.control_tokens]
+        encodings = iter(encode_texts(usual, self._tokenizer))
+        proofs: list[Proof] = []
+        for outcome, text in rendered:
+            is_hidden = bool(outcome.control_tokens) and not keeps
+            encoding = self._marker.encode([text.text]) if is_hidden else next(encodings)
+            if outcome.error is None:
+                proofs += self._mask_chat(outcome, text, encoding, is_hidden)
+        return proofs
+
+    def _hide_control_tokens(self, outcome: RowOutcome, conversation: Conversation) -> Conversation:
+        if not self._tokenizer.chat_template:
+            raise ValueError(
+                "The rows are conversations, but the tokenizer has no chat template to write them "
+                "with. Set tokenizer.chat_template (the recipe: --chat_template_path), or use the "
+                "tokenizer of the model's chat version."
+            )
+        outcome.control_tokens = self._marker.find(conversation)
+        if not outcome.control_tokens or self._options.control_tokens == "keep":
+            return conversation
+        found = ", ".join(sorted(set(outcome.control_tokens)))
+        if self._options.control_tokens == "error" or self._marker.is_ambiguous(conversation):
+            raise RowError(
+                outcome.row,
+                f"the contents hold the control tokens {found}. Remove them, or set control_tokens "
+                "to 'text', which encodes them as ordinary text.",
+                "control tokens in the contents",
+            )
+        return self._marker.hide(conversation)
+
+    def _mask_chat(
+        self, outcome: RowOutcome, text: RenderedText, encoding: TextEncoding, is_hidden: bool
+    ) -> list[Proof]:
+        encode: Callable[[Sequence[str]], JoinedEncoding] = (
+            self._marker.encode if is_hidden else partial(encode_parts, tokenizer=self._tokenizer)
+        )
+        try:
+            masked = mask_text(
+                text, encoding, encode, self._stops, self._options.boundary, outcome.row
+            )
+        except RowError as error:
+            outcome.num_tokens = outcome.num_example_tokens + len(encoding.ids)
+            outcome.drop(error)
+            return []
+        example: TokenizedExample = {"input_ids": masked.input_ids, "response_mask": masked.mask}
+        if masked.weights is not None:
+            example["loss_weights"] = masked.weights
+        outcome.add(example, masked.spans)
+        outcome.num_straddled += masked.num_straddled
+        outcome.is_altered |= text.is_altered
+        outcome.is_unseen |= text.is_unseen
+        show = self._marker.show if is_hidden else str
+        return [(outcome, ids, show(told)) for ids, told in masked.proofs]
+
+    def _tokenize_texts(self, texts: Sequence[tuple[RowOutcome, Conversation]]) -> list[Proof]:
+        """Fills the outcomes of texts without a template, and returns what is to be proven."""
+        if not texts:
+            return []
+        proofs: list[Proof] = []
+        segments = [conversation.segments for _, conversation in texts]
+        for (outcome, _), joined in zip(
+            texts, join_segments(segments, self._tokenizer, self._stops), strict=True
+        ):
+            if joined is None:
+                outcome.drop(_no_token(outcome.row))
+                continue
+            outcome.add(joined.example, joined.spans)
+            proofs += [(outcome, ids, text) for ids, text in joined.proofs]
+        return proofs
+
+    def _prove(self, proofs: Sequence[Proof]) -> None:
+        """Decodes what is trained: it must be the text of the response."""
+        decoded = decode_tokens([ids for _, ids, _ in proofs], self._tokenizer)
+        for (outcome, _, told), read in zip(proofs, decoded, strict=True):
+            if read == told or outcome.error is not None:
+                continue
+            # Some tokenizers cannot give any text back exactly; then both must lose the same.
+            alone = self._tokenizer(told, add_special_tokens=False, verbose=False)["input_ids"]
+            if read.strip() == decode_tokens([alone], self._tokenizer)[0].strip():
+                outcome.is_lossy = True
+                continue
+            outcome.drop(
+                RowError(
+                    outcome.row,
+                    f"the trained tokens decode to {read[:80]!r}, but the response is "
+                    f"{told[:80]!r}, so the mask cannot be trusted. Use another tokenizer, or "
+                    "remove the row.",
+                    "trained tokens do not decode to the response",
+                )
+            )
+
+    def _shorten(self, outcome: RowOutcome, conversation: Conversation) -> None:
+        """For `keep_response`: a chat that is too long loses its oldest turns first."""
+        limit = self._limit
+        if self._options.overflow != "keep_response" or limit is None or outcome.error is not None:
+            return
+        num_tokens = outcome.num_example_tokens
+        while any(len(example["input_ids"]) > limit for example in outcome.examples):
+            shorter = _without_oldest_exchange(conversation)
+            if shorter is None:
+                break
+            conversation, again = shorter, RowOutcome(outcome.row)
+            self._prove(self._tokenize_chats([(again, conversation)]))
+            if again.error is not None:
+                break
+            outcome.examples, outcome.spans = again.examples, again.spans
+        outcome.num_lost = num_tokens - outcome.num_example_tokens
+
+    def _finish(self, outcome: RowOutcome) -> None:
+        """Cuts examples to the limit, counts what is lost and drops a row that loses all."""
+        limit, overflow = self._limit, self._options.overflow
+        longest = max(len(example["input_ids"]) for example in outcome.examples)
+        num_before = outcome.num_example_tokens
+        outcome.num_tokens = num_before + outcome.num_lost
+        made = list(zip(outcome.examples, outcome.spans, strict=True))
+        outcome.examples, outcome.spans = [], []
+        for example, spans in made:
+            if self._trains_all:
+                example["response_mask"] = [1] * len(example["input_ids"])
+                spans = [TrainedSpan(0, len(example["input_ids"]), 0, "text")]
+            pieces = [(example, spans)]
+            if limit is not None and len(example["input_ids"]) > limit:
+                try:
+                    mask = example["response_mask"]
+                    plan = plan_truncation(mask, limit, overflow, outcome.row)
+                except RowError as error:
+                    if overflow == "error":
+                        raise
+                    outcome.drop(error)
+                    break
+                pieces = [keep(example, spans, ranges) for ranges in plan]
+            for piece, left in pieces:
+                # Nothing comes before the first token, so nothing predicts it.
+                piece["response_mask"][0:1] = [0] * len(piece["response_mask"][0:1])
+                if any(piece["response_mask"]):
+                    outcome.add(piece, left)
+        num_after = outcome.num_example_tokens
+        outcome.num_lost = outcome.num_tokens - num_after
+        outcome.num_stopped = sum(_ends_with(e, self._stops) for e in outcome.examples)
+        if not outcome.examples and outcome.error is None:
+            is_cut = limit is not None and longest > limit
+            outcome.drop(_nothing_left(outcome.row, limit if is_cut else None, longest))
+
+
+def _nothing_left(row: int, limit: int | None, longest: int) -> RowError:
+    if limit is not None:
+        return RowError(
+            row,
+            f"the response begins after the first {limit} tokens of {longest}, where the row is "
+            "cut. Raise max_length, set overflow to 'keep_response', or remove the row.",
+            "no response left within max_length",
+        )
+    return RowError(
+        row,
+        "no token of the row is trained: its response_mask is 0 everywhere (or its labels are all "
+        "ignored). Mark the response, or remove the row.",
+        "no trained token",
+    )
+
+
+def _no_token(row: int) -> RowError:
+    return RowError(
+        row,
+        "the tokenizer makes no token of the response. Fill or remove it.",
+        "empty response",
+    )
+
+
+def _ends_with(example: TokenizedExample, stops: Collection[int]) -> bool:
+    mask = example["response_mask"]
+    last = len(mask) - 1 - mask[::-1].index(1)
+    return example["input_ids"][last] in stops
+
+
+def _without_oldest_exchange(conversation: Conversation) -> Conversation | None:
+    """The chat without its first turns after the system's, up to the next user turn."""
+    roles = [turn.message["role"] for turn in conversation.turns]
+    head = next((i for i, role in enumerate(roles) if role not in ("system", "developer")), 0)
+    following = next((i for i in range(head + 1, len(roles)) if roles[i] == "user"), None)
+    if following is None or not any(turn.train for turn in conversation.turns[following:]):
+        return None
+    turns = conversation.turns[:head] + conversation.turns[following:]
+    return replace(conversation, turns=turns)

@@ -1,0 +1,97 @@
+"""The walk over a stream: rows are tokenized as they come, and counted as far as they came."""
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from datasets import IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from hf_sft_plugin.data.formats import detect_format
+from hf_sft_plugin.data.ledger import Ledger, account_of
+from hf_sft_plugin.data.tokenization import make_options, tokenize_rows
+from hf_sft_plugin.types import DataOptions
+
+logger = logging.getLogger(__name__)
+
+# A share of fewer rows than this says little.
+_NUM_ROWS_FOR_SHARE = 200
+_NUM_NAMED_ROWS = 5
+_COLUMNS = ("input_ids", "response_mask", "loss_weights", "source")
+
+
+def prepare_stream(
+    dataset: IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    stop_token_ids: Collection[int] | None = None,
+    max_dropped_share: float = 0.05,
+    **options: Any,
+) -> IterableDataset:
+    """Tokenizes a stream and marks what is trained, as `prepare_dataset` does for a dataset.
+
+    Nobody knows in advance what a stream holds. So a row that cannot be trained is left out with a
+    warning that names it, and the stream stops once too many of the rows so far were left out.
+
+    Args:
+        dataset: Raw or tokenized rows.
+        tokenizer: See `tokenize_example`.
+        stop_token_ids: See `tokenize_example`.
+        max_dropped_share: Largest share of the rows so far, 0 to 1, that may be dropped.
+        **options: Fields of `DataOptions`.
+
+    Returns:
+        A stream with `input_ids`, `response_mask`, `loss_weights` and `source`; the latter two are
+        None where a row does not bring them.
+
+    Raises:
+        ValueError: If columns or options do not fit each other or the stream is empty; while it is
+            read, if too many rows cannot be trained.
+    """
+    data_options = make_options(options)
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    if not columns:
+        raise ValueError("The stream is empty: it needs at least one row.")
+    detect_format(columns, data_options)
+    preparer = _StreamPreparer(tokenizer, data_options, stop_token_ids, max_dropped_share)
+    return dataset.map(
+        preparer, batched=True, batch_size=64, with_indices=True, remove_columns=columns
+    )
+
+
+class _StreamPreparer:
+    """Tokenizes one batch after the other, and keeps the account of this process."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        options: DataOptions,
+        stop_token_ids: Collection[int] | None,
+        max_dropped_share: float,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._options = options
+        self._stop_token_ids = stop_token_ids
+        self._max_dropped_share = max_dropped_share
+        self._ledger = Ledger(num_rows=0)
+
+    def __call__(
+        self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
+    ) -> dict[str, list[Any]]:
+        values = zip(*batch.values(), strict=True)
+        rows = [dict(zip(batch, row, strict=True)) for row in values]
+        table: dict[str, list[Any]] = {column: [] for column in _COLUMNS}
+        outcomes = tokenize_rows(
+            rows, indices, self._tokenizer, self._options, self._stop_token_ids
+        )
+        for outcome in outcomes:
+            self._ledger.num_rows += 1
+            self._ledger.add_row(account_of(outcome))
+            if outcome.error is not None and self._ledger.num_rows_dropped <= _NUM_NAMED_ROWS:
+                logger.warning("A row of the stream is left out. %s", outcome.error)
+            for example in outcome.examples:
+                for column in _COLUMNS:
+                    table[column].append(example.get(column))
+        if self._ledger.num_rows >= _NUM_ROWS_FOR_SHARE:
+            self._ledger.check_share(self._max_dropped_share)
+        return table

@@ -1,0 +1,139 @@
+"""Texts to tokens that know their characters, and back."""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerBase
+
+
+class TextEncoding(Protocol):
+    """A text as tokens that know their characters.
+
+    Attributes:
+        ids: The token ids.
+        seams: Characters at which the text was cut before it was encoded, and the token that
+            begins there: known for certain, whatever else is.
+        tells_characters: Whether the characters of each single token are known.
+    """
+
+    ids: list[int]
+    seams: Mapping[int, int]
+    tells_characters: bool
+
+    def token_at(self, char: int) -> int | None:
+        """The first token that covers a character; None where none does."""
+
+    def characters(self, token: int) -> tuple[int, int]:
+        """The characters `[start, end)` of a token."""
+
+
+class WholeEncoding:
+    """A text that was encoded in one piece.
+
+    Args:
+        encoding: What the tokenizer made of it.
+    """
+
+    seams: Mapping[int, int] = {}
+    tells_characters = True
+
+    def __init__(self, encoding: Encoding) -> None:
+        self.ids: list[int] = encoding.ids
+        self._encoding = encoding
+
+    def token_at(self, char: int) -> int | None:
+        """See `TextEncoding`."""
+        token: int | None = self._encoding.char_to_token(char)
+        return token
+
+    def characters(self, token: int) -> tuple[int, int]:
+        """See `TextEncoding`."""
+        start, end = self._encoding.token_to_chars(token)
+        return start, end
+
+
+class JoinedEncoding:
+    """Parts of a text that were encoded apart.
+
+    Args:
+        parts: Token ids of each part, and the characters of each token within it. A tokenizer that
+            cannot tell characters gives every token the whole part.
+        lengths: Characters of each part.
+        tells_characters: See `TextEncoding`.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[list[int], list[tuple[int, int]]]],
+        lengths: Sequence[int],
+        tells_characters: bool = True,
+    ) -> None:
+        self.ids: list[int] = []
+        self.seams: dict[int, int] = {0: 0}
+        self.tells_characters = tells_characters
+        self._places: list[tuple[int, int]] = []
+        begin = 0
+        for (input_ids, places), length in zip(parts, lengths, strict=True):
+            self.ids += input_ids
+            self._places += [(begin + start, begin + end) for start, end in places]
+            begin += length
+            self.seams[begin] = len(self.ids)
+        self._starts = [start for start, _ in self._places]
+
+    def token_at(self, char: int) -> int | None:
+        """See `TextEncoding`."""
+        token = bisect_right(self._starts, char) - 1
+        while token > 0 and self._places[token - 1][1] > char:
+            token -= 1
+        return token if token >= 0 and char < self._places[token][1] else None
+
+    def characters(self, token: int) -> tuple[int, int]:
+        """See `TextEncoding`."""
+        return self._places[token]
+
+
+def encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Sequence[TextEncoding]:
+    """Encodes whole texts, control tokens included."""
+    if not texts:
+        return []
+    if not tokenizer.is_fast:
+        return [encode_parts([text], tokenizer) for text in texts]
+    # The backend itself: transformers would copy every list once more, and forget the characters.
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = False
+    return [
+        WholeEncoding(encoding)
+        for encoding in backend.encode_batch(texts, add_special_tokens=False)
+    ]
+
+
+def encode_parts(parts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> JoinedEncoding:
+    """Encodes consecutive parts of a text, control tokens included."""
+    encoded = tokenizer(
+        list(parts),
+        add_special_tokens=False,
+        return_offsets_mapping=tokenizer.is_fast,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    ids = encoded["input_ids"]
+    # A tokenizer without offsets gives every token the whole part.
+    places = (
+        encoded["offset_mapping"]
+        if tokenizer.is_fast
+        else [[(0, len(part))] * len(tokens) for part, tokens in zip(parts, ids, strict=True)]
+    )
+    lengths = [len(part) for part in parts]
+    return JoinedEncoding(list(zip(ids, places, strict=True)), lengths, tokenizer.is_fast)
+
+
+def decode_tokens(ids: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts of token ids, control tokens included."""
+    if tokenizer.is_fast:
+        # The tokenizer's own decoding, without what transformers tidies up.
+        return list(tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=False))
+    return [str(tokenizer.decode(each, clean_up_tokenization_spaces=False)) for each in ids]

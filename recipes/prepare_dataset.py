@@ -1,0 +1,266 @@
+"""Turns rows into token and mask files: `python recipes/prepare_dataset.py --input_files ...`.
+
+Every row is tokenized, what is trained of it is marked and checked, and every row and token is
+accounted for. The files are mapped into memory when they are trained on, however large they are:
+`ShardDataset(out_dir)` is the dataset to give to a trainer.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from datasets import Dataset, concatenate_datasets
+from datasets.exceptions import DatasetGenerationError
+from sft import read_rows
+from transformers import AutoTokenizer, HfArgumentParser
+
+from hf_sft_plugin import (
+    DataOptions,
+    check_shard_destination,
+    prepare_dataset,
+    verify_shards,
+    write_shards,
+)
+
+EXAMPLES = """examples:
+  python recipes/prepare_dataset.py --input_files chat.jsonl --out_dir data/chat_sft \\
+      --format chat --mask_role assistant --tokenizer_name_or_path Qwen/Qwen3-0.6B \\
+      --val_share 0.05 --max_length 4096
+  python recipes/prepare_dataset.py --verify data/chat_sft
+"""
+
+
+@dataclass
+class FileArguments:
+    """Where rows come from and where shards go."""
+
+    _argument_group_name = "files"
+
+    input_files: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Rows as .json, .jsonl, .csv or .parquet, or folders of `datasets` (their "
+            "'train' split); several are joined."
+        },
+    )
+    out_dir: str | None = field(default=None, metadata={"help": "Folder to write."})
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer of the model that will be trained."}
+    )
+    chat_template_path: str | None = field(
+        default=None, metadata={"help": "File with a chat template for the tokenizer."}
+    )
+    val_files: list[str] | None = field(
+        default=None, metadata={"help": "Held-out rows, in any of the same forms."}
+    )
+    val_share: float = field(
+        default=0.0,
+        metadata={"help": "Share of the rows, 0 to 1, held out where there are no val_files."},
+    )
+    seed: int = field(default=0, metadata={"help": "Decides which rows are held out."})
+    num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize. None: one."}
+    )
+    max_dropped_share: float = field(
+        default=0.05,
+        metadata={"help": "Largest share of rows, 0 to 1, that may be dropped before it stops."},
+    )
+    max_tokens_per_shard: int = field(
+        default=2**28, metadata={"help": "Tokens of one file; 2^28 of them take 1 GiB."}
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replaces the shards that are in out_dir, in one step."}
+    )
+    verify: str | None = field(
+        default=None,
+        metadata={"help": "Checks every byte of a folder of shards instead, and writes nothing."},
+    )
+
+
+@dataclass
+class RowOptions(DataOptions):
+    """How rows become tokens: `DataOptions`, with shorter names for two of them."""
+
+    _argument_group_name = "rows"
+
+    data_format: Literal[
+        "auto",
+        "chat",
+        "prompt_response",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "text",
+        "segments",
+        "tokenized",
+    ] = field(  # type: ignore[assignment]  # "chat" becomes "messages"
+        default="auto",
+        metadata={
+            "aliases": ["--format"],
+            "help": "How rows are written; 'chat' is another name of 'messages'. auto: found from "
+            "the column names.",
+        },
+    )
+    train_roles: list[str] = field(
+        default_factory=lambda: ["assistant"],
+        metadata={
+            "aliases": ["--mask_role", "--mask_roles"],
+            "help": "Roles whose turns are trained.",
+        },
+    )
+
+    chat_template_kwargs: dict[str, Any] | str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "metavar": "MAPPING",
+            "help": "Variables for the chat template, e.g. '{enable_thinking: false}'.",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Gives the values the form that the package knows."""
+        if self.data_format == "chat":
+            self.data_format = "messages"
+        if isinstance(self.chat_template_kwargs, str):
+            self.chat_template_kwargs = yaml.safe_load(self.chat_template_kwargs)
+        if not isinstance(self.chat_template_kwargs, dict | None):
+            raise ValueError("chat_template_kwargs must be a mapping like '{name: value}'.")
+        super().__post_init__()
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Names each flag once, its short name first; a flag with hyphens is understood as well."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = sorted((n for n in action.option_strings if "-" not in n.lstrip("-")), key=len)
+        values = "" if action.nargs == 0 else self._format_args(action, action.dest.upper())
+        return f"{', '.join(names)} {values}".rstrip()
+
+
+def main() -> None:
+    """Runs the recipe."""
+    files, options = parse(sys.argv[1:])
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    try:
+        if files.verify is not None:
+            print(f"{verify_shards(files.verify)}\nEvery file is as it was written.")
+        else:
+            prepare(files, options)
+    except (ValueError, OSError) as error:
+        # What is wrong with settings, rows or files is said there; a traceback would only hide it.
+        raise SystemExit(f"prepare_dataset.py: {error}") from None
+
+
+def parse(argv: Sequence[str]) -> tuple[FileArguments, RowOptions]:
+    """Reads the flags.
+
+    Raises:
+        SystemExit: With code 2 and one clear message, if a flag or a value is wrong.
+    """
+    parser = HfArgumentParser(
+        cast(Any, (FileArguments, RowOptions)),
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+        usage="%(prog)s --input_files FILE ... --out_dir DIR --tokenizer_name_or_path NAME "
+        "[--flag value ...]\n       %(prog)s --verify DIR",
+    )
+    try:
+        files, options, unknown = parser.parse_args_into_dataclasses(
+            list(argv), return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    if unknown:
+        name = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(name, parser._option_string_actions, n=1)
+        hint = f"Did you mean '{near[0]}'?" if near else "See --help for all of them."
+        parser.error(f"unknown argument '{unknown[0]}'. {hint}")
+    needed = ("input_files", "out_dir", "tokenizer_name_or_path")
+    missing = [f"--{name}" for name in needed if getattr(files, name) is None]
+    if missing and files.verify is None:
+        parser.error(f"{' and '.join(missing)} must be given.")
+    if files.val_files and files.val_share:
+        parser.error("--val_files and --val_share both say what is held out; give one of them.")
+    if not 0 <= files.val_share < 1:
+        parser.error(f"--val_share is {files.val_share}, but a share is from 0 to below 1.")
+    return files, options
+
+
+def prepare(files: FileArguments, options: DataOptions) -> None:
+    """Reads, tokenizes and writes.
+
+    Raises:
+        ValueError: If files, rows, tokenizer and options do not fit each other.
+    """
+    assert files.out_dir is not None  # noqa: S101  # `parse` requires it
+    check_shard_destination(files.out_dir, overwrite=files.overwrite)
+    rows = read_splits(files)
+    tokenizer = AutoTokenizer.from_pretrained(files.tokenizer_name_or_path)
+    if files.chat_template_path is not None:
+        tokenizer.chat_template = Path(files.chat_template_path).read_text(encoding="utf-8")
+    splits, ledgers = {}, {}
+    for name, part in rows.items():
+        splits[name], ledgers[name] = prepare_dataset(
+            part,
+            tokenizer,
+            max_dropped_share=files.max_dropped_share,
+            num_proc=files.num_proc,
+            **dataclasses.asdict(options),
+        )
+        print(f"--- {name}\n{ledgers[name]}")
+    written = write_shards(
+        files.out_dir,
+        splits,
+        tokenizer,
+        ledgers=ledgers,
+        max_tokens_per_shard=files.max_tokens_per_shard,
+        overwrite=files.overwrite,
+    )
+    print(f"--- written\n{written}")
+
+
+def read_splits(files: FileArguments) -> dict[str, Dataset]:
+    """The raw rows: `train`, and `val` where any are held out."""
+    assert files.input_files is not None  # noqa: S101  # `parse` requires it
+    train = read_all(files.input_files)
+    if files.val_files:
+        return {"train": train, "val": read_all(files.val_files)}
+    if files.val_share:
+        parts = train.train_test_split(test_size=files.val_share, seed=files.seed)
+        return {"train": parts["train"], "val": parts["test"]}
+    return {"train": train}
+
+
+def read_all(paths: Sequence[str]) -> Dataset:
+    """The rows of several files, one after the other.
+
+    Raises:
+        ValueError: If a file cannot be read, or the files have different columns.
+    """
+    parts = []
+    for path in paths:
+        try:
+            parts.append(read_rows(path, "train"))
+        except DatasetGenerationError as error:
+            raise ValueError(f"'{path}' cannot be read: {error.__cause__}") from error
+    for path, part in zip(paths, parts, strict=True):
+        if set(part.column_names) != set(parts[0].column_names):
+            raise ValueError(
+                f"'{path}' has the columns {', '.join(sorted(part.column_names))}, but '{paths[0]}'"
+                f" has {', '.join(sorted(parts[0].column_names))}. Files that are joined have the "
+                "same columns."
+            )
+    return concatenate_datasets(parts)
+
+
+if __name__ == "__main__":
+    main()

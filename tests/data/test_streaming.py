@@ -1,0 +1,67 @@
+"""A stream is tokenized as it comes; what is left out is named, too much of it stops the run."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from datasets import Dataset, IterableDataset
+
+from hf_sft_plugin import prepare_dataset
+from hf_sft_plugin.data.streaming import prepare_stream
+
+GOOD = {"prompt": "hello", "response": "world"}
+BAD = {"prompt": "hello", "response": " "}
+
+
+def stream(rows: list[dict[str, Any]]) -> IterableDataset:
+    def generate() -> Iterator[dict[str, Any]]:
+        yield from rows
+
+    return IterableDataset.from_generator(generate)
+
+
+def test_a_stream_gives_the_examples_of_the_dataset(
+    tokenizer: Any, chat_rows: list[dict[str, Any]]
+) -> None:
+    expected, _ = prepare_dataset(Dataset.from_list(chat_rows), tokenizer)
+    examples = list(prepare_stream(stream(chat_rows), tokenizer))
+    columns = ("input_ids", "response_mask")
+    assert [{c: e[c] for c in columns} for e in examples] == expected.to_list()
+    assert {e["loss_weights"] for e in examples} == {None}
+
+
+def test_a_row_that_cannot_be_trained_is_left_out_and_named_by_its_place(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [GOOD] * 70 + [BAD] + [GOOD] * 70
+    with caplog.at_level(logging.WARNING):
+        assert len(list(prepare_stream(stream(rows), tokenizer))) == 140
+    (message,) = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    assert "Row 70: the response is empty" in message
+
+
+def test_too_many_such_rows_stop_the_stream(tokenizer: Any) -> None:
+    prepared = prepare_stream(stream(([GOOD] * 9 + [BAD]) * 100), tokenizer)
+    with pytest.raises(ValueError, match=r"rows cannot be trained.*\n- .*empty response"):
+        list(prepared)
+    allowed = prepare_stream(stream(([GOOD] * 9 + [BAD]) * 100), tokenizer, max_dropped_share=0.1)
+    assert len(list(allowed)) == 900
+
+
+def test_a_long_row_is_cut_or_left_out_as_in_a_dataset(tokenizer: Any) -> None:
+    row = {"input_ids": [5, 6, 7, 8, 2], "response_mask": [0, 0, 1, 1, 1]}
+    (cut,) = prepare_stream(stream([row]), tokenizer, max_length=4)
+    assert cut["input_ids"] == [5, 6, 7, 8]
+    assert not list(prepare_stream(stream([row]), tokenizer, max_length=4, overflow="drop"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [([], "The stream is empty"), ([{"words": "a"}], "No known format"), ([{"prompt": "a"}], "no")],
+)
+def test_a_stream_without_rows_or_known_columns_is_refused_before_it_is_read(
+    rows: list[dict[str, Any]], message: str, tokenizer: Any
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare_stream(stream(rows), tokenizer)

@@ -1,0 +1,29 @@
+"""The speed of preparation is measured on the same rows, with the same tokens trained."""
+
+import json
+from pathlib import Path
+
+import preparation
+import pytest
+from rich.console import Console
+
+
+def test_both_prepare_the_same_rows_and_train_the_same_tokens(tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="TRL, the extra `bench`, is not installed")
+    rows = [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(30)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    measured = preparation.measure_preparation(str(path), repetitions=1)
+    assert [each.num_rows for each in measured] == [30, 10]
+    for each in measured:
+        assert each.num_trained[0] == each.num_trained[1] > 30 * 5
+        assert len(each.ours) == len(each.theirs) == 1
+
+
+def test_the_table_shows_rows_per_second_and_their_ratio() -> None:
+    measured = preparation.Preparation("rows", 100, [1.0, 2.0, 1.0], [4.0, 4.0, 2.0], (7, 8))
+    console = Console(width=120, record=True)
+    console.print(preparation.preparation_table([measured]))
+    (line,) = [line for line in console.export_text().splitlines() if "rows \u2502" in line]
+    cells = [cell.strip() for cell in line.strip("\u2502").split("\u2502")]
+    assert cells == ["rows", "100", "100", "25", "2.00", "2.00-4.00", "7", "8"]
