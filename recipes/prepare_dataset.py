@@ -18,7 +18,7 @@ from typing import Any, Literal, cast
 import yaml
 from datasets import Dataset, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
-from sft import read_rows
+from rows import read_rows
 from transformers import AutoTokenizer, HfArgumentParser
 
 from hf_sft_plugin import (
@@ -116,7 +116,7 @@ class RowOptions(DataOptions):
         },
     )
 
-    chat_template_kwargs: dict[str, Any] | str | None = field(  # type: ignore[assignment]
+    chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
             "metavar": "MAPPING",
@@ -249,7 +249,7 @@ def read_all(paths: Sequence[str]) -> Dataset:
     parts = []
     for path in paths:
         try:
-            parts.append(read_rows(path, "train"))
+            parts.append(read_rows(path, None))
         except DatasetGenerationError as error:
             raise ValueError(f"'{path}' cannot be read: {error.__cause__}") from error
     for path, part in zip(paths, parts, strict=True):

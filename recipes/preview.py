@@ -22,6 +22,7 @@ import sft
 from arguments import parse_arguments
 from datasets import Dataset
 from quickstart import train_tokenizer
+from rows import DataArguments, load_rows
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_sft_plugin import (
@@ -47,7 +48,7 @@ def main() -> None:
     """Runs the recipe."""
     model_args, data_args, options, training, arguments = _parse(sys.argv[1:])
     try:
-        rows, _ = sft.load_rows(data_args, seed=int(training.seed or 42))
+        rows, _ = load_rows(data_args, seed=int(training.seed or 42))
         tokenizer = load_tokenizer(model_args, rows)
         setup = make_tokenization_setup(tokenizer, options, _model(model_args))
         against = None
@@ -111,7 +112,7 @@ def _parse(argv: list[str]) -> tuple[Any, ...]:
     return parse_arguments(
         (
             _showing(sft.ModelArguments, _TOKENIZER_SETTINGS),
-            _showing(sft.DataArguments, _ROW_SETTINGS),
+            _showing(DataArguments, _ROW_SETTINGS),
             DataOptions,
             _training_settings(),
             PreviewArguments,

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from quickstart import train_tokenizer
@@ -66,7 +67,7 @@ def prove_template(name: str, template: str, base: PreTrainedTokenizerBase) -> T
     """Tries one template on all conversations."""
     tokenizer = type(base)(tokenizer_object=base.backend_tokenizer)
     tokenizer.chat_template = template
-    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    names: dict[str, Any] = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
     tokenizer.add_special_tokens(names)
     stops = _find_control_tokens(tokenizer)
     results: dict[str, str] = {}
@@ -93,7 +94,7 @@ def _find_control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ends += [name for name in ("<|return|>", "<|call|>") if name in str(tokenizer.chat_template)]
     if not ends:
         return [tokenizer.eos_token_id]
-    return [int(i) for i in tokenizer.convert_tokens_to_ids(ends)]
+    return [int(tokenizer.get_vocab()[end]) for end in ends]
 
 
 def _prove(

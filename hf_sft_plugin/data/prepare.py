@@ -124,9 +124,11 @@ def _prepare_batch(
     for outcome in tokenize_rows(rows, indices, tokenizer, options, stop_token_ids):
         # The account of a row stands on its first example.
         account: str | None = json.dumps(account_of(outcome))
-        for example in outcome.examples or [{}]:
+        examples: list[Mapping[str, Any]] = [*outcome.examples] or [{}]
+        for example in examples:
+            values = {**example, _ACCOUNT: account}
             for column in columns:
-                table[column].append(account if column == _ACCOUNT else example.get(column))
+                table[column].append(values.get(column))
             account = None
     return table
 

@@ -7,7 +7,7 @@ it says independently where each content went.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -154,11 +154,11 @@ class _Rendering:
         self._cores = [_core(message) for message in self._messages]
         self._index = index
         self._stop_texts = stop_texts
-        self._render = partial(
-            tokenizer.apply_chat_template,
-            tokenize=False,
-            **({"tools": list(conversation.tools)} if conversation.tools else {}),
-            **_template_kwargs(options),
+        variables = dict(_template_kwargs(options))
+        if conversation.tools:
+            variables["tools"] = list(conversation.tools)
+        self._render: Callable[..., Any] = partial(
+            tokenizer.apply_chat_template, tokenize=False, **variables
         )
 
     def __call__(

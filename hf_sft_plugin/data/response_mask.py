@@ -143,7 +143,8 @@ def _mask_span(
         )
     start = _token_from(encoding, span.start, text, boundary)
     told, last = place or (_last_character(span),) * 2
-    stop = end = _token_from(encoding, last, text, boundary)
+    end = _token_from(encoding, last, text, boundary)
+    stop: int | None = end
     if place is None:
         end += boundary == "include" and last < len(text) and not _is_clean(encoding, last)
     else:
@@ -152,6 +153,7 @@ def _mask_span(
         if stop is None or stops.get(masked.input_ids[stop]) != text[told:last]:
             raise _disagreement(span, span.turn, text[span.start : last], index)
         end = stop + 1
+    assert stop is not None
     if start >= stop:
         raise RowError(
             index,

@@ -154,7 +154,9 @@ class RowTokenizer:
         proofs: list[Proof] = []
         for outcome, text in rendered:
             is_hidden = bool(outcome.control_tokens) and not keeps
-            encoding = self._marker.encode([text.text]) if is_hidden else next(encodings)
+            encoding: TextEncoding = (
+                self._marker.encode([text.text]) if is_hidden else next(encodings)
+            )
             if outcome.error is None:
                 proofs += self._mask_chat(outcome, text, encoding, is_hidden)
         return proofs

@@ -1,7 +1,7 @@
 """Texts to tokens that know their characters, and back."""
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from tokenizers import Encoding
@@ -19,7 +19,7 @@ class TextEncoding(Protocol):
     """
 
     ids: list[int]
-    seams: Mapping[int, int]
+    seams: dict[int, int]
     tells_characters: bool
 
     def token_at(self, char: int) -> int | None:
@@ -36,11 +36,10 @@ class WholeEncoding:
         encoding: What the tokenizer made of it.
     """
 
-    seams: Mapping[int, int] = {}
-    tells_characters = True
-
     def __init__(self, encoding: Encoding) -> None:
         self.ids: list[int] = encoding.ids
+        self.seams: dict[int, int] = {}
+        self.tells_characters = True
         self._encoding = encoding
 
     def token_at(self, char: int) -> int | None:
@@ -50,8 +49,10 @@ class WholeEncoding:
 
     def characters(self, token: int) -> tuple[int, int]:
         """See `TextEncoding`."""
-        start, end = self._encoding.token_to_chars(token)
-        return start, end
+        characters: tuple[int, int] | None = self._encoding.token_to_chars(token)
+        # None only for what a tokenizer adds of itself, which was not asked for.
+        assert characters is not None
+        return characters
 
 
 class JoinedEncoding:

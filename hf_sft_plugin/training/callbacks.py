@@ -1,10 +1,12 @@
 """What happens around a run: the summary before it, the log during it, report and card after it."""
 
 import importlib.metadata
+import json
 import logging
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,7 @@ class RunRecorder(TrainerCallback):
         self._has_log = True
         for name, ledger in self.ledgers.items():
             ledger.save(_output_dir(args) / f"data_ledger_{name}.json")
+            write_certificate(_output_dir(args) / f"mask_certificate_{name}.json", ledger)
         Console().print(summarize_run(args, state, kwargs["model"], self.ledgers.get("train")))
 
     def on_log(
@@ -208,11 +211,41 @@ def card_facts(
             "seed": args.seed,
         },
         versions={name: _version(name) for name in _LIBRARIES},
-        ledger=str(ledger) if ledger is not None else "",
+        ledger=describe_data(ledger) if ledger is not None else "",
         before=evaluations.get(0, {}),
         after=evaluations.get(last_step, {}) if last_step > 0 else {},
         best_step=best_step,
     )
+
+
+def describe_data(ledger: Ledger) -> str:
+    """The account of the training data, and the digests of what was trained."""
+    masks, tokens = (ledger.certificate.get(f"{name}_sha256", "") for name in ("masks", "tokens"))
+    proof = f"\nproof   masks {masks[:16]}, tokens {tokens[:16]} (mask_certificate_train.json)"
+    return str(ledger) + (proof if masks else "")
+
+
+def write_certificate(path: Path, ledger: Ledger) -> None:
+    """Writes what was proven of the masks: digests, counts by kind, and the rows that stand out."""
+    dropped = {reason: asdict(drop) for reason, drop in ledger.drops.items()}
+    for drop in dropped.values():
+        # What the row says stays out of a file that travels with the model.
+        drop.pop("example")
+    certificate = {
+        **ledger.certificate,
+        "num_rows": ledger.num_rows,
+        "num_rows_trained": ledger.num_rows_trained,
+        "num_examples_ending_with_a_stop_token": ledger.num_stopped,
+        "spans": ledger.spans,
+        "control_tokens": ledger.control_tokens,
+        "num_straddled_tokens": ledger.num_straddled_tokens,
+        "remarks": {
+            remark: {"num_rows": ledger.num_remarks[remark], "first_rows": rows}
+            for remark, rows in ledger.remarks.items()
+        },
+        "dropped": dropped,
+    }
+    path.write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
 
 
 def warn_of_rounding(optimizer: torch.optim.Optimizer | None) -> None:

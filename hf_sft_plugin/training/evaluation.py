@@ -198,7 +198,9 @@ def _generation_mode(model: PreTrainedModel, config: GenerationConfig) -> Iterat
     What is not set in a `GenerationConfig` is otherwise taken from the one saved with the model,
     such as a penalty on repetitions.
     """
-    owner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    owner: Any = model
+    if isinstance(owner, PeftModel):
+        owner = owner.get_base_model()
     saved, was_training = owner.generation_config, model.training
     owner.generation_config = config
     model.eval()

@@ -128,7 +128,8 @@ def stop_tokens(
     if stop_token is None and generation_config is not None:
         own = generation_config.eos_token_id
         stops |= set(own) if isinstance(own, list) else {own}
-    return frozenset(token_id for token_id in stops if token_id is not None)
+    # A config may name tokens of another tokenizer, which this one never makes.
+    return frozenset(stop for stop in stops if stop is not None and stop < len(tokenizer))
 
 
 def limit_length(

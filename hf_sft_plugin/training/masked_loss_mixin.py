@@ -14,7 +14,13 @@ from hf_sft_plugin.loss.masked_loss import LossNormalization, token_weights, wid
 from hf_sft_plugin.loss.token_stats import shift_labels
 from hf_sft_plugin.training.checkpoint import load_totals, save_totals
 from hf_sft_plugin.training.lm_head import FusedHead, ResponseResult, find_transform, forward_full
-from hf_sft_plugin.training.metrics import NUM_TOTALS, Totals, WindowedTotals, row_totals
+from hf_sft_plugin.training.metrics import (
+    NUM_TOTALS,
+    Totals,
+    WindowedTotals,
+    means_by_source,
+    row_totals,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +104,8 @@ class MaskedLossMixin(_TrainerBase):
     micro-batches or over processes. Every `logging_steps` it logs `loss`, `token_entropy` and
     `token_accuracy`, each one sum over the window divided by one count, and the cumulative
     `num_response_tokens` and `num_tokens`. Evaluation gives the same with the prefix `eval_`, and
-    `eval_perplexity`, whatever the evaluation batch size.
+    `eval_perplexity`, whatever the evaluation batch size; where the rows have a `source`, also
+    `eval_<source>_loss` and so on.
 
     Attributes:
         loss_normalization: What the loss is divided by; see `LossNormalization`.
@@ -120,7 +127,7 @@ class MaskedLossMixin(_TrainerBase):
         # A subclass may give it as text, as the config does.
         self.loss_normalization = LossNormalization(self.loss_normalization)
         self._train_totals = WindowedTotals()
-        self._eval_totals = self._no_totals()
+        self._eval_rows: list[Tensor] = []
         self._num_microbatches = 1
         self._head: FusedHead | None = None
         self._model_of_head: nn.Module | None = None
@@ -201,7 +208,7 @@ class MaskedLossMixin(_TrainerBase):
         if self.accelerator.num_processes > 1:
             # Leaves out the rows that were repeated to give every process as many.
             totals = self.accelerator.gather_for_metrics(totals)
-        self._eval_totals += totals.sum(0)
+        self._eval_rows.append(totals)
         if prediction_loss_only:
             return None, None, None
         logits = outputs.logits[:, -batch.targets.shape[1] :]
@@ -215,16 +222,18 @@ class MaskedLossMixin(_TrainerBase):
         Raises:
             ValueError: If no row of the dataset has a response token.
         """
-        self._eval_totals = self._no_totals()
+        self._eval_rows = []
         output: EvalLoopOutput = super().evaluation_loop(dataloader, description, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        totals = Totals(*self._eval_totals.tolist())
+        rows = torch.cat(self._eval_rows or [self._no_totals()])
+        totals = Totals(*rows.sum(0).tolist())
         if not totals.means():
             raise ValueError(
                 f"No row of the {description.lower()} data has a response token, so there is "
                 "nothing to measure. Check its response_mask or labels."
             )
         metrics = {**totals.means(), "perplexity": totals.perplexity(), **totals.counts()}
+        metrics |= means_by_source(rows, dataloader.dataset, self._get_eval_sampler)
         prefixed = {f"{prefix}_{name}": value for name, value in metrics.items()}
         return output._replace(metrics={**prefixed, **(output.metrics or {})})
 
@@ -321,7 +330,7 @@ class MaskedLossMixin(_TrainerBase):
 
     def _no_totals(self) -> Tensor:
         device = self.args.device
-        return torch.zeros(NUM_TOTALS, dtype=widest_float(device), device=device)
+        return torch.zeros(1, NUM_TOTALS, dtype=widest_float(device), device=device)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -1,11 +1,14 @@
 """Step 9 of the walk: sums and counts stay on the device and are reduced once per log."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.utils.data import SequentialSampler
 
 from hf_sft_plugin.loss.masked_loss import widest_float
 from hf_sft_plugin.loss.token_stats import TokenStats
@@ -91,6 +94,37 @@ def row_totals(
     sums.index_add_(0, keep.nonzero()[:, 0], per_token)
     counts = torch.stack([keep.sum(-1), num_tokens], dim=-1).to(dtype)
     return torch.cat([sums[:, :1], divisors.unsqueeze(-1).to(dtype), sums[:, 1:], counts], dim=-1)
+
+
+def means_by_source(
+    rows: Tensor, dataset: Any, get_sampler: Callable[[Any], Any]
+) -> dict[str, float]:
+    """The means of an evaluation for each source of its rows.
+
+    Args:
+        rows: Totals of each row, `(N, 7)`, in the order of evaluation.
+        dataset: What was evaluated; has a column `source`, or nothing is returned.
+        get_sampler: Says in which order the Trainer evaluates a dataset.
+
+    Returns:
+        `<source>_loss`, `<source>_token_entropy` and so on, for two sources or more.
+    """
+    if "source" not in (getattr(dataset, "column_names", None) or ()):
+        return {}
+    sampler = get_sampler(dataset)
+    if len(rows) != len(dataset) or not isinstance(sampler, SequentialSampler | None):
+        return {}
+    sources = [str(source) for source in dataset["source"]]
+    names = sorted(set(sources))
+    if len(names) == 1:
+        return {}
+    index = torch.tensor([names.index(source) for source in sources], device=rows.device)
+    sums = rows.new_zeros(len(names), rows.shape[1]).index_add_(0, index, rows)
+    return {
+        f"{name}_{key}": value
+        for name, totals in zip(names, sums.tolist(), strict=True)
+        for key, value in Totals(*totals).means().items()
+    }
 
 
 class WindowedTotals:

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from hf_sft_plugin.data.collator import DataCollatorForPromptResponse
 from hf_sft_plugin.data.ledger import Ledger
 from hf_sft_plugin.data.prepare import prepare_dataset
+from hf_sft_plugin.data.shards import ShardDataset, check_tokenizer
+from hf_sft_plugin.data.streaming import prepare_stream
 from hf_sft_plugin.loss.masked_loss import LossNormalization
 from hf_sft_plugin.training.adapters import add_adapter
 from hf_sft_plugin.training.callbacks import RunRecorder
@@ -96,6 +98,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         model = add_adapter(model, peft_config)
         self.stop_token_ids = stop_tokens(model, tokenizer, args.stop_token)
         self.ledgers: dict[str, Ledger] = {}
+        self._prepared: list[AnyDataset] = []
         self.responses: list[GeneratedResponse] = []
         metrics = args.generation_metrics if args.predict_with_generate else []
         self.generation_metrics = [load_metric(name) for name in metrics]
@@ -144,6 +147,14 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         """
         rows = self.eval_dataset if dataset is None else dataset
         return self._answer(self._examples_to_answer(rows, num_rows))
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in `Trainer`; rows that were not given to the constructor are prepared like those."""
+        return super().evaluate(self._prepare_later("evaluate", eval_dataset), *args, **kwargs)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; the rows are prepared like those of the constructor."""
+        return super().predict(self._prepare_later("predict", test_dataset), *args, **kwargs)
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """As in `MaskedLossMixin`; with `predict_with_generate` also judges generated responses.
@@ -221,6 +232,12 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             batch_size=self.args.per_device_eval_batch_size,
         )
 
+    def _prepare_later(self, name: str, dataset: Any) -> Any:
+        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+        return self._prepare(
+            name, dataset, tokenizer=tokenizer, args=self.args, options=self._options
+        )
+
     def _prepare(
         self,
         name: str,
@@ -230,10 +247,21 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         args: MaskedSFTConfig,
         options: Mapping[str, Any],
     ) -> Any:
-        """Tokenizes and counts a dataset; a streaming one is left to the collator."""
+        """Tokenizes and counts a dataset; a stream is tokenized as its rows come."""
         if isinstance(dataset, Mapping):
             prepare = partial(self._prepare, tokenizer=tokenizer, args=args, options=options)
             return {part: prepare(f"{name}_{part}", rows) for part, rows in dataset.items()}
+        if any(dataset is prepared for prepared in self._prepared):
+            return dataset
+        if isinstance(dataset, IterableDataset):
+            share = args.max_dropped_share
+            stream = prepare_stream(dataset, tokenizer, max_dropped_share=share, **options)
+            self._prepared.append(stream)
+            return stream
+        if isinstance(dataset, ShardDataset):
+            check_tokenizer(dataset.folder, tokenizer)
+        if isinstance(dataset, list):
+            dataset = Dataset.from_list(dataset)
         if not isinstance(dataset, Dataset):
             return dataset
         with args.main_process_first(desc=f"preparing the {name} data"):
@@ -244,6 +272,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
                 num_proc=args.dataset_num_proc,
                 **options,
             )
+        self._prepared.append(prepared)
         return prepared
 
 

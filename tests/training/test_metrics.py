@@ -1,11 +1,15 @@
 """Sums and counts: added on the device, reduced once, divided once."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 
+from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
 from hf_sft_plugin.loss.token_stats import TokenStats
 from hf_sft_plugin.training.metrics import NUM_TOTALS, Totals, WindowedTotals, row_totals
 
@@ -72,3 +76,24 @@ def test_a_window_that_was_added_keeps_its_own_tensor() -> None:
     totals.add(batch)
     assert batch.tolist() == [1.0] * NUM_TOTALS
     assert totals.peek(Accelerator(cpu=True)).loss == pytest.approx(2.0)
+
+
+def test_the_means_of_each_source_are_those_of_its_rows_alone(
+    tokenizer: Any, model: Any, make_config: Callable[..., MaskedSFTConfig]
+) -> None:
+    texts = ("world", "the answer", "4", "this question is", "system")
+    rows = [
+        {"prompt": "hello", "response": text, "source": "book" if i % 2 else "web"}
+        for i, text in enumerate(texts)
+    ]
+    trainer = MaskedSFTTrainer(
+        model, make_config(), eval_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    metrics = trainer.evaluate()
+    for name in ("book", "web"):
+        own = Dataset.from_list([row for row in rows if row["source"] == name])
+        alone = trainer.evaluate(own.remove_columns("source"))
+        for key in ("loss", "token_entropy", "token_accuracy"):
+            assert metrics[f"eval_{name}_{key}"] == pytest.approx(alone[f"eval_{key}"], rel=1e-6)
+    (one,) = {row["source"] for row in rows[:1]}
+    assert f"eval_{one}_loss" not in trainer.evaluate(Dataset.from_list(rows[:1]))

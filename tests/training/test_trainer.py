@@ -18,7 +18,9 @@ from hf_sft_plugin import (
     MaskedSFTConfig,
     MaskedSFTTrainer,
     RowError,
+    ShardDataset,
     prepare_dataset,
+    write_shards,
 )
 
 Make = Callable[..., MaskedSFTConfig]
@@ -509,3 +511,103 @@ def test_the_stop_token_is_the_one_named_and_is_saved(
     trainer.save_model()
     saved = AutoTokenizer.from_pretrained(trainer.args.output_dir)
     assert saved.eos_token == "<|im_end|>"
+
+
+def test_a_list_of_rows_is_checked_and_counted_as_a_dataset_is(
+    tokenizer: Any, model: Any, make_config: Callable[..., MaskedSFTConfig]
+) -> None:
+    rows = [{"prompt": "hello", "response": "world"}] * 3
+    trainer = MaskedSFTTrainer(
+        model,
+        make_config(),
+        train_dataset=rows,
+        processing_class=tokenizer,  # type: ignore[arg-type]
+    )
+    assert trainer.ledgers["train"].num_rows_trained == 3
+
+
+def test_rows_given_to_evaluate_are_checked_and_counted_like_those_of_the_constructor(
+    tokenizer: Any, model: Any, make_config: Callable[..., MaskedSFTConfig]
+) -> None:
+    raw = Dataset.from_list([{"prompt": "hello", "response": "world"}] * 3)
+    config = make_config(predict_with_generate=True, generation_max_new_tokens=2)
+    trainer = MaskedSFTTrainer(model, config, eval_dataset=raw, processing_class=tokenizer)
+    figures = trainer.evaluate()
+    again = trainer.evaluate(raw)
+    assert {k: v for k, v in again.items() if k.endswith(("loss", "match"))} == {
+        k: v for k, v in figures.items() if k.endswith(("loss", "match"))
+    }
+    assert trainer.ledgers["evaluate"].num_rows_trained == 3
+    assert trainer.predict(raw).metrics["test_loss"] == figures["eval_loss"]
+    several = trainer.evaluate({"a": raw, "b": raw})
+    assert several["eval_a_loss"] == several["eval_b_loss"] == figures["eval_loss"]
+    bad = Dataset.from_list([{"prompt": "hello", "response": ""}] * 3)
+    with pytest.raises(ValueError, match="3 of 3 rows cannot be trained"):
+        trainer.evaluate(bad)
+
+
+def test_a_stream_leaves_out_what_cannot_be_trained_and_trains_the_rest(
+    tokenizer: Any,
+    model: Any,
+    make_config: Callable[..., MaskedSFTConfig],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rows = [{"prompt": "hello", "response": "world"}] * 5 + [{"prompt": "hello", "response": " "}]
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    trainer = MaskedSFTTrainer(
+        model, make_config(max_steps=2), train_dataset=stream, processing_class=tokenizer
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert "Row 5: the response is empty" in caplog.text
+
+
+def test_shards_are_trained_with_the_tokenizer_that_made_them_and_no_other(
+    tokenizer: Any,
+    tokenizer_factory: Callable[..., Any],
+    model: Any,
+    make_config: Callable[..., MaskedSFTConfig],
+    tmp_path: Path,
+) -> None:
+    rows = [{"prompt": "hello", "response": "world"}, {"prompt": "what", "response": "the answer"}]
+    prepared, _ = prepare_dataset(Dataset.from_list(rows), tokenizer)
+    write_shards(tmp_path / "shards", {"train": prepared}, tokenizer)
+    losses = []
+    for dataset in (prepared, ShardDataset(tmp_path / "shards")):
+        trainer = MaskedSFTTrainer(
+            model, make_config(), eval_dataset=dataset, processing_class=tokenizer
+        )
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == losses[1]
+    other = tokenizer_factory()
+    other.add_tokens(["more"])
+    model.resize_token_embeddings(len(other))
+    with pytest.raises(ValueError, match="tokenizer"):
+        MaskedSFTTrainer(
+            model,
+            make_config(),
+            train_dataset=ShardDataset(tmp_path / "shards"),
+            processing_class=other,
+        )
+
+
+def test_a_run_leaves_the_certificate_of_its_masks(
+    tokenizer: Any,
+    model: Any,
+    make_config: Callable[..., MaskedSFTConfig],
+    chat_rows: list[dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    config = make_config()
+    trainer = MaskedSFTTrainer(
+        model, config, train_dataset=Dataset.from_list(chat_rows), processing_class=tokenizer
+    )
+    trainer.train()
+    folder = Path(str(config.output_dir))
+    certificate = json.loads((folder / "mask_certificate_train.json").read_text())
+    assert certificate["spans"] == {"exact": 12}
+    assert certificate["num_rows"] == certificate["num_rows_trained"] == 8
+    assert certificate["dropped"] == certificate["remarks"] == {}
+    digest = trainer.ledgers["train"].certificate["masks_sha256"]
+    assert certificate["masks_sha256"] == digest
+    assert digest[:16] in (folder / "README.md").read_text()
