@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # The reason under which the walk drops a row that marks no token.
 _NOTHING_TRAINED = "no trained token"
+# The columns of every row that was prepared.
+_PREPARED = ("input_ids", "response_mask")
 
 
 class DataCollatorForPromptResponse:
@@ -137,9 +140,19 @@ class DataCollatorForPromptResponse:
         return batch
 
     def _tokenized(self, rows: Sequence[Mapping[str, Any]]) -> list[TokenizedExample]:
-        _require_one_format(rows, self.options)
+        options = self.options
+        if all(row.get(name) is not None for row in rows for name in _PREPARED):
+            # The options name the columns that the rows had before they were prepared.
+            options = replace(
+                options,
+                data_format="tokenized",
+                prompt_column=None,
+                response_column=None,
+                messages_column=None,
+            )
+        _require_one_format(rows, options)
         outcomes = tokenize_rows(
-            rows, range(len(rows)), self.tokenizer, self.options, self.stop_token_ids
+            rows, range(len(rows)), self.tokenizer, options, self.stop_token_ids
         )
         examples: list[TokenizedExample] = []
         for row, outcome in zip(rows, outcomes, strict=True):

@@ -234,6 +234,23 @@ def test_rows_of_one_batch_are_of_one_format(
         DataCollatorForPromptResponse(tokenizer)([first, first, second])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompt_column": "question", "response_column": "answer"},
+        {"messages_column": "chat"},
+        {"data_format": "messages"},
+    ],
+    ids=str,
+)
+def test_options_that_name_the_columns_of_raw_rows_do_not_hinder_prepared_ones(
+    options: dict[str, Any], tokenizer: Any
+) -> None:
+    batch = DataCollatorForPromptResponse(tokenizer, **options)([LONG, SHORT])
+    expected = DataCollatorForPromptResponse(tokenizer)([LONG, SHORT])
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
 def test_columns_that_a_row_may_go_without_may_differ(tokenizer: Any) -> None:
     collator = DataCollatorForPromptResponse(tokenizer)
     rows = [{**RAW[0], "id": 7}, {**RAW[1], "weight": 1.0, "source": "book"}, RAW[2]]

@@ -1,4 +1,4 @@
-"""Control tokens that somebody wrote into the data stay text, and the template's own stay tokens."""
+"""Control tokens that somebody wrote into the data stay text; only templates write real ones."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -209,7 +209,8 @@ def test_a_template_that_escapes_private_characters_does_not_train_the_escape(
 ) -> None:
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | tojson(ensure_ascii=true)"
-        " }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        " }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     tokenizer = tokenizer_factory(chat_template=template)
     outcome = outcome_of(chat(("user", "q"), ("assistant", f"a{IM}b")), tokenizer)

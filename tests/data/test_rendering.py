@@ -87,10 +87,6 @@ def test_a_response_is_trained_from_the_generation_prompt_through_its_stop_token
 ) -> None:
     messages = chat(("user", "hello"), ("assistant", content))
     outcome = tokenize_with(family, messages)
-    if "\U000f0000" in content:
-        # Sentinels cannot be told from such data: the text is trained rightly, or not at all.
-        if outcome.error is not None:
-            return
     assert trained_of(family, outcome) == [[expected(family, content)]]
     check_inference(family, messages, outcome)
 
