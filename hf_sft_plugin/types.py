@@ -165,7 +165,8 @@ class DataOptions:
         default="text",
         metadata={
             "help": "Contents in which a control token such as <|im_end|> is written: 'text' "
-            "encodes it as ordinary text, 'keep' as the control token, 'error' drops the row."
+            "encodes it as ordinary text, 'keep' as the control token, 'error' drops the row. "
+            "Prompts without a template are taken as they are written."
         },
     )
 

@@ -3,8 +3,9 @@
 Most chats of a dataset differ in their contents alone: the same roles in the same order. Where a
 template treats contents as opaque text, what it writes around them is the same for all of them. So
 one chat of each shape is rendered in full, with a placeholder for each content, and the others are
-filled in. Every row is still rendered once, and must equal what was filled in; rows whose
-contents a template might look at, and every hundredth row, take the full way.
+filled in. Of every row the whole and the prompt of the last response are still rendered, and must
+equal what was filled in; rows whose contents a template might look at, and every hundredth row,
+take the full way.
 """
 
 import re
@@ -14,12 +15,21 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_sft_plugin.data.rendering import Range, RenderedText, Span, render_chat, render_whole
+from hf_sft_plugin.data.rendering import (
+    Range,
+    RenderedText,
+    Span,
+    render_chat,
+    render_prompt,
+    render_whole,
+)
 from hf_sft_plugin.types import Conversation, DataOptions, RowError
 
 # Contents that templates are known to look into: tags, control tokens, JSON.
 _TELLING = re.compile(r"</|<\||^[<\[{\s]|[>\]}\s]$")
 _NUM_TRIALS = 3
+# Private characters that stand for contents.
+_PLACEHOLDER = 0xE000
 _AUDIT_EVERY = 100
 
 
@@ -30,10 +40,13 @@ class _Shape:
     Attributes:
         texts: The rendered texts, with one placeholder for each content; None where the template
             does not treat contents as opaque.
+        prompt: What inference supplies before the last response, with placeholders; None where
+            nothing is generated.
         num_rows: Rows seen so far.
     """
 
     texts: list[RenderedText] | None
+    prompt: str | None = None
     num_rows: int = 0
 
 
@@ -65,7 +78,7 @@ class ChatRenderer:
         if shape.texts is None:
             return self._in_full(conversation, index)
         filled = [_fill(text, contents) for text in shape.texts]
-        if filled[-1].text != render_whole(conversation, self.tokenizer, index, self.options):
+        if not self._is_as_rendered(filled[-1], shape, contents, conversation, index):
             return self._in_full(conversation, index)
         if shape.num_rows <= _NUM_TRIALS or shape.num_rows % _AUDIT_EVERY == 0:
             texts = self._in_full(conversation, index)
@@ -74,22 +87,44 @@ class ChatRenderer:
             return texts
         return filled
 
+    def _is_as_rendered(
+        self,
+        last: RenderedText,
+        shape: _Shape,
+        contents: list[str],
+        conversation: Conversation,
+        index: int,
+    ) -> bool:
+        """Whether the whole, and what inference supplies before the last response, are so."""
+        if last.text != render_whole(conversation, self.tokenizer, index, self.options):
+            return False
+        if shape.prompt is None:
+            return True
+        filled = shape.prompt.translate({_PLACEHOLDER + n: c for n, c in enumerate(contents)})
+        turn = last.spans[-1].turn
+        return filled == render_prompt(conversation, turn, self.tokenizer, index, self.options)
+
     def _in_full(self, conversation: Conversation, index: int) -> list[RenderedText]:
         return render_chat(conversation, self.tokenizer, index, self.options, self.stop_texts)
 
     def _find_shape(self, conversation: Conversation) -> _Shape:
         """Renders placeholders, and sees whether each went to one place."""
         turns = tuple(
-            replace(turn, message={**turn.message, "content": chr(0xE000 + number)})
+            replace(turn, message={**turn.message, "content": chr(_PLACEHOLDER + number)})
             for number, turn in enumerate(conversation.turns)
         )
+        hollow = replace(conversation, turns=turns)
         try:
-            texts = self._in_full(replace(conversation, turns=turns), 0)
+            texts = self._in_full(hollow, 0)
+            span = texts[-1].spans[-1]
+            prompt = None
+            if span.kind != "text" and turns[span.turn].message["role"] == "assistant":
+                prompt = render_prompt(hollow, span.turn, self.tokenizer, 0, self.options)
         except RowError:
             return _Shape(None)
         is_whole = len(texts[-1].contents) == len(turns)
         is_clear = all(_is_clear(text) for text in texts)
-        return _Shape(texts if is_whole and is_clear else None)
+        return _Shape(texts if is_whole and is_clear else None, prompt)
 
 
 def _opaque_contents(conversation: Conversation) -> list[str] | None:
@@ -113,7 +148,7 @@ def _is_clear(text: RenderedText) -> bool:
     return (
         len(places) == len(text.contents)
         and places == sorted(set(places))
-        and all(text.text.count(chr(0xE000 + n)) == 1 for n in range(len(places)))
+        and all(text.text.count(chr(_PLACEHOLDER + n)) == 1 for n in range(len(places)))
         and not text.is_altered
         and not text.is_unseen
     )

@@ -7,7 +7,7 @@ ordinary text.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,9 +47,10 @@ class ControlTokenMarker:
         self._openings = {text[0] for text in self._texts}
 
     def find(self, conversation: Conversation) -> list[str]:
-        """The control tokens that stand in the contents of a chat, and in its tools."""
+        """The control tokens that stand in contents, tools and segments."""
         found: list[str] = []
-        for value in (*conversation.messages, *(conversation.tools or ())):
+        written = [segment.text for segment in conversation.segments]
+        for value in (*conversation.messages, *(conversation.tools or ()), written):
             for text in _texts(value):
                 if any(opening in text for opening in self._openings):
                     found += self._pattern.findall(text)
@@ -113,6 +114,21 @@ class ControlTokenMarker:
         lengths = [len(part) for part in parts]
         return JoinedEncoding(pieces, lengths, self._tokenizer.is_fast)
 
+    def encode_response(self, text: str, stops: Collection[int]) -> list[int] | None:
+        """Encodes a text in which control tokens are text, but for a stop token at its end.
+
+        Returns:
+            The token ids; None where no control token stands within the text.
+        """
+        ending = next((t for t in self._texts if text.endswith(t) and self._ids[t] in stops), "")
+        body = text.removesuffix(ending)
+        if self._pattern.search(body) is None:
+            return None
+        encoded = self._tokenizer(
+            body, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
+        return [*encoded["input_ids"], *([self._ids[ending]] if ending else [])]
+
     def _encode_text(self, hidden: str) -> tuple[list[int], list[tuple[int, int]]]:
         text = self.show(hidden)
         encoded = self._tokenizer(
@@ -144,7 +160,7 @@ class ControlTokenMarker:
                 lambda match: chr(_MARK + self._texts.index(match.group())), value
             )
         if isinstance(value, Mapping):
-            return {key: self._hide(item) for key, item in value.items()}
+            return {self._hide(key): self._hide(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self._hide(item) for item in value]
         return value
@@ -155,8 +171,8 @@ def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _texts(item)
+        for key, item in value.items():
+            yield from (*_texts(key), *_texts(item))
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _texts(item)

@@ -30,7 +30,7 @@ _OPTIONAL: dict[RowKind, tuple[str, ...]] = {
     "alpaca": ("input", "weight", "source"),
     "text": ("weight", "source"),
     "segments": ("weight", "source"),
-    "tokenized": (*TOKEN_MARKS, "loss_weights", "source"),
+    "tokenized": (*TOKEN_MARKS, "attention_mask", "loss_weights", "source"),
 }
 # Columns that give a format away. A prompt alone does: its response may go by any name.
 _SIGNS: dict[RowKind, tuple[str, ...]] = {**_REQUIRED, "prompt_response": ("prompt",)}
@@ -125,6 +125,12 @@ def detect_format(columns: Collection[str], options: DataOptions) -> RowFormat:
     if ignored:
         found = f"{found} Ignored are {', '.join(sorted(ignored))}."
     kind = _choose_kind(usable, options, found)
+    if kind != "tokenized" and "loss_weights" in usable:
+        raise ValueError(
+            "Column 'loss_weights' has one number for each token, but the rows are not tokenized. "
+            "Use a column 'weight' with one number for each row, or name loss_weights in "
+            "ignored_columns."
+        )
     held_by = dict(zip(_REQUIRED[kind], _required_columns(kind, usable, options), strict=True))
     for part, column in held_by.items():
         if column not in usable:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -19,11 +20,12 @@ from hf_sft_plugin.data.row_values import check_unicode
 from hf_sft_plugin.types import Conversation, DataOptions, RowError, SpanKind
 
 # Private characters that no text means; one before and one after each content.
-_SENTINEL = 0xF0000
+_SENTINEL, _LAST_SENTINEL = 0xF0000, 0xFFFFF
 _PRIVATE = re.compile("[\U000f0000-\U000fffff]")
 # What a template may write between the point where a finished response parts from the generation
 # prompt and its content: an empty thought, but no role.
 _TAGS = re.compile(r"(\s|<[^<>]*>)*")
+_OPEN_TAG = re.compile(r"(<[^<>]*)?\Z")
 _REASONING_END = "</think>"
 
 # Characters `[start, end)`.
@@ -88,6 +90,17 @@ def render_whole(
     return whole
 
 
+def render_prompt(
+    conversation: Conversation,
+    turn: int,
+    tokenizer: PreTrainedTokenizerBase,
+    index: int,
+    options: DataOptions,
+) -> str:
+    """What inference supplies before a turn; see `render_chat`."""
+    return _Rendering(conversation, tokenizer, index, options, ())(turn, generation_prompt=True)
+
+
 def render_chat(
     conversation: Conversation,
     tokenizer: PreTrainedTokenizerBase,
@@ -122,7 +135,11 @@ def render_chat(
         span = Span(0, None, len(whole), 0, "text", needs_stop=False)
         return [RenderedText(whole, (span,), contents)]
     # A response that opens the conversation has no prompt to answer: it is context only.
-    trained = [turn for turn in range(1, count) if conversation.turns[turn].train]
+    trained = [
+        number
+        for number, turn in enumerate(conversation.turns)
+        if turn.train and (number > 0 or turn.message["role"] != "assistant")
+    ]
     if not trained:
         raise RowError(
             index,
@@ -183,12 +200,13 @@ class _Rendering:
 
     def contents(self, num_messages: int, text: str) -> tuple[Range | None, ...]:
         """Where the contents of the first messages went in their rendered text."""
-        if _PRIVATE.search(text) is None:
+        base = _free_base(text, 2 * num_messages)
+        if base is not None:
             try:
-                marked = self(num_messages, messages=self._marked())
+                marked = self(num_messages, messages=self._marked(base))
             except RowError:
                 marked = ""
-            plain, ranges = _unmark(marked, num_messages)
+            plain, ranges = _unmark(marked, num_messages, base)
             if plain == text:
                 return ranges
         return self._search(num_messages, text)
@@ -223,6 +241,8 @@ class _Rendering:
             base = self(turn)
             opening = prompt[len(base) :] if prompt.startswith(base) else ""
             start = _common_length(text, prompt)
+            # Two tags that begin alike part where they begin.
+            start = _before_open_tag(text[:start])
             between = text[start : content[0]] if content else ""
             if opening and text.startswith(base) and _TAGS.fullmatch(between):
                 kind = "shared_prefix"
@@ -232,15 +252,19 @@ class _Rendering:
                 found = text.rfind(opening, before, content[0] if content else len(text))
                 start = found + len(opening) if opening and found >= 0 else span.start
             start = min(start, content[0]) if content else start
-        if turn + 1 < len(contents) and not self._is_as_at_inference(turn, text):
-            kind = "rewritten"
+        if turn + 1 < len(contents):
+            own = self._through_stop(turn)
+            if text.startswith(own):
+                span = replace(span, bound=min(span.bound, max(len(own), start)))
+            else:
+                kind = "rewritten"
         return replace(span, kind=kind, start=start)
 
-    def _is_as_at_inference(self, turn: int, text: str) -> bool:
-        """Whether a turn stands in a longer text as it does when it is the last one."""
+    def _through_stop(self, turn: int) -> str:
+        """The text up to the stop token of a turn, when it is the last one."""
         own = self(turn + 1)
         ends = [own.rfind(stop) + len(stop) for stop in self._stop_texts if stop in own]
-        return text.startswith(own[: max(ends, default=None)])
+        return own[: max(ends, default=None)]
 
     def alone(self, turn: int) -> RenderedText:
         """A turn as it is when it is the last one."""
@@ -298,7 +322,7 @@ class _Rendering:
         move = content[0] - start
         return tuple((max(a, start) + move, min(b, end) + move) for a, b in parts)
 
-    def _marked(self) -> list[dict[str, Any]]:
+    def _marked(self, base: int) -> list[dict[str, Any]]:
         """The messages with each content between two sentinels; space stays outside."""
         marked = []
         for turn, (message, (start, end)) in enumerate(
@@ -306,11 +330,22 @@ class _Rendering:
         ):
             if start < end:
                 content = message["content"]
-                opening, closing = chr(_SENTINEL + 2 * turn), chr(_SENTINEL + 2 * turn + 1)
+                opening, closing = chr(base + 2 * turn), chr(base + 2 * turn + 1)
                 content = content[:start] + opening + content[start:end] + closing + content[end:]
                 message = {**message, "content": content}
             marked.append(message)
         return marked
+
+    def _header_end(self, turn: int, text: str) -> int:
+        """How far the text of a turn is known to be its header."""
+        if self._messages[turn]["role"] != "assistant" or turn == 0:
+            return 0
+        prompt = self(turn, generation_prompt=True)
+        base = len(self(turn))
+        common = _common_length(text, prompt)
+        if common < base:
+            return 0
+        return _before_open_tag(text[:common])
 
     def _search(self, num_messages: int, text: str) -> tuple[Range | None, ...]:
         """Looks the contents up in order, for a template that sentinels disturb."""
@@ -318,6 +353,7 @@ class _Rendering:
         position = 0
         for turn in range(num_messages):
             core = self._content(turn)[slice(*self._cores[turn])]
+            position = max(position, self._header_end(turn, text))
             found = text.find(core, position) if core else -1
             ranges.append((found, found + len(core)) if found >= 0 else None)
             position = max(position, found + len(core) if found >= 0 else 0)
@@ -347,14 +383,28 @@ def _core(message: dict[str, Any]) -> Range:
     return (start, max(start, len(content.rstrip())))
 
 
-def _unmark(marked: str, num_messages: int) -> tuple[str, tuple[Range | None, ...]]:
+def _before_open_tag(text: str) -> int:
+    """The length of a text without a tag at its end that is not closed."""
+    opening = _OPEN_TAG.search(text)
+    assert opening is not None
+    return opening.start()
+
+
+def _free_base(text: str, count: int) -> int | None:
+    """The first of so many private characters in a row that a text does not hold."""
+    used = sorted({_SENTINEL - 1, *map(ord, _PRIVATE.findall(text)), _LAST_SENTINEL + 1})
+    return next((a + 1 for a, b in pairwise(used) if b - a > count), None)
+
+
+def _unmark(marked: str, num_messages: int, base: int) -> tuple[str, tuple[Range | None, ...]]:
     """Takes the sentinels out again, and says where they stood in what remains."""
+    sentinels = re.compile(f"[{chr(base)}-{chr(base + 2 * num_messages - 1)}]")
     places: dict[int, list[int]] = {}
-    for number, match in enumerate(_PRIVATE.finditer(marked)):
-        places.setdefault(ord(match.group()) - _SENTINEL, []).append(match.start() - number)
+    for number, match in enumerate(sentinels.finditer(marked)):
+        places.setdefault(ord(match.group()) - base, []).append(match.start() - number)
     ranges: list[Range | None] = []
     for turn in range(num_messages):
         edges = places.get(2 * turn, []) + places.get(2 * turn + 1, [])
         is_found = len(edges) == 2 and edges[0] <= edges[1]
         ranges.append((edges[0], edges[1]) if is_found else None)
-    return _PRIVATE.sub("", marked), tuple(ranges)
+    return sentinels.sub("", marked), tuple(ranges)

@@ -112,13 +112,16 @@ def _token_from(encoding: TextEncoding, char: int, text: str, boundary: Boundary
     """The first token at or after a character; `boundary` decides about one that is cut."""
     if char in encoding.seams:
         return encoding.seams[char]
-    while char < len(text):
-        token = encoding.token_at(char)
-        if token is not None:
-            is_cut = encoding.characters(token)[0] < char
-            return token + 1 if boundary == "exclude" and is_cut else token
-        char += 1
-    return len(encoding.ids)
+    covered = char
+    while covered < len(text) and encoding.token_at(covered) is None:
+        covered += 1
+    token = encoding.token_at(covered) if covered < len(text) else len(encoding.ids)
+    assert token is not None
+    if boundary == "exclude" and covered < len(text):
+        # Space that offsets leave out may belong to the token after it.
+        is_unclear = char > 0 and encoding.token_at(char - 1) is None
+        return token + (is_unclear or encoding.characters(token)[0] < char)
+    return token
 
 
 def _mask_span(

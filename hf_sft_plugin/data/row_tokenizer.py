@@ -1,5 +1,6 @@
 """The walk of a batch of rows: normal form, rendering, tokens, mask, proof, truncation."""
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,6 +32,9 @@ from hf_sft_plugin.types import (
     TokenizedExample,
     TrainedSpan,
 )
+
+# A private character that a template has escaped, as JSON in ASCII does.
+_ESCAPED_MARK = re.compile(r"\\ud[b][c-f][0-9a-f]\\ud[c-f]", re.IGNORECASE)
 
 # A row, trained token ids of it, and the text that they must decode to.
 Proof: TypeAlias = tuple["RowOutcome", list[int], str]
@@ -119,7 +123,9 @@ class RowTokenizer:
         for row, outcome in zip(rows, outcomes, strict=True):
             try:
                 if row_format.kind == "tokenized":
-                    example = check_tokenized_row(row, outcome.row, len(self._tokenizer))
+                    ignored = self._options.ignored_columns or ()
+                    seen = {name: value for name, value in row.items() if name not in ignored}
+                    example = check_tokenized_row(seen, outcome.row, len(self._tokenizer))
                     runs = mask_runs(example["response_mask"])
                     outcome.add(example, [TrainedSpan(a, b, 0, "given") for a, b in runs])
                     continue
@@ -133,7 +139,7 @@ class RowTokenizer:
         for row, outcome in zip(rows, outcomes, strict=True):
             if outcome.error is None:
                 self._finish(outcome)
-            if isinstance(row.get("source"), str):
+            if outcome.error is None and isinstance(row.get("source"), str):
                 for example in outcome.examples:
                     example["source"] = row["source"]
         return outcomes
@@ -171,15 +177,25 @@ class RowTokenizer:
         outcome.control_tokens = self._marker.find(conversation)
         if not outcome.control_tokens or self._options.control_tokens == "keep":
             return conversation
-        found = ", ".join(sorted(set(outcome.control_tokens)))
-        if self._options.control_tokens == "error" or self._marker.is_ambiguous(conversation):
+        if self._options.control_tokens == "error":
+            raise self._has_control_tokens(outcome)
+        if self._marker.is_ambiguous(conversation):
             raise RowError(
                 outcome.row,
-                f"the contents hold the control tokens {found}. Remove them, or set control_tokens "
-                "to 'text', which encodes them as ordinary text.",
-                "control tokens in the contents",
+                "the contents hold control tokens and characters from U+100000 on, which stand in "
+                "for control tokens while the template writes. Remove one or the other.",
+                "control tokens beside private characters",
             )
         return self._marker.hide(conversation)
+
+    def _has_control_tokens(self, outcome: RowOutcome) -> RowError:
+        found = ", ".join(sorted(set(outcome.control_tokens)))
+        return RowError(
+            outcome.row,
+            f"the contents hold the control tokens {found}. Remove them, or set control_tokens to "
+            "'text', which encodes them as ordinary text.",
+            "control tokens in the contents",
+        )
 
     def _mask_chat(
         self, outcome: RowOutcome, text: RenderedText, encoding: TextEncoding, is_hidden: bool
@@ -191,6 +207,10 @@ class RowTokenizer:
             masked = mask_text(
                 text, encoding, encode, self._stops, self._options.boundary, outcome.row
             )
+            if is_hidden or masked.input_ids is not encoding.ids:
+                self._check_parts(
+                    masked.input_ids, None if is_hidden else encoding.ids, text.text, outcome.row
+                )
         except RowError as error:
             outcome.num_tokens = outcome.num_example_tokens + len(encoding.ids)
             outcome.drop(error)
@@ -205,15 +225,47 @@ class RowTokenizer:
         show = self._marker.show if is_hidden else str
         return [(outcome, ids, show(told)) for ids, told in masked.proofs]
 
+    def _check_parts(
+        self, input_ids: list[int], whole_ids: list[int] | None, text: str, row: int
+    ) -> None:
+        """Refuses a text that reads differently because it was encoded in parts.
+
+        Some tokenizers put a space before each part, which inference would not.
+        """
+        if whole_ids is None:
+            expected = self._marker.show(text)
+            read = decode_tokens([input_ids], self._tokenizer)[0]
+            # Control tokens may swallow space, but nothing may be added.
+            is_same = "".join(read.split()) == "".join(expected.split())
+            is_same &= len(read) <= len(expected) and not _ESCAPED_MARK.search(text)
+        else:
+            read, expected = decode_tokens([input_ids, whole_ids], self._tokenizer)
+            is_same = read == expected or expected != text
+        if not is_same:
+            raise RowError(
+                row,
+                f"encoded in parts, the text reads {read[:80]!r} instead of {expected[:80]!r}, "
+                "because the tokenizer adds to each part or the template escapes what it writes. "
+                "Remove the control tokens from the contents, or set boundary to 'include' or "
+                "'exclude' where a token reaches across the edge of a response.",
+                "the tokenizer cannot encode in parts",
+            )
+
     def _tokenize_texts(self, texts: Sequence[tuple[RowOutcome, Conversation]]) -> list[Proof]:
         """Fills the outcomes of texts without a template, and returns what is to be proven."""
         if not texts:
             return []
         proofs: list[Proof] = []
         segments = [conversation.segments for _, conversation in texts]
-        for (outcome, _), joined in zip(
-            texts, join_segments(segments, self._tokenizer, self._stops), strict=True
-        ):
+        # A prompt without a template is taken as it is written, control tokens and all.
+        as_text = self._options.control_tokens == "text"
+        encode = partial(self._marker.encode_response, stops=self._stops) if as_text else None
+        all_joined = join_segments(segments, self._tokenizer, self._stops, encode)
+        for (outcome, conversation), joined in zip(texts, all_joined, strict=True):
+            outcome.control_tokens = self._marker.find(conversation)
+            if outcome.control_tokens and self._options.control_tokens == "error":
+                outcome.drop(self._has_control_tokens(outcome))
+                continue
             if joined is None:
                 outcome.drop(_no_token(outcome.row))
                 continue

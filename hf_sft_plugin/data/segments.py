@@ -1,6 +1,6 @@
 """Texts that no chat template touches: joined exactly as they are written."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
@@ -28,6 +28,7 @@ def join_segments(
     rows: Sequence[Sequence[Segment]],
     tokenizer: PreTrainedTokenizerBase,
     stops: Mapping[int, str],
+    encode_response: Callable[[str], list[int] | None] | None = None,
 ) -> list[JoinedSegments | None]:
     """Tokenizes segments apart, because inference tokenizes a prompt alone, and joins them.
 
@@ -38,6 +39,7 @@ def join_segments(
         rows: The segments of each row; none is empty.
         tokenizer: See `tokenize_example`.
         stops: The tokens that end a response.
+        encode_response: Encodes a trained segment, or gives None for the usual way.
 
     Returns:
         Per row its tokens; None where the tokenizer makes no token of its end.
@@ -59,6 +61,9 @@ def join_segments(
         if not ids[-1]:
             joined.append(None)
             continue
+        if encode_response is not None:
+            others_of = zip(parts[1:], ids[1:], strict=True)
+            ids[1:] = [(p.train and encode_response(p.text)) or usual for p, usual in others_of]
         pairs = list(zip(parts, ids, strict=True))
         proofs = [(part_ids, part.text) for part, part_ids in pairs[1:] if part.train]
         if parts[-1].train and ids[-1][-1] not in stops:

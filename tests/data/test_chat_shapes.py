@@ -127,11 +127,6 @@ def test_white_space_beyond_ascii_is_treated_alike_by_both_ways(text: str, token
     assert fast == full
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the rendering of the whole chat is compared, not the prompt of each response, so a "
-    "generation prompt that depends on a content goes unseen",
-)
 def test_a_generation_prompt_that_depends_on_a_content_is_seen(
     tokenizer_factory: Callable[..., Any],
 ) -> None:

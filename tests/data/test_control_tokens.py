@@ -130,7 +130,6 @@ def test_control_tokens_in_calls_and_tools_stay_text(
     assert trained_of("hermes", outcome) == [[("exact", written), ("exact", "done" + IM)]]
 
 
-@pytest.mark.xfail(strict=True, reason="only values are searched and hidden, not the keys of dicts")
 def test_control_tokens_in_the_keys_of_arguments_and_schemas_stay_text(
     tokenize_with: Callable[..., Any], tokenizer_of_family: Callable[[str], Any]
 ) -> None:
@@ -196,14 +195,9 @@ def test_the_private_characters_that_stand_for_control_tokens_cost_a_row_that_ha
     tokenizer: Any,
 ) -> None:
     outcome = outcome_of(chat(("user", IM), ("assistant", "\U00100002")), tokenizer)
-    assert outcome.error.reason == "control tokens in the contents"
+    assert outcome.error.reason == "control tokens beside private characters"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a template that escapes everything but ASCII writes the private character as JSON, "
-    "which nothing turns back, and that escape is trained",
-)
 def test_a_template_that_escapes_private_characters_does_not_train_the_escape(
     tokenizer_factory: Callable[..., Any],
 ) -> None:
@@ -217,9 +211,6 @@ def test_a_template_that_escapes_private_characters_does_not_train_the_escape(
     assert outcome.error is not None or tokenizer.decode(trained_ids(outcome)) == f'"a{IM}b"{IM}'
 
 
-@pytest.mark.xfail(
-    strict=True, reason="control_tokens has no effect on plain text, and nothing says so"
-)
 @pytest.mark.parametrize("choice", ["text", "error"])
 def test_control_tokens_in_a_plain_response_are_treated_as_asked(
     choice: str, tokenizer: Any
@@ -228,6 +219,10 @@ def test_control_tokens_in_a_plain_response_are_treated_as_asked(
     outcome = outcome_of(row, tokenizer, control_tokens=choice)
     assert outcome.control_tokens == [IM]
     assert outcome.error is not None or trained_ids(outcome).count(2) == 1
+    if choice == "text":
+        assert tokenizer.decode(trained_ids(outcome)) == f"a{IM}b{IM}"
+        written = outcome_of({"prompt": f"{IM}q", "response": f"b{IM}"}, tokenizer)
+        assert written.examples[0]["input_ids"].count(2) == 2
 
 
 def sentencepiece_like(prepend: str, template: str, *merges: tuple[str, str]) -> Any:

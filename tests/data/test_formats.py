@@ -37,7 +37,11 @@ def describe(columns: list[str], **options: Any) -> str:
         (["text", "source", "label"], {}, "text: text, source"),
         (["segments", "weight"], {}, "segments: segments, weight"),
         (["input_ids", "response_mask"], {}, "tokenized: input_ids, response_mask"),
-        (["input_ids", "labels", "attention_mask"], {}, "tokenized: input_ids, labels"),
+        (
+            ["input_ids", "labels", "attention_mask"],
+            {},
+            "tokenized: input_ids, labels, attention_mask",
+        ),
         (["input_ids", "completion_mask"], {}, "tokenized: input_ids, completion_mask"),
         (
             ["input_ids", "assistant_masks", "loss_weights"],

@@ -231,11 +231,6 @@ def test_tool_calls_are_trained_and_answers_of_tools_are_not(
     ]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="where all later contents are empty, the span of a tool call reaches to the end of the "
-    "text, across the tool's turn and the next header",
-)
 def test_a_call_before_an_empty_answer_of_a_tool_and_another_call_ends_at_its_own_stop_token(
     tokenize_with: Callable[..., Any], trained_of: Callable[..., Any]
 ) -> None:
@@ -249,11 +244,6 @@ def test_a_call_before_an_empty_answer_of_a_tool_and_another_call_ends_at_its_ow
     assert trained_of("hermes", outcome) == [[("exact", CALL + IM), ("exact", CALL + IM)]]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="data with U+F0000 is searched for as text, 'a' is found in the role header, and a "
-    "shared prefix then begins there",
-)
 def test_private_characters_in_the_prompt_do_not_make_the_header_trained(
     tokenize_with: Callable[..., Any], trained_of: Callable[..., Any]
 ) -> None:
@@ -261,11 +251,6 @@ def test_private_characters_in_the_prompt_do_not_make_the_header_trained(
     assert trained_of("deepseek", outcome) == [[("shared_prefix", "a" + END)]]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="data with U+F0000 is searched for as text, 'a' is found in the role header, and the "
-    "row is dropped",
-)
 def test_private_characters_in_the_prompt_do_not_cost_the_row(
     tokenize_with: Callable[..., Any], trained_of: Callable[..., Any]
 ) -> None:
@@ -273,11 +258,6 @@ def test_private_characters_in_the_prompt_do_not_cost_the_row(
     assert trained_of("chatml", outcome) == [[("exact", "a" + IM)]]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="'<think>' and '<tool_call>' share '<t', and without a content nothing moves the start "
-    "back to where the tag begins",
-)
 def test_a_call_that_begins_like_the_generation_prompt_goes_on_is_trained_whole(
     tokenizer_factory: Callable[..., Any],
 ) -> None:
@@ -328,11 +308,6 @@ def trained_text(example: Any, tokenizer: Any) -> str:
     return str(tokenizer.decode([token for token, mark in pairs if mark]))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a sentinel before '<tool_response>' changes what the template writes, so contents are "
-    "searched for as text: 'a' is found in the role header and a good row is dropped",
-)
 def test_short_answers_after_a_tool_response_that_the_template_looks_for_are_kept(
     tokenize_with: Callable[..., Any], trained_of: Callable[..., Any]
 ) -> None:
@@ -347,7 +322,6 @@ def test_short_answers_after_a_tool_response_that_the_template_looks_for_are_kep
     ]
 
 
-@pytest.mark.xfail(strict=True, reason="the span of the call ends where the empty answer ends")
 def test_an_empty_answer_of_a_tool_at_the_end_is_not_trained(
     tokenize_with: Callable[..., Any], trained_of: Callable[..., Any]
 ) -> None:

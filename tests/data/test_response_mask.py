@@ -122,10 +122,6 @@ def test_include_trains_the_token_across_the_edge_and_exclude_does_not() -> None
         assert outcome.num_straddled == 1
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="where offsets leave space out, the token seems to begin at the edge, and is trained",
-)
 def test_exclude_leaves_the_token_across_the_edge_out_where_offsets_are_trimmed() -> None:
     tokenizer = byte_level(SPACED, (G, "t"), ("e", "n"), trims=True)
     outcome = outcome_of(chat(*CHAT), tokenizer, boundary="exclude")
@@ -415,7 +411,8 @@ def test_include_and_exclude_leave_the_tokens_and_move_the_edge_by_one_at_most(
     split = outcome_of(row, tokenizer)
     outcome = outcome_of(row, tokenizer, boundary=boundary)
     trims = getattr(tokenizer.backend_tokenizer.post_processor, "trim_offsets", False)
-    if split.control_tokens or (trims and boundary == "exclude") or outcome.error is not None:
+    # Offsets that leave space out do not tell which token it belongs to.
+    if split.control_tokens or trims or outcome.error is not None:
         # A response of one token that straddles has nothing left but its stop token.
         assert outcome.error is None or boundary == "exclude"
         return

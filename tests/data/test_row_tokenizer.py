@@ -262,11 +262,6 @@ def test_the_roles_that_are_trained_can_be_others(tokenizer: Any) -> None:
         trained("developer")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a first message is never trained, although its content has tokens before it, and "
-    "nothing counts it",
-)
 def test_a_first_message_of_a_trained_role_is_trained(tokenizer: Any) -> None:
     options = {"train_roles": ["user", "assistant"]}
     (example,) = tokenize_example({"messages": FOUR[1:3]}, tokenizer, **options)
@@ -496,11 +491,6 @@ def test_a_dataset_of_broken_rows_adds_up(tokenizer: Any) -> None:
     assert all(mask[0] == 0 and any(mask) for mask in masks)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AttributeError,
-    reason="the column 'source' is looked up in a row of any type",
-)
 @pytest.mark.parametrize("row", [5, None, "text", [1]])
 def test_a_row_that_is_no_dict_is_dropped_like_any_other(row: Any, tokenizer: Any) -> None:
     good: Any = {"messages": FOUR}
