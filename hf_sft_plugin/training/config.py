@@ -133,9 +133,10 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
         self._check_model_init_kwargs()
         DataOptions.__post_init__(self)
         TrainingArguments.__post_init__(self)
-        if self.accelerator_config.dispatch_batches is None:
+        accelerator_config: Any = self.accelerator_config
+        if accelerator_config.dispatch_batches is None:
             # Batches of a stream differ in length, so one process cannot cut them up for all.
-            self.accelerator_config.dispatch_batches = False
+            accelerator_config.dispatch_batches = False
         if self.device.type == "cpu":
             # There is no device to copy to, and torch would warn at every data loader.
             self.dataloader_pin_memory = False

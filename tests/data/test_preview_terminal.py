@@ -64,7 +64,8 @@ def test_with_colour_trained_text_is_green_and_context_dim(
 def test_no_color_brings_the_brackets_back(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("NO_COLOR", "1")
+    # rich holds on to the environment of its import, which datasets replaces after num_proc.
+    monkeypatch.setattr(Console, "_environ", {"NO_COLOR": "1"})
     assert "\u27e6" in show([chat("hello", "world")], tokenizer, colour=True)
 
 

@@ -261,7 +261,8 @@ def test_training_begins_with_the_summary_and_the_ledgers(
     run.call("on_train_begin")
     assert "1,234 of 2 rows" in capsys.readouterr().out
     ledgers = {"data_ledger_train.json", "data_ledger_eval_short.json"}
-    assert files_below(run.folder) == {*ledgers, "metrics.jsonl"}
+    certificates = {"mask_certificate_train.json", "mask_certificate_eval_short.json"}
+    assert files_below(run.folder) == {*ledgers, *certificates, "metrics.jsonl"}
     for name in ledgers:
         assert json.loads((run.folder / name).read_text()) == LEDGER.to_dict()
 

@@ -42,6 +42,15 @@ DATA_DEFAULTS = {
     "messages_column": None,
     "prompt_format": "plain",
     "stop_token": None,
+    "data_format": "auto",
+    "ignored_columns": None,
+    "chat_template_kwargs": None,
+    "train_on": "response",
+    "train_roles": ["assistant"],
+    "use_loss_mask": True,
+    "multi_turn": "auto",
+    "boundary": "split",
+    "control_tokens": "text",
 }
 
 
@@ -103,7 +112,7 @@ def test_every_setting_of_our_own_has_its_default_and_a_help_text() -> None:
         ({"model_init_kwargs": {"token": TOKEN}}, "model_init_kwargs holds a token, .*HF_TOKEN"),
         ({"model_init_kwargs": f'{{"token": "{TOKEN}"}}'}, "holds a token, .*hf auth login"),
         ({"max_length": 1}, "max_length is 1, but a row needs at least 2 tokens"),
-        ({"overflow": "keep_end"}, "overflow is 'keep_end'; .*keep_start, drop, error"),
+        ({"overflow": "cut"}, "overflow is 'cut'; .*keep_start, .*drop, error"),
         ({"prompt_format": "text"}, "prompt_format is 'text'; choose one of plain, chat"),
         (
             {"messages_column": "m", "prompt_column": "p"},
@@ -215,6 +224,15 @@ def test_the_data_options_are_those_of_the_data_room(make_config: Make) -> None:
         "messages_column": None,
         "prompt_format": "chat",
         "stop_token": "<|im_end|>",
+        "data_format": "prompt_response",
+        "ignored_columns": ["id"],
+        "chat_template_kwargs": {"enable_thinking": False},
+        "train_on": "last_response",
+        "train_roles": ["assistant", "tool"],
+        "use_loss_mask": False,
+        "multi_turn": "joint",
+        "boundary": "include",
+        "control_tokens": "keep",
     }
     assert make_config(**given).data_options() == given
     assert make_config().data_options() == DATA_DEFAULTS

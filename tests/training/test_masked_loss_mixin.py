@@ -1,6 +1,7 @@
 """The numbers of the trainer, against float64 arithmetic that knows nothing of batches."""
 
 import math
+from collections import UserList
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,10 @@ from hf_sft_plugin import (
 from hf_sft_plugin.training.lm_head import forward_full
 
 NUM_ROWS = 16
+
+
+class Unchecked(UserList[Any]):
+    """Rows of a kind that the trainer leaves to the collator."""
 
 
 def make_rows(with_weights: bool = False) -> list[dict[str, Any]]:
@@ -386,7 +391,7 @@ def test_a_step_in_which_one_micro_batch_is_all_masked_equals_the_step_without_i
             max_grad_norm=0.0,
         ),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
-        train_dataset=all_rows,
+        train_dataset=Unchecked(all_rows),
         processing_class=tokenizer,
         callbacks=[keeper],
     )
@@ -483,7 +488,7 @@ def test_an_evaluation_without_response_tokens_is_refused(
         model,
         make_config(),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
-        eval_dataset=[{"input_ids": [5, 6], "labels": [-100, -100]}],
+        eval_dataset=Unchecked([{"input_ids": [5, 6], "labels": [-100, -100]}]),
         processing_class=tokenizer,
     )
     with pytest.raises(ValueError, match="No row of the evaluation data has a response token"):
