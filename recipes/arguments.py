@@ -1,5 +1,6 @@
 """Settings of a recipe from a YAML file and flags; a name that does not exist is never ignored."""
 
+import argparse
 import dataclasses
 import difflib
 import itertools
@@ -50,12 +51,23 @@ def parse_arguments(
         if field.init
     }
     names = list(types)
+    # Settings of another recipe, which play no part in this one.
+    hidden = {
+        field.name
+        for type_ in classes
+        for field in dataclasses.fields(type_)
+        if field.metadata.get("help") == argparse.SUPPRESS
+    }
     if config is not None:
         settings = _read_yaml(parser, config)
         for key in settings:
             if key not in names:
                 parser.error(f"{config}: unknown key '{key}'.{nearest(str(key), names)}")
-            if isinstance(settings[key], bool) and not _takes_bool(key, types[key]):
+            if (
+                isinstance(settings[key], bool)
+                and key not in hidden
+                and not _takes_bool(key, types[key])
+            ):
                 parser.error(
                     f"{config}: {key} is {settings[key]}, but it is not a yes-or-no setting. YAML "
                     "reads yes, no, on and off as true and false: put quotes around them, such as "

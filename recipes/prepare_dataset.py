@@ -17,7 +17,6 @@ from typing import Any, Literal, cast
 
 import yaml
 from datasets import Dataset, concatenate_datasets
-from datasets.exceptions import DatasetGenerationError
 from rows import read_rows
 from transformers import AutoTokenizer, HfArgumentParser
 
@@ -246,12 +245,7 @@ def read_all(paths: Sequence[str]) -> Dataset:
     Raises:
         ValueError: If a file cannot be read, or the files have different columns.
     """
-    parts = []
-    for path in paths:
-        try:
-            parts.append(read_rows(path, None))
-        except DatasetGenerationError as error:
-            raise ValueError(f"'{path}' cannot be read: {error.__cause__}") from error
+    parts = [read_rows(path, None) for path in paths]
     for path, part in zip(paths, parts, strict=True):
         if set(part.column_names) != set(parts[0].column_names):
             raise ValueError(

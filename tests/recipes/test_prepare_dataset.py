@@ -167,7 +167,7 @@ def test_a_wrong_flag_ends_in_one_clear_message(
             ("--input_files", "pairs.jsonl", "other.jsonl", *COMMON),
             "'other.jsonl' has the columns q, but 'pairs.jsonl' has prompt, response",
         ),
-        (("--input_files", "broken.jsonl", *COMMON), "'broken.jsonl' cannot be read: "),
+        (("--input_files", "broken.jsonl", *COMMON), "'broken.jsonl', line 2 is not JSON"),
         (("--verify", "tok"), "tok has no dataset_metadata.json, so it is no shard set"),
         (
             ("--input_files", "pairs.jsonl", "--out_dir", "tok", *COMMON[2:], "--overwrite"),
