@@ -8,9 +8,9 @@ equal what was filled in; rows whose contents a template might look at, and ever
 take the full way.
 """
 
-import re
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -20,13 +20,12 @@ from hf_sft_plugin.data.rendering import (
     RenderedText,
     Span,
     render_chat,
-    render_prompt,
-    render_whole,
+    render_turns,
 )
 from hf_sft_plugin.types import Conversation, DataOptions, RowError
 
 # Contents that templates are known to look into: tags, control tokens, JSON.
-_TELLING = re.compile(r"</|<\||^[<\[{\s]|[>\]}\s]$")
+_TELLING_START, _TELLING_END = "<[{", ">]}"
 _NUM_TRIALS = 3
 # Private characters that stand for contents.
 _PLACEHOLDER = 0xE000
@@ -96,13 +95,13 @@ class ChatRenderer:
         index: int,
     ) -> bool:
         """Whether the whole, and what inference supplies before the last response, are so."""
-        if last.text != render_whole(conversation, self.tokenizer, index, self.options):
+        render = partial(render_turns, tokenizer=self.tokenizer, index=index, options=self.options)
+        if last.text != render(conversation, len(conversation.turns)):
             return False
         if shape.prompt is None:
             return True
         filled = shape.prompt.translate({_PLACEHOLDER + n: c for n, c in enumerate(contents)})
-        turn = last.spans[-1].turn
-        return filled == render_prompt(conversation, turn, self.tokenizer, index, self.options)
+        return filled == render(conversation, last.spans[-1].turn, generation_prompt=True)
 
     def _in_full(self, conversation: Conversation, index: int) -> list[RenderedText]:
         return render_chat(conversation, self.tokenizer, index, self.options, self.stop_texts)
@@ -119,7 +118,9 @@ class ChatRenderer:
             span = texts[-1].spans[-1]
             prompt = None
             if span.kind != "text" and turns[span.turn].message["role"] == "assistant":
-                prompt = render_prompt(hollow, span.turn, self.tokenizer, 0, self.options)
+                prompt = render_turns(
+                    hollow, span.turn, self.tokenizer, 0, self.options, generation_prompt=True
+                )
         except RowError:
             return _Shape(None)
         is_whole = len(texts[-1].contents) == len(turns)
@@ -136,7 +137,13 @@ def _opaque_contents(conversation: Conversation) -> list[str] | None:
         content = turn.message.get("content")
         if len(turn.message) != 2 or not content or turn.untrained:
             return None
-        if _TELLING.search(content):
+        if "</" in content or "<|" in content or "/think" in content or "/no_think" in content:
+            return None
+        if (
+            content[0] in _TELLING_START
+            or content[-1] in _TELLING_END
+            or content != content.strip()
+        ):
             return None
         contents.append(content)
     return contents

@@ -44,7 +44,8 @@ class ControlTokenMarker:
             for _, token in [special[text]]
         )
         self._split = re.compile("|".join(swallowing) or "(?!)")
-        self._openings = {text[0] for text in self._texts}
+        # What tells most texts apart from those that hold one, faster than the pattern does.
+        self._openings = {text[:2] for text in self._texts}
 
     def find(self, conversation: Conversation) -> list[str]:
         """The control tokens that stand in contents, tools and segments."""

@@ -78,27 +78,48 @@ class RenderedText:
     is_unseen: bool = False
 
 
-def render_whole(
+def render_turns(
     conversation: Conversation,
+    num_turns: int,
     tokenizer: PreTrainedTokenizerBase,
     index: int,
     options: DataOptions,
+    generation_prompt: bool = False,
+    messages: Sequence[dict[str, Any]] | None = None,
 ) -> str:
-    """The text of all turns; see `render_chat`."""
-    whole = _Rendering(conversation, tokenizer, index, options, ())(len(conversation.turns))
-    check_unicode(whole, index, "the rendered conversation")
-    return whole
+    """The first turns as text, as the tokenizer's chat template writes them.
 
+    Args:
+        conversation: A conversation with turns.
+        num_turns: How many of them.
+        tokenizer: Has a chat template.
+        index: Row of the dataset, for error messages.
+        options: `chat_template_kwargs` matter here.
+        generation_prompt: Whether what opens a response follows.
+        messages: Instead of those of the turns.
 
-def render_prompt(
-    conversation: Conversation,
-    turn: int,
-    tokenizer: PreTrainedTokenizerBase,
-    index: int,
-    options: DataOptions,
-) -> str:
-    """What inference supplies before a turn; see `render_chat`."""
-    return _Rendering(conversation, tokenizer, index, options, ())(turn, generation_prompt=True)
+    Raises:
+        RowError: If the template refuses the turns, or writes broken Unicode.
+    """
+    shown = [turn.message for turn in conversation.turns] if messages is None else messages
+    variables = _template_kwargs(options)
+    if conversation.tools:
+        variables = {**variables, "tools": list(conversation.tools)}
+    render: Callable[..., Any] = tokenizer.apply_chat_template
+    try:
+        text = render(
+            shown[:num_turns], tokenize=False, add_generation_prompt=generation_prompt, **variables
+        )
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise RowError(
+            index,
+            f"the chat template refuses the conversation: {error}. Bring the roles and contents "
+            "into the form that the template expects, or remove the row.",
+            "refused by the chat template",
+        ) from error
+    assert isinstance(text, str)
+    check_unicode(text, index, "the rendered conversation")
+    return text
 
 
 def render_chat(
@@ -129,7 +150,6 @@ def render_chat(
     render = _Rendering(conversation, tokenizer, index, options, stop_texts)
     count = len(conversation.turns)
     whole = render(count)
-    check_unicode(whole, index, "the rendered conversation")
     contents = render.contents(count, whole)
     if options.train_on == "all" or not options.use_loss_mask:
         span = Span(0, None, len(whole), 0, "text", needs_stop=False)
@@ -171,11 +191,8 @@ class _Rendering:
         self._cores = [_core(message) for message in self._messages]
         self._index = index
         self._stop_texts = stop_texts
-        variables = dict(_template_kwargs(options))
-        if conversation.tools:
-            variables["tools"] = list(conversation.tools)
-        self._render: Callable[..., Any] = partial(
-            tokenizer.apply_chat_template, tokenize=False, **variables
+        self._render = partial(
+            render_turns, conversation, tokenizer=tokenizer, index=index, options=options
         )
 
     def __call__(
@@ -185,18 +202,7 @@ class _Rendering:
         messages: Sequence[dict[str, Any]] | None = None,
     ) -> str:
         """The first messages as text."""
-        shown = (self._messages if messages is None else messages)[:num_messages]
-        try:
-            text = self._render(shown, add_generation_prompt=generation_prompt)
-        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            raise RowError(
-                self._index,
-                f"the chat template refuses the conversation: {error}. Bring the roles and "
-                "contents into the form that the template expects, or remove the row.",
-                "refused by the chat template",
-            ) from error
-        assert isinstance(text, str)
-        return text
+        return self._render(num_messages, generation_prompt=generation_prompt, messages=messages)
 
     def contents(self, num_messages: int, text: str) -> tuple[Range | None, ...]:
         """Where the contents of the first messages went in their rendered text."""
