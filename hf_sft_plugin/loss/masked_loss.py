@@ -15,7 +15,7 @@ class LossNormalization(StrEnum):
         TOKEN: The number of response tokens, or the sum of their weights: every token counts the
             same.
         EXAMPLE: The number of rows with a response token, after each row's loss was divided by
-            its own tokens (or weights): every row counts the same.
+            its own tokens (or weights): every example counts the same.
         CONSTANT: A fixed number: the gradient grows with the number of response tokens.
     """
 
