@@ -44,35 +44,10 @@ def parse_arguments(
         config = Path(arguments.pop(0))
     elif not _names_model_or_data(arguments):
         config = default_config
-    types = {
-        field.name: field.type
-        for type_ in classes
-        for field in dataclasses.fields(type_)
-        if field.init
-    }
-    names = list(types)
-    # Settings of another recipe, which play no part in this one.
-    hidden = {
-        field.name
-        for type_ in classes
-        for field in dataclasses.fields(type_)
-        if field.metadata.get("help") == argparse.SUPPRESS
-    }
+    names = [field.name for type_ in classes for field in dataclasses.fields(type_) if field.init]
     if config is not None:
         settings = _read_yaml(parser, config)
-        for key in settings:
-            if key not in names:
-                parser.error(f"{config}: unknown key '{key}'.{nearest(str(key), names)}")
-            if (
-                isinstance(settings[key], bool)
-                and key not in hidden
-                and not _takes_bool(key, types[key])
-            ):
-                parser.error(
-                    f"{config}: {key} is {settings[key]}, but it is not a yes-or-no setting. YAML "
-                    "reads yes, no, on and off as true and false: put quotes around them, such as "
-                    f'{key}: "no".'
-                )
+        _check_settings(parser, config, settings, classes)
         parser.set_defaults(**{name: _as_default(value) for name, value in settings.items()})
     try:
         *instances, unknown = parser.parse_args_into_dataclasses(
@@ -84,6 +59,25 @@ def parse_arguments(
         flags = [f"--{name}" for name in names]
         parser.error(f"unknown argument '{unknown[0]}'.{nearest(unknown[0], flags)}")
     return tuple(instances)
+
+
+def _check_settings(
+    parser: HfArgumentParser, config: Path, settings: dict[str, Any], classes: Sequence[type]
+) -> None:
+    """Ends the program at a key that does not exist, or at a yes or no that cannot be meant."""
+    fields = {
+        field.name: field for type_ in classes for field in dataclasses.fields(type_) if field.init
+    }
+    for key, value in settings.items():
+        if key not in fields:
+            parser.error(f"{config}: unknown key '{key}'.{nearest(str(key), list(fields))}")
+        # What is hidden are settings of another recipe, which play no part in this one.
+        is_hidden = fields[key].metadata.get("help") == argparse.SUPPRESS
+        if isinstance(value, bool) and not is_hidden and not _takes_bool(key, fields[key].type):
+            parser.error(
+                f"{config}: {key} is {value}, but it is not a yes-or-no setting. YAML reads yes, "
+                f'no, on and off as true and false: put quotes around them, such as {key}: "no".'
+            )
 
 
 def named_flags(arguments: Sequence[str]) -> set[str]:

@@ -10,26 +10,19 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin.data.row_values import check_unicode
+from hf_sft_plugin.data.sentinels import Range, core_of, free_base, mark, unmark
 from hf_sft_plugin.types import Conversation, DataOptions, RowError, SpanKind
 
-# Private characters that no text means; one before and one after each content.
-_SENTINEL, _LAST_SENTINEL = 0xF0000, 0xFFFFF
-_PRIVATE = re.compile("[\U000f0000-\U000fffff]")
 # What a template may write between the point where a finished response parts from the generation
 # prompt and its content: an empty thought, but no role.
 _TAGS = re.compile(r"(\s|<[^<>]*>)*")
 _OPEN_TAG = re.compile(r"(<[^<>]*)?\Z")
-_REASONING_END = "</think>"
-
-# Characters `[start, end)`.
-Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -188,7 +181,7 @@ class _Rendering:
     ) -> None:
         self._turns = conversation.turns
         self._messages = conversation.messages
-        self._cores = [_core(message) for message in self._messages]
+        self._cores = [core_of(message) for message in self._messages]
         self._index = index
         self._stop_texts = stop_texts
         self._render = partial(
@@ -206,13 +199,13 @@ class _Rendering:
 
     def contents(self, num_messages: int, text: str) -> tuple[Range | None, ...]:
         """Where the contents of the first messages went in their rendered text."""
-        base = _free_base(text, 2 * num_messages)
+        base = free_base(text, 2 * num_messages)
         if base is not None:
             try:
-                marked = self(num_messages, messages=self._marked(base))
+                marked = self(num_messages, messages=mark(self._messages, self._cores, base))
             except RowError:
                 marked = ""
-            plain, ranges = _unmark(marked, num_messages, base)
+            plain, ranges = unmark(marked, num_messages, base)
             if plain == text:
                 return ranges
         return self._search(num_messages, text)
@@ -328,20 +321,6 @@ class _Rendering:
         move = content[0] - start
         return tuple((max(a, start) + move, min(b, end) + move) for a, b in parts)
 
-    def _marked(self, base: int) -> list[dict[str, Any]]:
-        """The messages with each content between two sentinels; space stays outside."""
-        marked = []
-        for turn, (message, (start, end)) in enumerate(
-            zip(self._messages, self._cores, strict=True)
-        ):
-            if start < end:
-                content = message["content"]
-                opening, closing = chr(base + 2 * turn), chr(base + 2 * turn + 1)
-                content = content[:start] + opening + content[start:end] + closing + content[end:]
-                message = {**message, "content": content}
-            marked.append(message)
-        return marked
-
     def _header_end(self, turn: int, text: str) -> int:
         """How far the text of a turn is known to be its header."""
         if self._messages[turn]["role"] != "assistant" or turn == 0:
@@ -378,39 +357,8 @@ def _template_kwargs(options: DataOptions) -> dict[str, Any]:
     return kwargs
 
 
-def _core(message: dict[str, Any]) -> Range:
-    """The content without the space around it, and without reasoning that templates cut off."""
-    content = message.get("content")
-    if not isinstance(content, str):
-        return (0, 0)
-    thought = content.rfind(_REASONING_END) if message["role"] == "assistant" else -1
-    start = thought + len(_REASONING_END) if thought >= 0 else 0
-    start = len(content) - len(content[start:].lstrip())
-    return (start, max(start, len(content.rstrip())))
-
-
 def _before_open_tag(text: str) -> int:
     """The length of a text without a tag at its end that is not closed."""
     opening = _OPEN_TAG.search(text)
     assert opening is not None
     return opening.start()
-
-
-def _free_base(text: str, count: int) -> int | None:
-    """The first of so many private characters in a row that a text does not hold."""
-    used = sorted({_SENTINEL - 1, *map(ord, _PRIVATE.findall(text)), _LAST_SENTINEL + 1})
-    return next((a + 1 for a, b in pairwise(used) if b - a > count), None)
-
-
-def _unmark(marked: str, num_messages: int, base: int) -> tuple[str, tuple[Range | None, ...]]:
-    """Takes the sentinels out again, and says where they stood in what remains."""
-    sentinels = re.compile(f"[{chr(base)}-{chr(base + 2 * num_messages - 1)}]")
-    places: dict[int, list[int]] = {}
-    for number, match in enumerate(sentinels.finditer(marked)):
-        places.setdefault(ord(match.group()) - base, []).append(match.start() - number)
-    ranges: list[Range | None] = []
-    for turn in range(num_messages):
-        edges = places.get(2 * turn, []) + places.get(2 * turn + 1, [])
-        is_found = len(edges) == 2 and edges[0] <= edges[1]
-        ranges.append((edges[0], edges[1]) if is_found else None)
-    return sentinels.sub("", marked), tuple(ranges)
