@@ -39,7 +39,7 @@ _LIBRARIES = ("hf_sft_plugin", "torch", "transformers", "accelerate", "datasets"
 
 
 class RunRecorder(TrainerCallback):
-    """Leaves `metrics.jsonl`, `report/`, `data_ledger.json` and a model card in the output folder.
+    """Leaves log, report, ledgers, mask certificates and a model card in the output folder.
 
     What a training left in the folder is only replaced by another training: a trainer that does
     nothing but evaluate the model there changes none of it.

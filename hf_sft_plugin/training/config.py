@@ -19,9 +19,10 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
     Everything that `TrainingArguments` takes, everything in `DataOptions` (how rows become tokens),
     and the fields below. The help text of each field is its documentation.
 
-    Three defaults differ from `TrainingArguments`: `remove_unused_columns` is False, because the
+    Some defaults differ from `TrainingArguments`: `remove_unused_columns` is False, because the
     collator knows what it needs; `logging_nan_inf_filter` is False, because it makes every
-    micro-batch wait for the device and hides losses that are not finite; and `logging_steps` is 10.
+    micro-batch wait for the device; `logging_steps` is 10; `dispatch_batches` of
+    `accelerator_config` is False; and on a CPU `dataloader_pin_memory` is False.
 
     Raises:
         ValueError: If a value is impossible; says what is possible.
@@ -31,7 +32,7 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
         default=LossNormalization.TOKEN.value,
         metadata={
             "help": "What the loss of an optimizer step is divided by, over all micro-batches and "
-            "processes: the number of response tokens ('token'), of rows ('example', each row "
+            "processes: the number of response tokens ('token'), of examples ('example', each "
             "counts the same), or normalize_constant ('constant').",
             "choices": [choice.value for choice in LossNormalization],
         },
