@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
 from hf_sft_plugin.data.preview import TokenizationSetup
@@ -175,7 +176,11 @@ def _read_rows(path: str, split: str) -> Dataset:
             f"'{path}' cannot be read: rows come from {', '.join(_FILE_FORMATS)} files and from "
             "folders saved by `datasets`."
         )
-    return load_dataset(_FILE_FORMATS[suffix], data_files=path, split="train")
+    try:
+        return load_dataset(_FILE_FORMATS[suffix], data_files=path, split="train")
+    except (DatasetGenerationError, StopIteration) as error:
+        reason = error.__cause__ or "it holds no rows"
+        raise ValueError(f"'{path}' cannot be read: {reason}. Repair it.") from error
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

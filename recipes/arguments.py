@@ -13,6 +13,12 @@ from typing import Any, cast
 import yaml
 from transformers import HfArgumentParser
 
+# Settings that name training rows, and those that say more of them.
+_SOURCES = {
+    "train_file": ("train_file", "train_split", "eval_split"),
+    "dataset_name": ("dataset_name", "dataset_config"),
+}
+
 
 def parse_arguments(
     classes: Sequence[type], argv: Sequence[str], default_config: Path, description: str
@@ -48,6 +54,10 @@ def parse_arguments(
     if config is not None:
         settings = _read_yaml(parser, config)
         _check_settings(parser, config, settings, classes)
+        if named_flags(arguments) & _SOURCES.keys():
+            # Rows that are named by flag take the place of those in the file.
+            for key in {key for keys in _SOURCES.values() for key in keys}:
+                settings.pop(key, None)
         parser.set_defaults(**{name: _as_default(value) for name, value in settings.items()})
     try:
         *instances, unknown = parser.parse_args_into_dataclasses(

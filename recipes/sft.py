@@ -22,7 +22,13 @@ from quickstart import build_model, train_tokenizer
 from rich.console import Console
 from rich.table import Table
 from rows import DataArguments, load_rows
-from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    CONFIG_MAPPING,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
@@ -256,6 +262,14 @@ def read_model_config(config: dict[str, Any] | str) -> dict[str, Any]:
         raise ValueError(
             f"model_config: the model_type '{config['model_type']}' is unknown to transformers."
             f"{nearest(str(config['model_type']), list(CONFIG_MAPPING), otherwise='')}"
+        )
+    known = CONFIG_MAPPING[config["model_type"]]()
+    names = {*known.to_dict(), *known.attribute_map, *PreTrainedConfig().to_dict()}
+    unknown = next((name for name in config if name not in names), None)
+    if unknown is not None:
+        raise ValueError(
+            f"model_config: '{unknown}' is no field of a {config['model_type']} config."
+            f"{nearest(unknown, sorted(names), otherwise='')}"
         )
     return config
 

@@ -127,3 +127,14 @@ def test_shards_are_verified(
     (tmp_path / "shards" / "train" / "shard_000.bin").write_bytes(b"")
     with pytest.raises(SystemExit, match=r"(?s)hf-sft verify-shards: .*shard_000\.bin"):
         main(["verify-shards", str(tmp_path / "shards")])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [("", "no rows"), ('{"prompt": "a", "re\n', "JSON")]
+)
+def test_rows_that_cannot_be_read_are_said_in_one_message(content: str, reason: str) -> None:
+    Path("broken.jsonl").write_text(content)
+    with pytest.raises(
+        SystemExit, match=rf"hf-sft preview: 'broken.jsonl' cannot be read: .*{reason}"
+    ):
+        main(["preview", "--tokenizer", "tokenizer", "--train_file", "broken.jsonl"])

@@ -5,13 +5,14 @@ from transformers import PreTrainedModel
 
 
 def add_adapter(
-    model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None
+    model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, *, is_trained: bool = True
 ) -> PreTrainedModel | PeftModel:
     """Freezes a model and adds a trainable adapter; without a config the model stays as it is.
 
     Args:
         model: The base model.
         peft_config: For example a `peft.LoraConfig`.
+        is_trained: Whether something in the model has to be trainable.
 
     Raises:
         ValueError: If the model already carries an adapter, or if nothing in it would be trained.
@@ -25,7 +26,7 @@ def add_adapter(
                 "first with model.merge_and_unload()."
             )
         model = get_peft_model(model, peft_config)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    if is_trained and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "No parameter of the model requires a gradient, so nothing would be trained. A loaded "
             "adapter needs is_trainable=True in PeftModel.from_pretrained."

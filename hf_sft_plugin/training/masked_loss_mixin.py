@@ -135,6 +135,11 @@ class MaskedLossMixin(_TrainerBase):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`; the counts begin at 0, or where the checkpoint stopped."""
         output = super().train(*args, **kwargs)
+        if self.state.global_step == 0 and self.state.max_steps > 0:
+            raise ValueError(
+                "Nothing was trained: the training data gave no batch. A stream whose rows are all "
+                "left out does so; the warnings before name the first of them."
+            )
         # The Trainer's own figure is a mean over steps of means over tokens.
         exact = output.metrics.get("train_loss", output.training_loss)
         return output._replace(training_loss=exact)

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
+import pyarrow as pa
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
@@ -95,7 +96,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         _refuse_datasets(args, train_dataset, eval_dataset)
         model = load_model(model, args.model_init_kwargs, peft_config)
         tokenizer = load_tokenizer(processing_class, model, args.stop_token)
-        model = add_adapter(model, peft_config)
+        model = add_adapter(model, peft_config, is_trained=train_dataset is not None)
         self.stop_token_ids = stop_tokens(model, tokenizer, args.stop_token)
         self.ledgers: dict[str, Ledger] = {}
         self._prepared: list[AnyDataset] = []
@@ -261,7 +262,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         if isinstance(dataset, ShardDataset):
             check_tokenizer(dataset.folder, tokenizer)
         if isinstance(dataset, list):
-            dataset = Dataset.from_list(dataset)
+            dataset = _as_dataset(dataset, name)
         if not isinstance(dataset, Dataset):
             return dataset
         with args.main_process_first(desc=f"preparing the {name} data"):
@@ -274,6 +275,23 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             )
         self._prepared.append(prepared)
         return prepared
+
+
+def _as_dataset(rows: list[Any], name: str) -> Dataset:
+    """A list of rows as a dataset, whose columns have one type each."""
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise ValueError(
+                f"Row {index} of the {name} data is {type(row).__name__}, but a row is a dict of "
+                "columns. Write {'prompt': ..., 'response': ...}."
+            )
+    try:
+        return Dataset.from_list(rows)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(
+            f"The {name} data is a list of rows in which a column holds values of different types: "
+            f"{error}. Give every column one type."
+        ) from error
 
 
 def _refuse_datasets(args: MaskedSFTConfig, train_dataset: object, eval_dataset: object) -> None:

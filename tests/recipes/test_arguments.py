@@ -13,6 +13,7 @@ class Shape:
     """A stand-in for the settings of a recipe."""
 
     train_file: str | None = field(default=None, metadata={"help": "Where the rows are."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Whose rows."})
     learning_rate: float = field(default=1.0, metadata={"help": "How fast."})
     num_rows: int = field(default=1, metadata={"help": "How many."})
     lora: bool = field(default=False, metadata={"help": "Whether to."})
@@ -137,3 +138,12 @@ def test_the_help_shows_every_setting(
     assert "It runs." in text
     for help_text in ("Where the rows are.", "How fast.", "--num_rows", "[config.yaml]"):
         assert help_text in text
+
+
+def test_rows_named_by_flag_take_the_place_of_those_in_the_file(
+    default_config: Path, tmp_path: Path
+) -> None:
+    path = write(tmp_path, "dataset_name: theirs\nnum_rows: 3\n")
+    found = parse(default_config, path, "--train_file", "mine.jsonl")
+    assert (found.train_file, found.dataset_name, found.num_rows) == ("mine.jsonl", None, 3)
+    assert parse(default_config, path).dataset_name == "theirs"

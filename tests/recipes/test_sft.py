@@ -194,6 +194,10 @@ def test_pushing_goes_through_the_trainers_own_path(
             'model_config is {"hidden_size": 3}, without a model_type',
         ),
         (
+            ("--train_file", "rows.jsonl", "--model_config", '{"model_type":"qwen3","hidden":3}'),
+            "model_config: 'hidden' is no field of a qwen3 config. Did you mean 'hidden_act'?",
+        ),
+        (
             ("--train_file", "rows.jsonl", "--model_config", "{bad"),
             "model_config is '{bad', which is not JSON",
         ),

@@ -611,3 +611,40 @@ def test_a_run_leaves_the_certificate_of_its_masks(
     digest = trainer.ledgers["train"].certificate["masks_sha256"]
     assert certificate["masks_sha256"] == digest
     assert digest[:16] in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "a", "response": "b"}, {"prompt": "a", "response": 5}], "different types"),
+        (["a", "b"], "Row 0 of the train data is str, but a row is a dict"),
+    ],
+)
+def test_a_list_that_is_no_table_of_rows_is_refused(
+    rows: Any, message: str, tokenizer: Any, model: Any, make_config: Make
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        MaskedSFTTrainer(model, make_config(), train_dataset=rows, processing_class=tokenizer)
+
+
+def test_a_stream_of_which_nothing_can_be_trained_is_an_error(
+    tokenizer: Any, model: Any, make_config: Make
+) -> None:
+    stream = Dataset.from_list([{"prompt": "a", "response": " "}] * 4).to_iterable_dataset()
+    trainer = MaskedSFTTrainer(
+        model, make_config(), train_dataset=stream, processing_class=tokenizer
+    )
+    with pytest.raises(ValueError, match="Nothing was trained"):
+        trainer.train()
+
+
+def test_a_frozen_model_can_be_evaluated_but_not_trained(
+    dataset: Dataset, tokenizer: Any, model: Any, make_config: Make
+) -> None:
+    model.requires_grad_(False)
+    trainer = MaskedSFTTrainer(
+        model, make_config(), eval_dataset=dataset, processing_class=tokenizer
+    )
+    assert trainer.evaluate()["eval_loss"] > 0
+    with pytest.raises(ValueError, match="No parameter of the model requires a gradient"):
+        MaskedSFTTrainer(model, make_config(), train_dataset=dataset, processing_class=tokenizer)
