@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from jinja2.exceptions import TemplateError
 from quickstart import train_tokenizer
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
@@ -82,7 +83,7 @@ def _find_control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Adds what the template writes as control tokens, and returns those that end a response."""
     try:
         text = str(tokenizer.apply_chat_template(conversations()["single"], tokenize=False))
-    except Exception:  # a template may fail in any way of its own
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError):
         return []
     names = sorted(set(_CONTROL.findall(text + str(tokenizer.chat_template))))
     names = [n for n in names if n in text or n.startswith("<|")]

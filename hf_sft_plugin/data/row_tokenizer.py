@@ -233,15 +233,15 @@ class RowTokenizer:
         Some tokenizers put a space before each part, which inference would not.
         """
         if whole_ids is None:
-            expected = self._marker.show(text)
+            written = expected = self._marker.show(text)
             read = decode_tokens([input_ids], self._tokenizer)[0]
-            # Control tokens may swallow space, but nothing may be added.
-            is_same = "".join(read.split()) == "".join(expected.split())
-            is_same &= len(read) <= len(expected) and not _ESCAPED_MARK.search(text)
         else:
+            written = text
             read, expected = decode_tokens([input_ids, whole_ids], self._tokenizer)
-            is_same = read == expected or expected != text
-        if not is_same:
+        # Control tokens may swallow space, but nothing may be added to what is written.
+        is_same = "".join(read.split()) == "".join(expected.split()) and len(read) <= len(written)
+        is_escaped = whole_ids is None and _ESCAPED_MARK.search(text) is not None
+        if is_escaped or not (is_same or read in (expected, written)):
             raise RowError(
                 row,
                 f"encoded in parts, the text reads {read[:80]!r} instead of {expected[:80]!r}, "

@@ -238,28 +238,22 @@ def test_sentencepiece_like_tokenizers_train_the_response(prepend: str) -> None:
     assert outcome.num_straddled == 0
 
 
-@pytest.mark.parametrize(
-    "prepend",
-    [
-        "never",
-        *(
-            pytest.param(
-                prepend,
-                marks=pytest.mark.xfail(
-                    strict=True,
-                    reason="the response is encoded alone, so it gets a space before it that the "
-                    "text does not have; decoding it alone hides that",
-                ),
-            )
-            for prepend in ("first", "always")
-        ),
-    ],
-)
-def test_a_cut_adds_no_space_of_its_own(prepend: str) -> None:
-    tokenizer = metaspace(SPACED, prepend, ("\u2581", "t"))
+def test_a_cut_leaves_the_tokens_of_the_response() -> None:
+    tokenizer = metaspace(SPACED, "never", ("\u2581", "t"))
     outcome = outcome_of(chat(*CHAT), tokenizer)
     assert outcome.num_straddled == 1
     assert trained_tokens(outcome, tokenizer)[:3] == ["t", "h", "e"]
+
+
+@pytest.mark.parametrize("prepend", ["first", "always"])
+def test_a_tokenizer_that_adds_a_space_to_each_part_is_not_asked_for_parts(prepend: str) -> None:
+    tokenizer = metaspace(SPACED, prepend, ("\u2581", "t"))
+    outcome = outcome_of(chat(*CHAT), tokenizer)
+    assert outcome.examples == []
+    assert outcome.error is not None
+    assert outcome.error.reason == "the tokenizer cannot encode in parts"
+    whole = outcome_of(chat(*CHAT), tokenizer, boundary="include")
+    assert trained_tokens(whole, tokenizer)[:3] == ["\u2581t", "h", "e"]
 
 
 def test_wordpiece_like_tokenizers_are_lossy_but_masked_rightly() -> None:
