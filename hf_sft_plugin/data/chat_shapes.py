@@ -8,18 +8,19 @@ equal what was filled in; rows whose contents a template might look at, and ever
 take the full way.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin.data.rendering import (
+    TEMPLATE_ERRORS,
     Range,
     RenderedText,
     Span,
     render_chat,
+    render_messages,
     render_turns,
 )
 from hf_sft_plugin.types import Conversation, DataOptions, RowError
@@ -30,6 +31,8 @@ _NUM_TRIALS = 3
 # Private characters that stand for contents.
 _PLACEHOLDER = 0xE000
 _AUDIT_EVERY = 100
+# Chats that a template writes in one call.
+_NUM_AT_ONCE = 100
 
 
 @dataclass
@@ -50,6 +53,23 @@ class _Shape:
 
 
 @dataclass
+class _Candidate:
+    """A conversation that was filled into a shape.
+
+    Attributes:
+        shape: The shape.
+        texts: What it came to.
+        prompt: What inference supplies before the last response; None where nothing is generated.
+        is_as_rendered: Whether the template writes the whole and the prompt so.
+    """
+
+    shape: _Shape
+    texts: list[RenderedText]
+    prompt: str | None
+    is_as_rendered: bool = False
+
+
+@dataclass
 class ChatRenderer:
     """Renders chats as `render_chat` does, and remembers what chats of one shape have in common.
 
@@ -64,44 +84,81 @@ class ChatRenderer:
     stop_texts: Collection[str]
     _shapes: dict[Any, _Shape] = field(default_factory=dict)
 
-    def __call__(self, conversation: Conversation, index: int) -> list[RenderedText]:
-        """See `render_chat`."""
+    def __call__(
+        self, conversations: Sequence[Conversation], indices: Sequence[int]
+    ) -> list[list[RenderedText] | RowError]:
+        """What `render_chat` gives for each conversation, or the error that it raises."""
+        candidates = [self._fill_shape(conversation) for conversation in conversations]
+        filled = [
+            (conversation, candidate)
+            for conversation, candidate in zip(conversations, candidates, strict=True)
+            if candidate is not None
+        ]
+        wholes = self._render_all([each.messages for each, _ in filled])
+        asked = [
+            (each.messages[: candidate.texts[-1].spans[-1].turn], candidate)
+            for each, candidate in filled
+            if candidate.prompt is not None
+        ]
+        prompts = self._render_all([messages for messages, _ in asked], generation_prompt=True)
+        for (_, candidate), whole in zip(filled, wholes, strict=True):
+            candidate.is_as_rendered = candidate.texts[-1].text == whole
+        for (_, candidate), prompt in zip(asked, prompts, strict=True):
+            candidate.is_as_rendered &= candidate.prompt == prompt
+        rendered: list[list[RenderedText] | RowError] = []
+        for number, index in enumerate(indices):
+            try:
+                rendered.append(self._decide(conversations[number], candidates[number], index))
+            except RowError as error:
+                rendered.append(error)
+        return rendered
+
+    def _fill_shape(self, conversation: Conversation) -> _Candidate | None:
+        """Fills a conversation into its shape; None where it has to be rendered in full."""
         contents = _opaque_contents(conversation)
         if contents is None:
-            return self._in_full(conversation, index)
+            return None
         key = tuple((t.message["role"], t.train, t.weight) for t in conversation.turns)
         shape = self._shapes.get(key)
         if shape is None:
             shape = self._shapes[key] = self._find_shape(conversation)
-        shape.num_rows += 1
         if shape.texts is None:
+            return None
+        texts = [_fill(text, contents) for text in shape.texts]
+        prompt = shape.prompt and shape.prompt.translate(
+            {_PLACEHOLDER + number: content for number, content in enumerate(contents)}
+        )
+        return _Candidate(shape, texts, prompt)
+
+    def _decide(
+        self, conversation: Conversation, candidate: _Candidate | None, index: int
+    ) -> list[RenderedText]:
+        """What was filled in, if it holds; else, and now and then all the same, the full way."""
+        if candidate is None or candidate.shape.texts is None:
             return self._in_full(conversation, index)
-        filled = [_fill(text, contents) for text in shape.texts]
-        if not self._is_as_rendered(filled[-1], shape, contents, conversation, index):
+        shape = candidate.shape
+        shape.num_rows += 1
+        if not candidate.is_as_rendered:
             return self._in_full(conversation, index)
         if shape.num_rows <= _NUM_TRIALS or shape.num_rows % _AUDIT_EVERY == 0:
             texts = self._in_full(conversation, index)
-            if texts != filled:
+            if texts != candidate.texts:
                 shape.texts = None
             return texts
-        return filled
+        return candidate.texts
 
-    def _is_as_rendered(
-        self,
-        last: RenderedText,
-        shape: _Shape,
-        contents: list[str],
-        conversation: Conversation,
-        index: int,
-    ) -> bool:
-        """Whether the whole, and what inference supplies before the last response, are so."""
-        render = partial(render_turns, tokenizer=self.tokenizer, index=index, options=self.options)
-        if last.text != render(conversation, len(conversation.turns)):
-            return False
-        if shape.prompt is None:
-            return True
-        filled = shape.prompt.translate({_PLACEHOLDER + n: c for n, c in enumerate(contents)})
-        return filled == render(conversation, last.spans[-1].turn, generation_prompt=True)
+    def _render_all(
+        self, chats: Sequence[list[dict[str, Any]]], generation_prompt: bool = False
+    ) -> list[str | None]:
+        """Renders many chats at once; None for all of them where the template refuses one."""
+        texts: list[str | None] = []
+        for start in range(0, len(chats), _NUM_AT_ONCE):
+            some = chats[start : start + _NUM_AT_ONCE]
+            try:
+                texts += render_messages(some, self.tokenizer, self.options, generation_prompt)
+            except TEMPLATE_ERRORS:
+                texts += [None] * len(some)
+        return texts
 
     def _in_full(self, conversation: Conversation, index: int) -> list[RenderedText]:
         return render_chat(conversation, self.tokenizer, index, self.options, self.stop_texts)

@@ -53,8 +53,10 @@ class ControlTokenMarker:
         written = [segment.text for segment in conversation.segments]
         for value in (*conversation.messages, *(conversation.tools or ()), written):
             for text in _texts(value):
-                if any(opening in text for opening in self._openings):
-                    found += self._pattern.findall(text)
+                for opening in self._openings:
+                    if opening in text:
+                        found += self._pattern.findall(text)
+                        break
         return found
 
     def hide(self, conversation: Conversation) -> Conversation:
@@ -168,12 +170,14 @@ class ControlTokenMarker:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts within nested values."""
+    """All texts within nested values, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from (*_texts(key), *_texts(item))
+        yield from _texts([*value, *value.values()])
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _texts(item)
+            if isinstance(item, str):
+                yield item
+            else:
+                yield from _texts(item)

@@ -12,11 +12,11 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin.data.certificate import certify_masks, preparation_key
-from hf_sft_plugin.data.formats import detect_format
+from hf_sft_plugin.data.formats import RowFormat, detect_format
 from hf_sft_plugin.data.ledger import Ledger, account_of
-from hf_sft_plugin.data.tokenization import make_options, tokenize_rows
+from hf_sft_plugin.data.row_tokenizer import RowTokenizer
+from hf_sft_plugin.data.tokenization import make_options
 from hf_sft_plugin.data.truncation import max_row_length
-from hf_sft_plugin.types import DataOptions
 
 # The column that carries the account of a row from the tokenizing pass to the ledger.
 _ACCOUNT = "_account"
@@ -60,10 +60,9 @@ def prepare_dataset(
     accounted = dataset.with_format(None).map(
         partial(
             _prepare_batch,
-            tokenizer=tokenizer,
-            options=data_options,
-            stop_token_ids=stop_token_ids,
-            columns=list(features),
+            tokenize=RowTokenizer(tokenizer, data_options, stop_token_ids),
+            row_format=row_format,
+            schema=features.arrow_schema,
         ),
         batched=True,
         with_indices=True,
@@ -113,24 +112,23 @@ def _features(columns: Collection[str]) -> Features:
 def _prepare_batch(
     batch: Mapping[str, Sequence[Any]],
     indices: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
-    options: DataOptions,
-    stop_token_ids: Collection[int] | None,
-    columns: Sequence[str],
-) -> dict[str, list[Any]]:
-    """One batch of rows as columns; a dropped row becomes one empty row with its account."""
+    tokenize: RowTokenizer,
+    row_format: RowFormat,
+    schema: pa.Schema,
+) -> pa.Table:
+    """One batch of rows as a table; a dropped row becomes one empty row with its account."""
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    table: dict[str, list[Any]] = {column: [] for column in columns}
-    for outcome in tokenize_rows(rows, indices, tokenizer, options, stop_token_ids):
+    table: dict[str, list[Any]] = {column: [] for column in schema.names}
+    for outcome in tokenize(rows, indices, row_format):
         # The account of a row stands on its first example.
         account: str | None = json.dumps(account_of(outcome))
         examples: list[Mapping[str, Any]] = [*outcome.examples] or [{}]
         for example in examples:
             values = {**example, _ACCOUNT: account}
-            for column in columns:
+            for column in schema.names:
                 table[column].append(values.get(column))
             account = None
-    return table
+    return pa.Table.from_pydict(table, schema=schema)
 
 
 def _count(accounted: Dataset, ledger: Ledger) -> None:

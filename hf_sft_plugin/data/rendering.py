@@ -22,6 +22,8 @@ from hf_sft_plugin.types import Conversation, DataOptions, RowError, SpanKind
 # What a template may write between the point where a finished response parts from the generation
 # prompt and its content: an empty thought, but no role.
 _TAGS = re.compile(r"(\s|<[^<>]*>)*")
+# What a chat template may raise.
+TEMPLATE_ERRORS = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
 _OPEN_TAG = re.compile(r"(<[^<>]*)?\Z")
 
 
@@ -71,6 +73,28 @@ class RenderedText:
     is_unseen: bool = False
 
 
+def render_messages(
+    chats: Sequence[Sequence[dict[str, Any]]],
+    tokenizer: PreTrainedTokenizerBase,
+    options: DataOptions,
+    generation_prompt: bool = False,
+    tools: Sequence[dict[str, Any]] | None = None,
+) -> list[str]:
+    """Messages of many chats as texts, as the tokenizer's chat template writes them.
+
+    Raises:
+        Exception: One of `TEMPLATE_ERRORS`, if the template refuses any of them.
+    """
+    variables = _template_kwargs(options)
+    if tools:
+        variables = {**variables, "tools": list(tools)}
+    render: Callable[..., Any] = tokenizer.apply_chat_template
+    texts: list[str] = render(
+        chats, tokenize=False, add_generation_prompt=generation_prompt, **variables
+    )
+    return texts
+
+
 def render_turns(
     conversation: Conversation,
     num_turns: int,
@@ -94,23 +118,18 @@ def render_turns(
     Raises:
         RowError: If the template refuses the turns, or writes broken Unicode.
     """
-    shown = [turn.message for turn in conversation.turns] if messages is None else messages
-    variables = _template_kwargs(options)
-    if conversation.tools:
-        variables = {**variables, "tools": list(conversation.tools)}
-    render: Callable[..., Any] = tokenizer.apply_chat_template
+    shown = conversation.messages if messages is None else messages
     try:
-        text = render(
-            shown[:num_turns], tokenize=False, add_generation_prompt=generation_prompt, **variables
+        (text,) = render_messages(
+            [shown[:num_turns]], tokenizer, options, generation_prompt, conversation.tools
         )
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except TEMPLATE_ERRORS as error:
         raise RowError(
             index,
             f"the chat template refuses the conversation: {error}. Bring the roles and contents "
             "into the form that the template expects, or remove the row.",
             "refused by the chat template",
         ) from error
-    assert isinstance(text, str)
     check_unicode(text, index, "the rendered conversation")
     return text
 

@@ -18,10 +18,10 @@ from hf_sft_plugin.data.segments import join_segments
 from hf_sft_plugin.data.stop_tokens import resolve_stop_tokens
 from hf_sft_plugin.data.text_encoding import (
     JoinedEncoding,
+    TextEncoder,
     TextEncoding,
     decode_tokens,
     encode_parts,
-    encode_texts,
 )
 from hf_sft_plugin.data.tokenized_rows import check_tokenized_row
 from hf_sft_plugin.data.truncation import keep, mask_runs, max_row_length, plan_truncation
@@ -110,6 +110,7 @@ class RowTokenizer:
         self._stops = resolve_stop_tokens(tokenizer, options.stop_token, stop_token_ids)
         self._limit = max_row_length(tokenizer, options.max_length)
         self._marker = ControlTokenMarker(tokenizer)
+        self._encode = TextEncoder(tokenizer)
         self._render = ChatRenderer(tokenizer, options, self._stops.values())
         self._trains_all = not options.use_loss_mask or options.train_on == "all"
 
@@ -146,17 +147,23 @@ class RowTokenizer:
 
     def _tokenize_chats(self, chats: Sequence[tuple[RowOutcome, Conversation]]) -> list[Proof]:
         """Fills the outcomes of chats, and returns what is to be proven of them."""
-        rendered: list[tuple[RowOutcome, RenderedText]] = []
+        shown: list[tuple[RowOutcome, Conversation]] = []
         for outcome, conversation in chats:
             try:
-                shown = self._hide_control_tokens(outcome, conversation)
-                texts = self._render(shown, outcome.row)
-                rendered += [(outcome, text) for text in texts]
+                shown.append((outcome, self._hide_control_tokens(outcome, conversation)))
             except RowError as error:
                 outcome.drop(error)
+        rows = [outcome.row for outcome, _ in shown]
+        rendered: list[tuple[RowOutcome, RenderedText]] = []
+        all_texts = self._render([conversation for _, conversation in shown], rows)
+        for (outcome, _), texts in zip(shown, all_texts, strict=True):
+            if isinstance(texts, RowError):
+                outcome.drop(texts)
+            else:
+                rendered += [(outcome, text) for text in texts]
         keeps = self._options.control_tokens == "keep"
         usual = [text.text for outcome, text in rendered if keeps or not outcome.control_tokens]
-        encodings = iter(encode_texts(usual, self._tokenizer))
+        encodings = iter(self._encode(usual))
         proofs: list[Proof] = []
         for outcome, text in rendered:
             is_hidden = bool(outcome.control_tokens) and not keeps

@@ -7,10 +7,10 @@ from typing import Any
 from datasets import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from hf_sft_plugin.data.formats import detect_format
+from hf_sft_plugin.data.formats import RowFormat, detect_format
 from hf_sft_plugin.data.ledger import Ledger, account_of
-from hf_sft_plugin.data.tokenization import make_options, tokenize_rows
-from hf_sft_plugin.types import DataOptions
+from hf_sft_plugin.data.row_tokenizer import RowTokenizer
+from hf_sft_plugin.data.tokenization import make_options
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,9 @@ def prepare_stream(
     columns = dataset.column_names or list(next(iter(dataset), {}))
     if not columns:
         raise ValueError("The stream is empty: it needs at least one row.")
-    detect_format(columns, data_options)
-    preparer = _StreamPreparer(tokenizer, data_options, stop_token_ids, max_dropped_share)
+    row_format = detect_format(columns, data_options)
+    tokenize = RowTokenizer(tokenizer, data_options, stop_token_ids)
+    preparer = _StreamPreparer(tokenize, row_format, max_dropped_share)
     return dataset.map(
         preparer, batched=True, batch_size=64, with_indices=True, remove_columns=columns
     )
@@ -63,15 +64,10 @@ class _StreamPreparer:
     """Tokenizes one batch after the other, and keeps the account of this process."""
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        options: DataOptions,
-        stop_token_ids: Collection[int] | None,
-        max_dropped_share: float,
+        self, tokenize: RowTokenizer, row_format: RowFormat, max_dropped_share: float
     ) -> None:
-        self._tokenizer = tokenizer
-        self._options = options
-        self._stop_token_ids = stop_token_ids
+        self._tokenize = tokenize
+        self._row_format = row_format
         self._max_dropped_share = max_dropped_share
         self._ledger = Ledger(num_rows=0)
 
@@ -81,10 +77,7 @@ class _StreamPreparer:
         values = zip(*batch.values(), strict=True)
         rows = [dict(zip(batch, row, strict=True)) for row in values]
         table: dict[str, list[Any]] = {column: [] for column in _COLUMNS}
-        outcomes = tokenize_rows(
-            rows, indices, self._tokenizer, self._options, self._stop_token_ids
-        )
-        for outcome in outcomes:
+        for outcome in self._tokenize(rows, indices, self._row_format):
             self._ledger.num_rows += 1
             self._ledger.add_row(account_of(outcome))
             if outcome.error is not None and self._ledger.num_rows_dropped <= _NUM_NAMED_ROWS:

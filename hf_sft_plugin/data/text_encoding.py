@@ -7,6 +7,8 @@ from typing import Protocol
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
+from hf_sft_plugin.data.word_encoding import WordEncoder
+
 
 class TextEncoding(Protocol):
     """A text as tokens that know their characters.
@@ -95,21 +97,30 @@ class JoinedEncoding:
         return self._places[token]
 
 
-def encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Sequence[TextEncoding]:
-    """Encodes whole texts, control tokens included."""
-    if not texts:
-        return []
-    if not tokenizer.is_fast:
-        return [encode_parts([text], tokenizer) for text in texts]
-    # The backend itself: transformers would copy every list once more, and forget the characters.
-    backend = tokenizer.backend_tokenizer
-    backend.no_padding()
-    backend.no_truncation()
-    backend.encode_special_tokens = False
-    return [
-        WholeEncoding(encoding)
-        for encoding in backend.encode_batch(texts, add_special_tokens=False)
-    ]
+class TextEncoder:
+    """Encodes whole texts, control tokens included.
+
+    Args:
+        tokenizer: Encodes them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._encode_words = WordEncoder(tokenizer.backend_tokenizer) if tokenizer.is_fast else None
+
+    def __call__(self, texts: list[str]) -> list[TextEncoding]:
+        """One encoding per text."""
+        if self._encode_words is None:
+            return [encode_parts([text], self._tokenizer) for text in texts]
+        # The backend itself: transformers would copy every list once more, and forget characters.
+        backend = self._tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = False
+        by_words = self._encode_words(texts)
+        others = [text for text, made in zip(texts, by_words, strict=True) if made is None]
+        whole = iter(backend.encode_batch(others, add_special_tokens=False))
+        return [made or WholeEncoding(next(whole)) for made in by_words]
 
 
 def encode_parts(parts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> JoinedEncoding:

@@ -49,18 +49,20 @@ def both(conversations: list[Conversation], tokenizer: Any, stops: Any, **option
     """What the fast way and the full way make of each chat, in order."""
     given_options = make_options(options)
     render = ChatRenderer(tokenizer, given_options, stops)
-    ways = (
-        render,
-        lambda chat, index: render_chat(chat, tokenizer, index, given_options, stops),
-    )
-    found: list[list[Any]] = []
-    for index, chat in enumerate(conversations):
-        found.append([])
-        for way in ways:
-            try:
-                found[-1].append(way(chat, index))
-            except RowError as error:
-                found[-1].append((error.reason, error.problem))
+    half = len(conversations) // 2
+    # Rows come in batches; what the first has shown is known to the second.
+    fast = render(conversations[:half], range(half))
+    fast += render(conversations[half:], range(half, len(conversations)))
+    found = []
+    for index, (chat, texts) in enumerate(zip(conversations, fast, strict=True)):
+        try:
+            full: Any = render_chat(chat, tokenizer, index, given_options, stops)
+        except RowError as error:
+            full = (error.reason, error.problem)
+        if isinstance(texts, RowError):
+            found.append([(texts.reason, texts.problem), full])
+        else:
+            found.append([texts, full])
     return found
 
 
@@ -115,7 +117,8 @@ def test_plain_chats_take_the_fast_way(
     monkeypatch.setattr("hf_sft_plugin.data.chat_shapes.render_chat", count)
     for number in range(250):
         chat = conversation_of(ROLES[0], [f"question {number}", "answer " * (number % 5) + "."])
-        assert render(chat, number) == render_chat(chat, tokenizer, number, options, each.stops)
+        full = render_chat(chat, tokenizer, number, options, each.stops)
+        assert render([chat], [number]) == [full]
     # One for the shape, three trials, and the hundredth and two hundredth rows.
     assert num_full == 6
 

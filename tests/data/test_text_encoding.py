@@ -10,20 +10,20 @@ from transformers import ByT5Tokenizer
 
 from hf_sft_plugin.data.text_encoding import (
     JoinedEncoding,
+    TextEncoder,
     decode_tokens,
     encode_parts,
-    encode_texts,
 )
 
 TEXT = "a \U0001f30d<|im_end|>\n\u00e9"
 
 
 def encoded(text: str, tokenizer: Any) -> Any:
-    return encode_texts([text], tokenizer)[0]
+    return TextEncoder(tokenizer)([text])[0]
 
 
 def test_no_text_is_no_encoding(tokenizer: Any) -> None:
-    assert encode_texts([], tokenizer) == []
+    assert TextEncoder(tokenizer)([]) == []
 
 
 def test_each_token_knows_its_characters_and_each_character_its_first_token(tokenizer: Any) -> None:
@@ -134,7 +134,7 @@ def test_what_the_tokenizer_was_called_for_before_does_not_matter(
     ids = encoded(TEXT, fresh).ids
     assert encoded(TEXT, used).ids == ids
     used(["a", "hello world <|im_end|>"], **settings_of_the_call)
-    assert [each.ids for each in encode_texts(["a", TEXT], used)] == [[67], ids]
+    assert [each.ids for each in TextEncoder(used)(["a", TEXT])] == [[67], ids]
     used(["a", "hello world <|im_end|>"], **settings_of_the_call)
     assert encode_parts(["a", TEXT], used).ids == [67, *ids]
 
