@@ -49,6 +49,14 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
             "choices": ["auto", "on", "off"],
         },
     )
+    max_tokens_per_microbatch: int | None = field(
+        default=None,
+        metadata={
+            "help": "The rows of an optimizer step run in as few micro-batches as this many tokens "
+            "allow; which rows share a step, and so the gradient, stays as it is. None: "
+            "per_device_train_batch_size rows at a time."
+        },
+    )
     max_dropped_share: float = field(
         default=0.05,
         metadata={"help": "Largest share of rows, 0 to 1, that may be dropped before it stops."},
@@ -174,6 +182,7 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
         for name in (
             "dataset_num_proc",
             "pad_to_multiple_of",
+            "max_tokens_per_microbatch",
             "generation_max_new_tokens",
             "generation_num_rows",
         ):

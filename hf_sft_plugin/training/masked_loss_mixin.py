@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,12 @@ from hf_sft_plugin.training.metrics import (
     means_by_source,
     row_totals,
 )
+from hf_sft_plugin.training.microbatches import Microbatches, MicrobatchesMixin
 
 logger = logging.getLogger(__name__)
 
 # Where the configs of mixture-of-experts models say how much the router's loss counts.
 _AUX_LOSS_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
-
-if TYPE_CHECKING:
-    # A mixin stands in front of a Trainer, which type checkers cannot know from its bases.
-    _TrainerBase = Trainer
-else:
-    _TrainerBase = object
 
 
 class ResponseBatch(NamedTuple):
@@ -94,7 +89,7 @@ def split_batch(inputs: Mapping[str, Any], normalization: LossNormalization) -> 
     )
 
 
-class MaskedLossMixin(_TrainerBase):
+class MaskedLossMixin(MicrobatchesMixin):
     """Gives a `Trainer` the response-masked loss, divided by one global count, and exact logs.
 
     Put it in front: `class MyTrainer(MaskedLossMixin, Trainer)`. It works with every collator that
@@ -154,15 +149,18 @@ class MaskedLossMixin(_TrainerBase):
             processes, a scalar; the constant for `LossNormalization.CONSTANT`.
         """
         batches = list(islice(epoch_iterator, num_batches))
-        self._num_microbatches = max(len(batches), 1)
         count = torch.zeros((), dtype=widest_float(device), device=device)
         if self.loss_normalization == LossNormalization.CONSTANT:
-            return batches, count + self.normalize_constant
-        for batch in batches:
-            count += split_batch(batch, self.loss_normalization).divisors.sum().to(device)
-        if self.accelerator.num_processes > 1:
-            count = self.accelerator.reduce(count, reduction="sum")
-        return batches, count
+            count += self.normalize_constant
+        else:
+            for batch in batches:
+                count += split_batch(batch, self.loss_normalization).divisors.sum().to(device)
+            if self.accelerator.num_processes > 1:
+                count = self.accelerator.reduce(count, reduction="sum")
+        made = self.regroup_step(batches, is_padded=True)
+        sizes = [len(each) if isinstance(each, Microbatches) else 1 for each in made]
+        self._num_microbatches = max(sum(sizes), 1)
+        return made, count
 
     def compute_loss(
         self,

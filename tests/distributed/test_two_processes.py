@@ -20,6 +20,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "token, full logits": {"fused_head": "off"},
     "example": {"loss_normalization": "example"},
     "constant": {"loss_normalization": "constant", "normalize_constant": 100.0},
+    # The long rows of one process need more micro-batches than the short ones of the other.
+    "regrouped": {"max_tokens_per_microbatch": 90},
+    "regrouped, one row at a time": {"max_tokens_per_microbatch": 1},
     "generation": {
         "predict_with_generate": True,
         "generation_max_new_tokens": 5,

@@ -22,6 +22,7 @@ OWN_DEFAULTS = {
     "loss_normalization": "token",
     "normalize_constant": None,
     "fused_head": "auto",
+    "max_tokens_per_microbatch": None,
     "max_dropped_share": 0.05,
     "dataset_num_proc": None,
     "pad_to_multiple_of": None,

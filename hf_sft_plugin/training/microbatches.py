@@ -1,0 +1,219 @@
+"""The rows of an optimizer step over as few micro-batches as a budget of tokens allows.
+
+Which rows share an optimizer step, and so the gradient, stays as it is; only what runs at a time
+changes. A micro-batch has a cost of its own however short its rows are, so few are better.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import Trainer
+
+from hf_sft_plugin.types import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    # A mixin stands in front of a Trainer, which type checkers cannot know from its bases.
+    _TrainerBase = Trainer
+else:
+    _TrainerBase = object
+
+# What stands where a row has no token. No model sees it: the attention mask is 0 there.
+_FILL = {"labels": IGNORE_INDEX}
+
+
+class Microbatches(list[dict[str, Any]]):
+    """What runs in the place of one batch of the data loader: no micro-batch, one or several."""
+
+
+def plan_microbatches(
+    lengths: Sequence[int], max_tokens: int, is_padded: bool = False, num_at_least: int = 1
+) -> list[list[int]]:
+    """Distributes rows over as few micro-batches as a budget allows, as evenly as it can.
+
+    Args:
+        lengths: Tokens of each row.
+        max_tokens: Tokens of a micro-batch, or as many as the longest row has, if that is more.
+        is_padded: Whether every row of a micro-batch costs as much as the longest.
+        num_at_least: Micro-batches that there have to be, as far as there are rows.
+
+    Returns:
+        The rows of each micro-batch, in order.
+
+    Examples:
+        >>> plan_microbatches([3, 9, 4, 2], max_tokens=9)
+        [[1], [0, 2, 3]]
+        >>> plan_microbatches([3, 9, 4, 2], max_tokens=9, is_padded=True)
+        [[1], [0, 2], [3]]
+    """
+    longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    num_at_least = max(1, min(num_at_least, len(lengths)))
+    limit = max(max_tokens, max(lengths, default=0))
+    plan: list[list[int]] = []
+    if is_padded:
+        for row in longest_first:
+            width = lengths[plan[-1][0]] if plan else 0
+            if not plan or width * (len(plan[-1]) + 1) > limit:
+                plan.append([])
+            plan[-1].append(row)
+        while len(plan) < num_at_least:
+            widest = max(range(len(plan)), key=lambda number: len(plan[number]))
+            rows = plan[widest]
+            plan[widest : widest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+        return [sorted(rows) for rows in plan]
+    for count in range(max(num_at_least, -(-sum(lengths) // limit)), len(lengths) + 1):
+        plan, loads = [[] for _ in range(count)], [0] * count
+        for row in longest_first:
+            least = loads.index(min(loads))
+            plan[least].append(row)
+            loads[least] += lengths[row]
+        if max(loads) <= limit:
+            break
+    return [sorted(rows) for rows in plan]
+
+
+def row_extents(batches: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+    """Tokens of every row, and the position after its last one; waits for the device once."""
+    counts = []
+    for batch in batches:
+        mask = batch.get("attention_mask")
+        if mask is None:
+            mask = torch.ones_like(batch["input_ids"])
+        positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        counts.append(torch.stack([mask.sum(-1), (mask * positions).amax(-1)]))
+    lengths, extents = torch.cat(counts, dim=1).tolist()
+    return lengths, extents
+
+
+def can_regroup(batches: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the batches are made of rows and nothing else: tensors of one shape `(B, S)`."""
+    names = batches[0].keys()
+    for batch in batches:
+        ids = batch.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or not len(ids) or batch.keys() != names:
+            return False
+        if any(not isinstance(it, Tensor) or it.shape != ids.shape for it in batch.values()):
+            return False
+    return True
+
+
+def regroup(
+    batches: Sequence[Mapping[str, Tensor]], plan: Sequence[Sequence[int]], extents: Sequence[int]
+) -> list[dict[str, Tensor]]:
+    """Makes the planned micro-batches of the rows of batches, each as short as its rows allow.
+
+    Args:
+        batches: Of tensors of shape `(B, S)` with the same names; see `can_regroup`.
+        plan: The rows of each micro-batch, counted over all batches.
+        extents: The position after the last token of each row.
+    """
+    places = [(number, row) for number, b in enumerate(batches) for row in range(len(b["labels"]))]
+    names = [*batches[0]]
+    masks = [torch.ones_like(batch["input_ids"]) for batch in batches]
+    if "attention_mask" not in names:
+        # Rows of different lengths are about to meet.
+        batches = [
+            {**batch, "attention_mask": mask} for batch, mask in zip(batches, masks, strict=True)
+        ]
+        names.append("attention_mask")
+    made = []
+    for rows in plan:
+        width = max(extents[row] for row in rows)
+        made.append(
+            {
+                name: torch.stack([_cut_row(batches, places[row], name, width) for row in rows])
+                for name in names
+            }
+        )
+    return made
+
+
+def _cut_row(
+    batches: Sequence[Mapping[str, Tensor]], place: tuple[int, int], name: str, width: int
+) -> Tensor:
+    number, row = place
+    values = batches[number][name][row, :width]
+    return pad(values, (0, width - len(values)), value=_FILL.get(name, 0))
+
+
+def share_out(microbatches: Sequence[dict[str, Any]], num_slots: int) -> list[Microbatches]:
+    """Puts micro-batches in the places of the batches that they replace, the last ones first.
+
+    Examples:
+        >>> share_out([{"a": 1}, {"a": 2}, {"a": 3}], 2)
+        [[{'a': 1}, {'a': 2}], [{'a': 3}]]
+        >>> share_out([{"a": 1}], 2)
+        [[], [{'a': 1}]]
+    """
+    count = len(microbatches)
+    edges = [count - min(count, slot) for slot in range(num_slots - 1, -1, -1)]
+    return [
+        Microbatches(microbatches[start:end])
+        for start, end in zip([0, *edges], edges, strict=False)
+    ]
+
+
+class MicrobatchesMixin(_TrainerBase):
+    """Lets a `Trainer` run the rows of an optimizer step in other micro-batches than they came in.
+
+    To the Trainer a step keeps its number of batches, so steps, epochs, logs and resuming are not
+    touched; what runs in the place of each batch is decided here.
+
+    Attributes:
+        max_tokens_per_microbatch: Tokens that run at a time; None runs the batches as they come.
+    """
+
+    max_tokens_per_microbatch: int | None = None
+
+    def regroup_step(self, batches: list[Any], is_padded: bool) -> list[Any]:
+        """Distributes the rows of one optimizer step anew, where there is a budget.
+
+        Args:
+            batches: What the data loader gave for it.
+            is_padded: See `plan_microbatches`.
+
+        Returns:
+            As many as there were: the batches, or `Microbatches`.
+        """
+        is_overridden = type(self).training_step is not MicrobatchesMixin.training_step
+        # DeepSpeed counts the backward passes of a step itself.
+        is_counted = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if self.max_tokens_per_microbatch is None or is_overridden or is_counted:
+            return batches
+        if not batches or not can_regroup(batches):
+            return batches
+        lengths, extents = row_extents(batches)
+        arguments = (extents if is_padded else lengths, self.max_tokens_per_microbatch, is_padded)
+        plan = plan_microbatches(*arguments)
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            # Each forward pass gathers weights, so all processes need as many.
+            count = torch.tensor(len(plan), device=self.accelerator.device)
+            most = int(self.accelerator.gather(count).max())
+            plan = plan_microbatches(*arguments, num_at_least=most)
+        return share_out(regroup(batches, plan, extents), len(batches))
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As in `Trainer`, for every micro-batch that stands in the place of a batch."""
+        if not isinstance(inputs, Microbatches):
+            return super().training_step(model, inputs, num_items_in_batch)
+        loss = torch.zeros((), device=self.args.device)
+        for number, batch in enumerate(inputs):
+            is_last = number == len(inputs) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                loss = loss + super().training_step(model, batch, num_items_in_batch)
+        return loss
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """As in `Trainer`, over all micro-batches."""
+        parts: Iterator[Any] = iter(inputs if isinstance(inputs, Microbatches) else [inputs])
+        return sum(super(MicrobatchesMixin, self).floating_point_ops(part) for part in parts)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        for part in inputs if isinstance(inputs, Microbatches) else [inputs]:
+            super()._track_num_input_tokens(part)
