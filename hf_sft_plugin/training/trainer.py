@@ -19,6 +19,7 @@ from hf_sft_plugin.data.shards import ShardDataset, check_tokenizer
 from hf_sft_plugin.data.streaming import prepare_stream
 from hf_sft_plugin.loss.masked_loss import LossNormalization
 from hf_sft_plugin.training.adapters import add_adapter
+from hf_sft_plugin.training.allocator import keep_freed_memory
 from hf_sft_plugin.training.callbacks import RunRecorder
 from hf_sft_plugin.training.config import MaskedSFTConfig
 from hf_sft_plugin.training.evaluation import (
@@ -149,6 +150,12 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         """
         rows = self.eval_dataset if dataset is None else dataset
         return self._answer(self._examples_to_answer(rows, num_rows))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `MaskedLossMixin`; on a CPU the process keeps the memory that it frees."""
+        if self.args.keep_freed_memory and self.args.device.type == "cpu":
+            keep_freed_memory()
+        return super().train(*args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in `Trainer`; rows that were not given to the constructor are prepared like those."""

@@ -23,6 +23,7 @@ OWN_DEFAULTS = {
     "normalize_constant": None,
     "fused_head": "auto",
     "max_tokens_per_microbatch": None,
+    "keep_freed_memory": True,
     "max_dropped_share": 0.05,
     "dataset_num_proc": None,
     "pad_to_multiple_of": None,

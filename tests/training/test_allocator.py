@@ -1,0 +1,76 @@
+"""Freed memory is kept, which shows in the pages that the kernel has to clear."""
+
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
+from hf_sft_plugin.training import allocator
+
+# Pages of 4 KiB that a process touches for the first time while 64 MiB are taken ten times.
+COUNT_FAULTS = """
+import resource, sys
+from hf_sft_plugin.training.allocator import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+def fill():
+    bytearray(b"x") * 2**26
+fill()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    fill()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has this setting")
+def test_memory_is_taken_from_the_system_once() -> None:
+    faults = {
+        mode: int(
+            subprocess.run(
+                [sys.executable, "-c", COUNT_FAULTS, mode],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for mode in ("keep", "stock")
+    }
+    # Pages may be 2 MiB at once, where the kernel gives out such.
+    assert faults["stock"] >= 10 * 2**26 // 2**21
+    assert faults["keep"] * 10 < faults["stock"]
+
+
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: pytest.fail("was loaded"))
+    assert not allocator.keep_freed_memory()
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_training_on_a_cpu_sets_it_unless_told_not_to(
+    is_on: bool,
+    tokenizer: Any,
+    model_factory: Callable[..., Any],
+    make_config: Callable[..., MaskedSFTConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(
+        "hf_sft_plugin.training.trainer.keep_freed_memory", lambda: bool(calls.append(1))
+    )
+    rows = Dataset.from_list([{"prompt": "hello", "response": "world"}] * 4)
+    trainer = MaskedSFTTrainer(
+        model_factory(),
+        make_config(keep_freed_memory=is_on, max_steps=1),
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    assert not calls
+    trainer.train()
+    assert len(calls) == is_on
