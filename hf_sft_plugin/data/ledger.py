@@ -48,6 +48,8 @@ class Ledger:
         columns: Which columns were taken for what.
         unused_columns: Columns that play no part.
         num_stopped: Examples whose last trained token is a stop token.
+        num_cut_before_stop: Examples that would be, had they not been truncated before it.
+        is_pad_eos: Whether rows are padded with the eos token.
         spans: Trained spans by kind; see `TrainedSpan`.
         control_tokens: How often each control token stood in the contents.
         num_straddled_tokens: Tokens that reached across the edge of a response.
@@ -70,6 +72,8 @@ class Ledger:
     columns: str = ""
     unused_columns: list[str] = field(default_factory=list)
     num_stopped: int = 0
+    num_cut_before_stop: int = 0
+    is_pad_eos: bool = False
     spans: dict[str, int] = field(default_factory=dict)
     control_tokens: dict[str, int] = field(default_factory=dict)
     num_straddled_tokens: int = 0
@@ -103,6 +107,7 @@ class Ledger:
         self.num_truncated_tokens += lost
         self.num_examples += account["num_examples"]
         self.num_stopped += account["num_stopped"]
+        self.num_cut_before_stop += account.get("num_cut_before_stop", 0)
         self.num_straddled_tokens += account.get("num_straddled", 0)
         for counts, found in (
             (self.spans, account["spans"]),
@@ -182,6 +187,13 @@ class Ledger:
         kinds = " + ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in self.spans.items())
         stopped = self.num_stopped / self.num_examples
         lines = [f"masks   {kinds} spans; {stopped:.1%} of the examples end with a stop token"]
+        if self.num_stopped < self.num_examples:
+            cut = self.num_cut_before_stop / self.num_examples
+            lines.append(f"        {cut:.1%} lost theirs to truncation")
+        if self.is_pad_eos:
+            lines.append(
+                "        pad is the eos token too, which is harmless: masks go by position"
+            )
         if self.control_tokens:
             found = ", ".join(f"{token} ({n:,})" for token, n in self.control_tokens.items())
             lines.append(f"        control tokens in the contents: {found}")
@@ -234,6 +246,7 @@ def account_of(outcome: RowOutcome) -> dict[str, Any]:
         "num_tokens": outcome.num_tokens,
         "num_lost": outcome.num_lost,
         "num_straddled": outcome.num_straddled,
+        "num_cut_before_stop": outcome.num_cut_before_stop,
         "control_tokens": Counter(outcome.control_tokens),
         "remarks": [
             remark

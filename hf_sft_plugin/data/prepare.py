@@ -53,8 +53,6 @@ def prepare_dataset(
     """
     _require_dataset(dataset)
     data_options = make_options(options)
-    if len(dataset) == 0:
-        raise ValueError("The dataset is empty: it needs at least one row.")
     row_format = detect_format(dataset.column_names, data_options)
     features = _features(dataset.column_names)
     accounted = dataset.with_format(None).map(
@@ -76,6 +74,8 @@ def prepare_dataset(
     ledger = Ledger(num_rows=len(dataset), columns=row_format.describe())
     ledger.unused_columns = row_format.unused(dataset.column_names, data_options)
     ledger.max_length = max_row_length(tokenizer, data_options.max_length)
+    # Without a pad token the collator pads with the eos token.
+    ledger.is_pad_eos = tokenizer.pad_token_id in (None, tokenizer.eos_token_id)
     _count(accounted, ledger)
     ledger.check(max_dropped_share)
     prepared = _without_account(accounted)
@@ -95,6 +95,8 @@ def _require_dataset(dataset: object) -> None:
             "Dataset.from_list makes one of a list of rows; of a DatasetDict take one split, such "
             "as dataset['train']."
         )
+    if len(dataset) == 0:
+        raise ValueError("The dataset is empty: it needs at least one row.")
 
 
 def _features(columns: Collection[str]) -> Features:

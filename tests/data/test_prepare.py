@@ -85,6 +85,29 @@ def test_the_ledger_of_known_rows_is_as_counted_by_hand(tokenizer: Any) -> None:
     )
 
 
+def test_responses_cut_before_their_stop_token_are_counted(tokenizer: Any) -> None:
+    _, ledger = prepare([GOOD, {**GOOD, "response": "9" * 40}], tokenizer, max_length=12)
+    assert (ledger.num_stopped, ledger.num_cut_before_stop) == (1, 1)
+    assert ledger.to_dict()["num_cut_before_stop"] == 1
+    assert "        50.0% lost theirs to truncation" in str(ledger).splitlines()
+
+
+@pytest.mark.parametrize(("pad", "is_pad_eos"), [("<|im_end|>", True), ("<|endoftext|>", False)])
+def test_padding_with_the_eos_token_is_noted(
+    pad: str, is_pad_eos: bool, tokenizer_factory: Callable[..., Any]
+) -> None:
+    _, ledger = prepare([GOOD], tokenizer_factory(pad_token=pad))
+    assert ledger.is_pad_eos == is_pad_eos
+    assert ("pad is the eos token too" in str(ledger)) == is_pad_eos
+
+
+def test_without_a_pad_token_rows_are_padded_with_the_eos_token(
+    tokenizer_factory: Callable[..., Any],
+) -> None:
+    _, ledger = prepare([GOOD], tokenizer_factory(pad_token=None))
+    assert ledger.is_pad_eos
+
+
 @pytest.mark.parametrize("num_bad", [1, 5])
 def test_a_twentieth_of_the_rows_may_be_dropped(num_bad: int, tokenizer: Any) -> None:
     rows = [GOOD] * (100 - num_bad) + [{**GOOD, "response": " "}] * num_bad
