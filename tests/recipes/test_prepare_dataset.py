@@ -87,6 +87,13 @@ def test_the_seed_decides_which_rows_are_held_out(run: Callable[..., str]) -> No
     assert len(held_out[0]) == 5
 
 
+def test_the_source_of_a_row_stays_with_its_document(run: Callable[..., str]) -> None:
+    rows = [{**row, "source": "ab"[number % 2]} for number, row in enumerate(PAIRS)]
+    Path("mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("--input_files", "mixed.jsonl", *COMMON)
+    assert ShardDataset("data/set").sources == ["a", "b"] * 10
+
+
 def test_long_rows_are_cut_and_counted(run: Callable[..., str]) -> None:
     Path("long.jsonl").write_text(json.dumps({"prompt": "Say", "response": "9" * 40}) + "\n")
     printed = run("--input_files", "long.jsonl", *COMMON, "--max_length", "10")
