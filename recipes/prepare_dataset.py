@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 
 import yaml
 from datasets import Dataset, concatenate_datasets
-from rows import read_rows
+from rows import read_splits
 from transformers import AutoTokenizer, HfArgumentParser
 
 from hf_sft_plugin import (
@@ -45,8 +45,8 @@ class FileArguments:
     input_files: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Rows as .json, .jsonl, .csv or .parquet, or folders of `datasets` (their "
-            "'train' split); several are joined."
+            "help": "Rows as .json, .jsonl, .csv or .parquet, or folders of `datasets`, whose "
+            "splits keep their names; several are joined."
         },
     )
     out_dir: str | None = field(default=None, metadata={"help": "Folder to write."})
@@ -202,7 +202,7 @@ def prepare(files: FileArguments, options: DataOptions) -> None:
     """
     assert files.out_dir is not None  # noqa: S101  # `parse` requires it
     check_shard_destination(files.out_dir, overwrite=files.overwrite)
-    rows = read_splits(files)
+    rows = read_all(files)
     tokenizer = AutoTokenizer.from_pretrained(files.tokenizer_name_or_path)
     if files.chat_template_path is not None:
         tokenizer.chat_template = Path(files.chat_template_path).read_text(encoding="utf-8")
@@ -227,33 +227,54 @@ def prepare(files: FileArguments, options: DataOptions) -> None:
     print(f"--- written\n{written}")
 
 
-def read_splits(files: FileArguments) -> dict[str, Dataset]:
-    """The raw rows: `train`, and `val` where any are held out."""
-    assert files.input_files is not None  # noqa: S101  # `parse` requires it
-    train = read_all(files.input_files)
-    if files.val_files:
-        return {"train": train, "val": read_all(files.val_files)}
-    if files.val_share:
-        parts = train.train_test_split(test_size=files.val_share, seed=files.seed)
-        return {"train": parts["train"], "val": parts["test"]}
-    return {"train": train}
-
-
-def read_all(paths: Sequence[str]) -> Dataset:
-    """The rows of several files, one after the other.
+def read_all(files: FileArguments) -> dict[str, Dataset]:
+    """The raw rows by split: those of the folders, `train`, and `val` where any are held out.
 
     Raises:
-        ValueError: If a file cannot be read, or the files have different columns.
+        ValueError: If files cannot be read or joined, or there are held-out rows already.
     """
-    parts = [read_rows(path, None) for path in paths]
-    for path, part in zip(paths, parts, strict=True):
-        if set(part.column_names) != set(parts[0].column_names):
-            raise ValueError(
-                f"'{path}' has the columns {', '.join(sorted(part.column_names))}, but '{paths[0]}'"
-                f" has {', '.join(sorted(parts[0].column_names))}. Files that are joined have the "
-                "same columns."
-            )
-    return concatenate_datasets(parts)
+    assert files.input_files is not None  # noqa: S101  # `parse` requires it
+    splits = read_joined(files.input_files)
+    if not files.val_files and not files.val_share:
+        return splits
+    if "val" in splits or "train" not in splits:
+        raise ValueError(
+            f"The input files have the splits {', '.join(splits)}, to which val_files and "
+            "val_share cannot add a split 'val' beside 'train'. Leave them out: every split that "
+            "there is gets shards of its own."
+        )
+    if files.val_share:
+        parts = splits["train"].train_test_split(test_size=files.val_share, seed=files.seed)
+        return {**splits, "train": parts["train"], "val": parts["test"]}
+    held_out = read_joined(files.val_files or ())
+    if len(held_out) > 1:
+        raise ValueError(
+            f"The val_files have the splits {', '.join(held_out)}, but they are one set of "
+            "held-out rows. Save the split that you mean alone, or name the folder in input_files, "
+            "where every split keeps its name."
+        )
+    return {**splits, "val": held_out["train"]}
+
+
+def read_joined(paths: Sequence[str]) -> dict[str, Dataset]:
+    """The rows of several files or folders, one after the other, by split.
+
+    Raises:
+        ValueError: If a file cannot be read, or files to join have different columns.
+    """
+    found: dict[str, list[tuple[str, Dataset]]] = {}
+    for path in paths:
+        for name, part in read_splits(path).items():
+            path_of_first, first = found.setdefault(name, [(path, part)])[0]
+            if set(part.column_names) != set(first.column_names):
+                raise ValueError(
+                    f"'{path}' has the columns {', '.join(sorted(part.column_names))}, but "
+                    f"'{path_of_first}' has {', '.join(sorted(first.column_names))}. Files that "
+                    "are joined have the same columns."
+                )
+            if part is not first:
+                found[name].append((path, part))
+    return {name: concatenate_datasets([p for _, p in parts]) for name, parts in found.items()}
 
 
 if __name__ == "__main__":

@@ -192,14 +192,34 @@ def read_rows(path: str, split: str | None, setting: str = "train_split") -> Dat
     return Dataset.from_file(str(_cache_rows(path)))
 
 
-def _read_folder(path: str, split: str | None, setting: str) -> Dataset:
+def read_splits(path: str) -> dict[str, Dataset]:
+    """Reads all rows of a file or folder by split; those that have none are `train`.
+
+    Args:
+        path: See `read_rows`.
+
+    Raises:
+        ValueError: See `read_rows`.
+    """
+    saved = _load_folder(path) if Path(path).is_dir() else None
+    # A single split is all there is, whatever it is called.
+    if isinstance(saved, DatasetDict) and len(saved) > 1:
+        return dict(saved)
+    return {"train": read_rows(path, None)}
+
+
+def _load_folder(path: str) -> Any:
     try:
-        saved = load_from_disk(path)
+        return load_from_disk(path)
     except FileNotFoundError:
         raise ValueError(
             f"'{path}' is a folder, but not one that `datasets` saved with save_to_disk. Name a "
             "file in it instead."
         ) from None
+
+
+def _read_folder(path: str, split: str | None, setting: str) -> Dataset:
+    saved = _load_folder(path)
     if isinstance(saved, DatasetDict):
         only = next(iter(saved)) if split is None and len(saved) == 1 else split
         if only in saved:

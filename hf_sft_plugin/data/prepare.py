@@ -92,8 +92,8 @@ def _require_dataset(dataset: object) -> None:
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"dataset is a {type(dataset).__name__}, but a datasets.Dataset is needed. "
-            "Dataset.from_list makes one of a list of rows; of a DatasetDict take one split, such "
-            "as dataset['train']."
+            "Dataset.from_list makes one of a list of rows; of a DatasetDict give each split by "
+            "itself: {name: prepare_dataset(dataset[name], tokenizer) for name in dataset}."
         )
     if len(dataset) == 0:
         raise ValueError("The dataset is empty: it needs at least one row.")

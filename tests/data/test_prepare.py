@@ -143,7 +143,7 @@ def test_a_dataset_without_a_trained_token_is_refused_whatever_is_allowed(tokeni
             "both a prompt and a messages column",
         ),
         (IterableDataset.from_generator(lambda: iter([GOOD])), "streaming dataset cannot be"),
-        (DatasetDict({"train": Dataset.from_list([GOOD])}), "is a DatasetDict.*take one split"),
+        (DatasetDict({"train": Dataset.from_list([GOOD])}), "is a DatasetDict.*give each split by"),
         ([GOOD], "dataset is a list, but a datasets.Dataset is needed"),
     ],
 )

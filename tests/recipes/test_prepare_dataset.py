@@ -8,7 +8,7 @@ from typing import Any
 
 import prepare_dataset
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from hf_sft_plugin.data.shards import ShardDataset, check_tokenizer
 
@@ -87,6 +87,37 @@ def test_the_seed_decides_which_rows_are_held_out(run: Callable[..., str]) -> No
     assert len(held_out[0]) == 5
 
 
+def test_the_splits_of_a_folder_keep_their_names_and_are_joined_by_them(
+    run: Callable[..., str],
+) -> None:
+    parts = {"train": PAIRS[:6], "test": PAIRS[6:10]}
+    folder = DatasetDict({name: Dataset.from_list(part) for name, part in parts.items()})
+    folder.save_to_disk("splits")
+    DatasetDict({"validation": Dataset.from_list(PAIRS)}).save_to_disk("single")
+    run("--input_files", "splits", "more.jsonl", "single", *COMMON)
+    assert len(ShardDataset("data/set")) == 31
+    assert len(ShardDataset("data/set", split="test")) == 4
+    run("--input_files", "splits", *COMMON, "--val_files", "single", "--overwrite")
+    sizes = {name: len(ShardDataset("data/set", split=name)) for name in ("train", "test", "val")}
+    assert sizes == {"train": 6, "test": 4, "val": 20}
+
+
+@pytest.mark.parametrize(
+    ("names", "flags", "message"),
+    [
+        (("train", "val"), ("--val_share", "0.5"), "splits train, val, to which val_files and"),
+        (("a", "b"), ("--val_share", "0.5"), "The input files have the splits a, b, to which"),
+        (("train", "test"), ("--val_files", "splits"), "val_files have the splits train, test"),
+    ],
+)
+def test_splits_that_would_be_mixed_up_are_refused(
+    names: tuple[str, ...], flags: tuple[str, ...], message: str, run: Callable[..., str]
+) -> None:
+    DatasetDict({name: Dataset.from_list(PAIRS) for name in names}).save_to_disk("splits")
+    with pytest.raises(SystemExit, match=message):
+        run("--input_files", "splits", *COMMON, *flags)
+
+
 def test_the_source_of_a_row_stays_with_its_document(run: Callable[..., str]) -> None:
     rows = [{**row, "source": "ab"[number % 2]} for number, row in enumerate(PAIRS)]
     Path("mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -117,7 +148,7 @@ def test_a_set_is_replaced_only_when_asked_and_the_answer_comes_before_the_work(
 ) -> None:
     run("--input_files", "pairs.jsonl", *COMMON)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_dataset, "read_splits", lambda files: pytest.fail("it worked first"))
+        patch.setattr(prepare_dataset, "read_all", lambda files: pytest.fail("it worked first"))
         with pytest.raises(SystemExit, match=r"already holds a shard set.*--overwrite"):
             run("--input_files", "more.jsonl", *COMMON)
     run("--input_files", "more.jsonl", *COMMON, "--overwrite")

@@ -230,3 +230,13 @@ def test_a_setting_that_would_be_ignored_is_an_error(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         DataArguments(**settings)
+
+
+def test_all_splits_are_read_by_name(splits: str, train_file: str, tmp_path: Path) -> None:
+    found = {name: part.to_list() for name, part in rows.read_splits(splits).items()}
+    assert found == {"train": ROWS[:6], "test": ROWS[6:10], "extra": ROWS[10:]}
+    assert [*rows.read_splits(train_file)] == ["train"]
+    DatasetDict({"only": Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "single")
+    assert rows.read_splits(str(tmp_path / "single"))["train"].to_list() == ROWS
+    with pytest.raises(ValueError, match="not one that `datasets` saved"):
+        rows.read_splits(str(tmp_path))

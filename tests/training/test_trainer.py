@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, TrainingArguments
@@ -225,6 +225,33 @@ def test_several_sets_to_train_on_are_refused_with_the_cure(
     sets = make({"small": dataset, "test": dataset})
     with pytest.raises(ValueError, match=r"small, test, but.*dataset\['small'\]"):
         MaskedSFTTrainer(model, make_config(), train_dataset=sets, processing_class=tokenizer)
+    with pytest.raises(ValueError, match="train_dataset holds no dataset"):
+        MaskedSFTTrainer(model, make_config(), train_dataset=make(), processing_class=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("names", "has_warning"), [(("train", "test"), True), (("train",), False), (("all",), False)]
+)
+def test_of_several_splits_the_one_called_train_is_trained_on(
+    names: tuple[str, ...],
+    has_warning: bool,
+    dataset: Dataset,
+    model: Any,
+    tokenizer: Any,
+    make_config: Make,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    splits = DatasetDict({name: dataset.select(range(n + 1)) for n, name in enumerate(names)})
+    for sets in (
+        splits,
+        IterableDatasetDict({k: v.to_iterable_dataset() for k, v in splits.items()}),
+    ):
+        caplog.clear()
+        trainer = MaskedSFTTrainer(
+            model, make_config(), train_dataset=sets, processing_class=tokenizer
+        )
+        assert len(list(trainer.train_dataset)) == 1
+        assert ("holds train, test. Only 'train' is trained on" in caplog.text) == has_warning
 
 
 @pytest.mark.parametrize(
