@@ -10,6 +10,7 @@ import prepare_dataset
 import pytest
 from datasets import Dataset, DatasetDict
 
+from hf_sft_plugin.data import prepare_files
 from hf_sft_plugin.data.shards import ShardDataset, check_tokenizer
 
 PAIRS = [{"prompt": f"Say {number}", "response": f"{number}!"} for number in range(20)]
@@ -148,53 +149,11 @@ def test_a_set_is_replaced_only_when_asked_and_the_answer_comes_before_the_work(
 ) -> None:
     run("--input_files", "pairs.jsonl", *COMMON)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_dataset, "read_all", lambda files: pytest.fail("it worked first"))
+        patch.setattr(prepare_files, "_read_all", lambda files: pytest.fail("it worked first"))
         with pytest.raises(SystemExit, match=r"already holds a shard set.*--overwrite"):
             run("--input_files", "more.jsonl", *COMMON)
     run("--input_files", "more.jsonl", *COMMON, "--overwrite")
     assert len(ShardDataset("data/set")) == 5
-
-
-def test_short_names_stand_for_options_of_the_package() -> None:
-    argv = ["--input_files", "a", "--out_dir", "b", "--tokenizer_name_or_path", "c"]
-    _, options = prepare_dataset.parse(
-        [
-            *(*argv, "--format", "chat", "--mask_role", "assistant", "tool", "--overflow", "drop"),
-            *("--chat_template_kwargs", "{enable_thinking: false}"),
-        ]
-    )
-    assert options.data_format == "messages"
-    assert options.train_roles == ["assistant", "tool"]
-    assert options.overflow == "drop"
-    assert options.chat_template_kwargs == {"enable_thinking": False}
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (("--input_file", "a"), "unknown argument '--input_file'. Did you mean '--input_files'?"),
-        (("--mask_rolle=a",), "unknown argument '--mask_rolle=a'. Did you mean '--mask_role'?"),
-        (("--qqqqqq",), "unknown argument '--qqqqqq'. See --help for all of them."),
-        (("--out_dir", "x"), "--input_files and --tokenizer_name_or_path must be given."),
-        ((*COMMON, "--input_files", "a", "--format", "chta"), "invalid choice: 'chta'"),
-        ((*COMMON, "--input_files", "a", "--max_length", "1"), "max_length is 1, but a row needs"),
-        ((*COMMON, "--input_files", "a", "--val_share", "1"), "--val_share is 1.0, but a share"),
-        (
-            (*COMMON, "--input_files", "a", "--val_share", "0.1", "--val_files", "b"),
-            "--val_files and --val_share both say what is held out",
-        ),
-        (
-            (*COMMON, "--input_files", "a", "--chat_template_kwargs", "[1]"),
-            "chat_template_kwargs must be a mapping",
-        ),
-    ],
-)
-def test_a_wrong_flag_ends_in_one_clear_message(
-    argv: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        prepare_dataset.parse(argv)
-    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -223,12 +182,3 @@ def test_a_mistake_ends_in_one_clear_message(
     assert str(caught.value).startswith("prepare_dataset.py: ")
     assert message in str(caught.value)
     assert not Path("data").exists()
-
-
-def test_the_help_shows_an_example_and_each_flag_once(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        prepare_dataset.parse(["--help"])
-    text = capsys.readouterr().out
-    assert "--verify data/chat_sft" in text
-    assert text.count("--max_tokens_per_shard") == 1
-    assert "--max-tokens-per-shard" not in text
