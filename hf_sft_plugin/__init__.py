@@ -17,7 +17,7 @@ from hf_sft_plugin.data.preview_terminal import (
     make_tokenization_setup,
     show_preview,
 )
-from hf_sft_plugin.data.row_files import read_rows
+from hf_sft_plugin.data.row_files import read_chat_template, read_rows
 from hf_sft_plugin.data.shard_set import ShardSet
 from hf_sft_plugin.data.shard_writer import check_shard_destination, write_shards
 from hf_sft_plugin.data.shards import ShardDataset, check_tokenizer, verify_shards
@@ -67,6 +67,7 @@ __all__ = [
     "prepare_files",
     "prepare_stream",
     "preview_rows",
+    "read_chat_template",
     "read_rows",
     "sft_microbatch_train_step",
     "show_preview",

@@ -18,7 +18,7 @@ from hf_sft_plugin.data.preview_terminal import (
     make_tokenization_setup,
     show_preview,
 )
-from hf_sft_plugin.data.row_files import read_rows
+from hf_sft_plugin.data.row_files import read_chat_template, read_rows
 from hf_sft_plugin.data.shards import verify_shards
 from hf_sft_plugin.reporting.report import REPORT_FOLDER, write_report
 from hf_sft_plugin.reporting.run_log import METRICS_FILE
@@ -148,7 +148,7 @@ def report(argv: Sequence[str]) -> None:
 def _load_setup(row_args: RowArguments, options: DataOptions) -> TokenizationSetup:
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(row_args.tokenizer)
     if row_args.chat_template_path is not None:
-        tokenizer.chat_template = Path(row_args.chat_template_path).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_chat_template(row_args.chat_template_path)
     return make_tokenization_setup(tokenizer, options, row_args.tokenizer)
 
 

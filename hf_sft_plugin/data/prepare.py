@@ -1,7 +1,8 @@
 """The whole walk over a dataset, with a ledger in which every row and every token is accounted."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -155,3 +156,15 @@ def _without_account(accounted: Dataset) -> Dataset:
     if not is_trained.all():
         accounted = accounted.select(np.flatnonzero(is_trained))
     return accounted.remove_columns([_ACCOUNT, *([] if has_weights else ["loss_weights"])])
+
+
+@contextmanager
+def name_in_errors(name: str) -> Iterator[None]:
+    """Lets errors about rows say which dataset they speak of, unless it is the usual `train`."""
+    try:
+        yield
+    except ValueError as error:
+        if name != "train":
+            # The same error, because one about a row also has its number.
+            error.args = (f"{name} data: {error}",)
+        raise

@@ -5,15 +5,14 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoTokenizer, HfArgumentParser
 
-from hf_sft_plugin.data.prepare import prepare_dataset
-from hf_sft_plugin.data.row_files import read_splits
+from hf_sft_plugin.data.prepare import name_in_errors, prepare_dataset
+from hf_sft_plugin.data.row_files import read_chat_template, read_splits
 from hf_sft_plugin.data.shard_writer import check_shard_destination, write_shards
 from hf_sft_plugin.data.shards import verify_shards
 from hf_sft_plugin.types import DataOptions
@@ -201,16 +200,17 @@ def prepare_files(files: PrepareArguments, options: DataOptions) -> None:
     rows = _read_all(files)
     tokenizer = AutoTokenizer.from_pretrained(files.tokenizer_name_or_path)
     if files.chat_template_path is not None:
-        tokenizer.chat_template = Path(files.chat_template_path).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_chat_template(files.chat_template_path)
     splits, ledgers = {}, {}
     for name, part in rows.items():
-        splits[name], ledgers[name] = prepare_dataset(
-            part,
-            tokenizer,
-            max_dropped_share=files.max_dropped_share,
-            num_proc=files.num_proc,
-            **dataclasses.asdict(options),
-        )
+        with name_in_errors(name):
+            splits[name], ledgers[name] = prepare_dataset(
+                part,
+                tokenizer,
+                max_dropped_share=files.max_dropped_share,
+                num_proc=files.num_proc,
+                **dataclasses.asdict(options),
+            )
         print(f"--- {name}\n{ledgers[name]}")
     written = write_shards(
         files.out_dir,

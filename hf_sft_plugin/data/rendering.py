@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin.data.row_values import check_unicode
@@ -93,6 +93,7 @@ def render_turns(
 
     Raises:
         RowError: If the template refuses the turns, or writes broken Unicode.
+        ValueError: If it is no template.
     """
     shown = [turn.message for turn in conversation.turns] if messages is None else messages
     variables = _template_kwargs(options)
@@ -103,6 +104,11 @@ def render_turns(
         text = render(
             shown[:num_turns], tokenize=False, add_generation_prompt=generation_prompt, **variables
         )
+    except TemplateSyntaxError as error:
+        raise ValueError(
+            f"The chat template cannot be read: {error.message} (line {error.lineno} of it), so no "
+            "conversation can be rendered. Correct the template."
+        ) from error
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise RowError(
             index,

@@ -1,4 +1,4 @@
-"""Rows from files, exactly as they are written there."""
+"""Rows and chat templates from files, exactly as they are written there."""
 
 import csv
 import itertools
@@ -64,6 +64,26 @@ def read_rows(path: str, split: str | None, setting: str = "train_split") -> Dat
             reason = error.__cause__ or error
             raise ValueError(f"'{path}' cannot be read as Parquet: {reason}. Repair it.") from error
     return Dataset.from_file(str(_cache_rows(path)))
+
+
+def read_chat_template(path: str) -> str:
+    """Reads a chat template from a file of its own.
+
+    Raises:
+        ValueError: If there is no such file, or it is not text in UTF-8.
+    """
+    if not Path(path).is_file():
+        raise ValueError(
+            f"chat_template_path is '{path}', but there is no such file, so the turns of a "
+            "conversation could not be rendered. Correct the path."
+        )
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"chat_template_path is '{path}', which is not text in UTF-8 ({error}), so it is no "
+            "chat template, or one that was saved in another encoding. Save it in UTF-8."
+        ) from None
 
 
 def read_splits(path: str) -> dict[str, Dataset]:

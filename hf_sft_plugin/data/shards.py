@@ -133,6 +133,11 @@ class ShardDataset(data.Dataset[TokenizedExample]):
             starts = np.arange(0, self.counts.num_tokens, self.block_size)
             self._row_bounds = np.append(starts, self.counts.num_tokens)
 
+    @property
+    def row_lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        return np.diff(self._row_bounds)
+
     def __len__(self) -> int:
         return len(self._row_bounds) - 1
 

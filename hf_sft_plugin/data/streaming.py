@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin.data.formats import detect_format
 from hf_sft_plugin.data.ledger import Ledger, account_of
+from hf_sft_plugin.data.prepare import name_in_errors
 from hf_sft_plugin.data.tokenization import make_options, tokenize_rows
 from hf_sft_plugin.types import DataOptions
 
@@ -26,6 +27,7 @@ def prepare_stream(
     *,
     stop_token_ids: Collection[int] | None = None,
     max_dropped_share: float = 0.05,
+    name: str = "train",
     **options: Any,
 ) -> IterableDataset:
     """Tokenizes a stream and marks what is trained, as `prepare_dataset` does for a dataset.
@@ -38,6 +40,7 @@ def prepare_stream(
         tokenizer: See `tokenize_example`.
         stop_token_ids: See `tokenize_example`.
         max_dropped_share: Largest share of the rows so far, 0 to 1, that may be dropped.
+        name: What messages call the stream.
         **options: Fields of `DataOptions`.
 
     Returns:
@@ -53,7 +56,7 @@ def prepare_stream(
     if not columns:
         raise ValueError("The stream is empty: it needs at least one row.")
     detect_format(columns, data_options)
-    preparer = _StreamPreparer(tokenizer, data_options, stop_token_ids, max_dropped_share)
+    preparer = _StreamPreparer(tokenizer, data_options, stop_token_ids, max_dropped_share, name)
     return dataset.map(
         preparer, batched=True, batch_size=64, with_indices=True, remove_columns=columns
     )
@@ -68,11 +71,13 @@ class _StreamPreparer:
         options: DataOptions,
         stop_token_ids: Collection[int] | None,
         max_dropped_share: float,
+        name: str,
     ) -> None:
         self._tokenizer = tokenizer
         self._options = options
         self._stop_token_ids = stop_token_ids
         self._max_dropped_share = max_dropped_share
+        self._name = name
         self._ledger = Ledger(num_rows=0)
 
     def __call__(
@@ -81,17 +86,19 @@ class _StreamPreparer:
         values = zip(*batch.values(), strict=True)
         rows = [dict(zip(batch, row, strict=True)) for row in values]
         table: dict[str, list[Any]] = {column: [] for column in _COLUMNS}
-        outcomes = tokenize_rows(
-            rows, indices, self._tokenizer, self._options, self._stop_token_ids
-        )
+        with name_in_errors(self._name):
+            outcomes = tokenize_rows(
+                rows, indices, self._tokenizer, self._options, self._stop_token_ids
+            )
         for outcome in outcomes:
             self._ledger.num_rows += 1
             self._ledger.add_row(account_of(outcome))
             if outcome.error is not None and self._ledger.num_rows_dropped <= _NUM_NAMED_ROWS:
-                logger.warning("A row of the stream is left out. %s", outcome.error)
+                logger.warning("A row of the %s stream is left out. %s", self._name, outcome.error)
             for example in outcome.examples:
                 for column in _COLUMNS:
                     table[column].append(example.get(column))
         if self._ledger.num_rows >= _NUM_ROWS_FOR_SHARE:
-            self._ledger.check_share(self._max_dropped_share)
+            with name_in_errors(self._name):
+                self._ledger.check_share(self._max_dropped_share)
         return table

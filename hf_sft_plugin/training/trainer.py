@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from hf_sft_plugin.data.collator import DataCollatorForPromptResponse
 from hf_sft_plugin.data.ledger import Ledger
-from hf_sft_plugin.data.prepare import prepare_dataset
+from hf_sft_plugin.data.prepare import name_in_errors, prepare_dataset
 from hf_sft_plugin.data.shards import ShardDataset, check_tokenizer
 from hf_sft_plugin.data.streaming import prepare_stream
 from hf_sft_plugin.loss.masked_loss import LossNormalization
@@ -173,8 +173,8 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         examples = self._examples_to_answer(dataloader.dataset, self.args.generation_num_rows)
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         self.responses = self._answer(examples)
-        judged = with_whole_reference(self.responses, examples, self.stop_token_ids)
         prefix = kwargs.get("metric_key_prefix", "eval")
+        judged = with_whole_reference(self.responses, examples, self.stop_token_ids, prefix)
         metrics = judge(judged, self.generation_metrics)
         generated = {f"{prefix}_{name}": value for name, value in metrics.items()}
         return output._replace(metrics={**output.metrics, **generated})
@@ -261,16 +261,19 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             return dataset
         if isinstance(dataset, IterableDataset):
             share = args.max_dropped_share
-            stream = prepare_stream(dataset, tokenizer, max_dropped_share=share, **options)
+            stream = prepare_stream(
+                dataset, tokenizer, max_dropped_share=share, name=name, **options
+            )
             self._prepared.append(stream)
             return stream
         if isinstance(dataset, ShardDataset):
             check_tokenizer(dataset.folder, tokenizer)
+            _check_lengths(dataset, options["max_length"])
         if isinstance(dataset, list):
             dataset = _as_dataset(dataset, name)
         if not isinstance(dataset, Dataset):
             return dataset
-        with args.main_process_first(desc=f"preparing the {name} data"):
+        with args.main_process_first(desc=f"preparing the {name} data"), name_in_errors(name):
             prepared, self.ledgers[name] = prepare_dataset(
                 dataset,
                 tokenizer,
@@ -299,6 +302,20 @@ def _as_dataset(rows: list[Any], name: str) -> Dataset:
         ) from error
 
 
+def _check_lengths(dataset: ShardDataset, max_length: int | None) -> None:
+    """Raises where shards hold rows that would be cut without being counted."""
+    lengths = dataset.row_lengths
+    num_longer = 0 if max_length is None else int((lengths > max_length).sum())
+    if num_longer:
+        raise ValueError(
+            f"{dataset.folder}, split {dataset.split!r}: {num_longer:,} of {len(lengths):,} rows "
+            f"are longer than max_length {max_length:,}; the longest has {lengths.max():,} tokens. "
+            "Shards are trained on as they were written, where what was cut is counted. Write them "
+            f"again with --max_length {max_length}, read them in blocks with block_size, or raise "
+            "max_length as far as the model reaches."
+        )
+
+
 def _choose_split(dataset: Any) -> Any:
     """The dataset to train on: of several the one called `train`, or the only one."""
     if not isinstance(dataset, Mapping):
@@ -325,6 +342,7 @@ def _choose_split(dataset: Any) -> Any:
 def _refuse_streams(args: MaskedSFTConfig, eval_dataset: object) -> None:
     """Raises on streams for which responses would have to be generated in the middle of a run."""
     if args.predict_with_generate and eval_dataset is not None:
-        sets = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
-        for dataset in sets:
-            refuse_stream(dataset)
+        sets = eval_dataset if isinstance(eval_dataset, Mapping) else {None: eval_dataset}
+        for name, dataset in sets.items():
+            with name_in_errors("eval" if name is None else f"eval_{name}"):
+                refuse_stream(dataset)

@@ -17,6 +17,7 @@ from hf_sft_plugin import RowError, prepare_dataset, tokenize_example
 from hf_sft_plugin.data import certificate
 from hf_sft_plugin.data import prepare as prepare_module
 from hf_sft_plugin.data.ledger import Ledger
+from hf_sft_plugin.data.prepare import name_in_errors
 from hf_sft_plugin.data.tokenization import make_options, tokenize_rows
 
 GOOD = {"prompt": "hello", "response": "world"}
@@ -350,3 +351,14 @@ def test_whatever_the_rows_every_one_and_every_token_is_accounted_for(
             assert len(example["input_ids"]) <= (max_length or 10**9)
             assert any(example["response_mask"])
             assert not example["response_mask"][0]
+
+
+def test_an_error_says_which_dataset_it_speaks_of(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match=r"^val data: 1 of 1 row cannot"), name_in_errors("val"):
+        prepare([tokenized(4, 0)], tokenizer)
+    rows, options = [tokenized(4, 4)], {"max_length": 3, "overflow": "error"}
+    with pytest.raises(RowError, match=r"^val data: Row 0: ") as caught, name_in_errors("val"):
+        prepare(rows, tokenizer, **options)
+    assert caught.value.row == 0
+    with pytest.raises(RowError, match=r"^Row 0: "), name_in_errors("train"):
+        prepare(rows, tokenizer, **options)

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from hf_sft_plugin.data import row_files
-from hf_sft_plugin.data.row_files import read_rows, read_splits
+from hf_sft_plugin.data.row_files import read_chat_template, read_rows, read_splits
 
 ROWS = [{"prompt": f"Say {number}", "response": f"{number}!"} for number in range(12)]
 TEXTS = ["NA", "null", "None", "nan", "", "42", "1e5", "true", "2024-01-01", "2024-01-01T00:00:00Z"]
@@ -146,3 +146,18 @@ def test_all_splits_are_read_by_name(splits: str, train_file: str, tmp_path: Pat
     assert read_splits(str(tmp_path / "single"))["train"].to_list() == ROWS
     with pytest.raises(ValueError, match="not one that `datasets` saved"):
         read_splits(str(tmp_path))
+
+
+def test_a_chat_template_is_read_as_it_is(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jinja", "{{ 1 }}\n\u00e9".encode())
+    assert read_chat_template(path) == "{{ 1 }}\n\u00e9"
+
+
+def test_a_chat_template_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"chat_template_path is 'no\.jinja', but there is no such"
+    ):
+        read_chat_template("no.jinja")
+    path = write(tmp_path / "latin.jinja", "{{ 1 }} \u00e9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.jinja', which is not text in UTF-8 \('utf-8'"):
+        read_chat_template(path)

@@ -229,6 +229,28 @@ def test_workers_of_a_data_loader_read_it(folder: Path, tokenizer: Any) -> None:
     assert second["labels"].tolist() == [[-100, -100, -100, 13, 2], [-100, 2, -100, -100, -100]]
 
 
+def test_rows_that_would_be_cut_uncounted_are_refused_before_training(
+    folder: Path, model: Any, tokenizer: Any, make_config: Any
+) -> None:
+    assert ShardDataset(folder).row_lengths.tolist() == [4, 3, 5, 2]
+    message = r"split 'train': 2 of 4 rows are longer than max_length 3; the longest has 5 tokens"
+    for name in ("train_dataset", "eval_dataset"):
+        with pytest.raises(ValueError, match=message):
+            MaskedSFTTrainer(
+                model,
+                make_config(max_length=3),
+                processing_class=tokenizer,
+                **{name: ShardDataset(folder)},
+            )
+    for fits in (ShardDataset(folder, block_size=3), ShardDataset(folder)):
+        MaskedSFTTrainer(
+            model,
+            make_config(max_length=int(fits.row_lengths.max())),
+            train_dataset=fits,
+            processing_class=tokenizer,
+        )
+
+
 @pytest.mark.parametrize("block_size", [None, 6])
 def test_both_trainers_take_it(
     block_size: int | None, folder: Path, model: Any, tokenizer: Any, make_config: Any

@@ -218,6 +218,34 @@ def test_no_response_is_judged_by_a_reference_that_was_cut(
     assert "1 of 2 expected responses do not end with a stop token" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("wrap", "name"), [(lambda rows: rows, "eval"), (lambda rows: {"web": rows}, "eval_web")]
+)
+def test_messages_about_evaluation_rows_name_their_set(
+    wrap: Any, name: str, dataset: Dataset, model: Any, tokenizer: Any, make_config: Make
+) -> None:
+    def make(rows: Any, **settings: Any) -> Any:
+        return MaskedSFTTrainer(
+            model,
+            make_config(**settings),
+            train_dataset=dataset,
+            eval_dataset=wrap(rows),
+            processing_class=tokenizer,
+        )
+
+    bad = {"prompt": "hello", "response": ""}
+    with pytest.raises(ValueError, match=f"^{name} data: 1 of 1 row cannot be trained"):
+        make(Dataset.from_list([bad]))
+    long = Dataset.from_list([{"prompt": "hello", "response": "0 " * 200}])
+    with pytest.raises(RowError, match=f"^{name} data: Row 0: the row has"):
+        make(long, max_length=200, overflow="error")
+    with pytest.raises(ValueError, match=f"^{name} data: Responses cannot be generated for a str"):
+        make(long.to_iterable_dataset(), predict_with_generate=True)
+    trainer = make(Dataset.from_list([bad]).to_iterable_dataset())
+    stream = trainer.eval_dataset["web"] if name == "eval_web" else trainer.eval_dataset
+    assert list(stream) == []
+
+
 @pytest.mark.parametrize("make", [DatasetDict, dict], ids=["DatasetDict", "dict"])
 def test_several_sets_to_train_on_are_refused_with_the_cure(
     make: Any, dataset: Dataset, model: Any, tokenizer: Any, make_config: Make
