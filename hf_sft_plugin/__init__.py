@@ -4,6 +4,11 @@ from hf_sft_plugin.data.collator import DataCollatorForPromptResponse
 from hf_sft_plugin.data.ledger import Ledger
 from hf_sft_plugin.data.mixture import mix_datasets
 from hf_sft_plugin.data.prepare import prepare_dataset
+from hf_sft_plugin.data.prepare_files import (
+    PrepareArguments,
+    parse_prepare_arguments,
+    prepare_files,
+)
 from hf_sft_plugin.data.preview import PreviewedRow, TokenizationSetup, preview_rows
 from hf_sft_plugin.data.preview_diff import Diff, diff_rows
 from hf_sft_plugin.data.preview_page import write_preview_page
@@ -12,6 +17,7 @@ from hf_sft_plugin.data.preview_terminal import (
     make_tokenization_setup,
     show_preview,
 )
+from hf_sft_plugin.data.row_files import read_chat_template, read_rows
 from hf_sft_plugin.data.shard_set import ShardSet
 from hf_sft_plugin.data.shard_writer import check_shard_destination, write_shards
 from hf_sft_plugin.data.shards import ShardDataset, check_tokenizer, verify_shards
@@ -41,6 +47,7 @@ __all__ = [
     "MaskedLossMixin",
     "MaskedSFTConfig",
     "MaskedSFTTrainer",
+    "PrepareArguments",
     "PreviewArguments",
     "PreviewedRow",
     "RowError",
@@ -55,9 +62,13 @@ __all__ = [
     "make_tokenization_setup",
     "masked_normalize",
     "mix_datasets",
+    "parse_prepare_arguments",
     "prepare_dataset",
+    "prepare_files",
     "prepare_stream",
     "preview_rows",
+    "read_chat_template",
+    "read_rows",
     "sft_microbatch_train_step",
     "show_preview",
     "tokenize_example",

@@ -9,22 +9,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
+from hf_sft_plugin.data.prepare_files import parse_prepare_arguments, prepare_files
 from hf_sft_plugin.data.preview import TokenizationSetup
 from hf_sft_plugin.data.preview_terminal import (
     PreviewArguments,
     make_tokenization_setup,
     show_preview,
 )
+from hf_sft_plugin.data.row_files import read_chat_template, read_rows
 from hf_sft_plugin.data.shards import verify_shards
 from hf_sft_plugin.reporting.report import REPORT_FOLDER, write_report
 from hf_sft_plugin.reporting.run_log import METRICS_FILE
 from hf_sft_plugin.types import DataOptions
-
-_FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass
@@ -103,8 +101,17 @@ def preview(argv: Sequence[str]) -> None:
     against = None
     if arguments.against is not None:
         against = _load_setup(*_read_settings(Path(arguments.against), row_args))
-    rows = _read_rows(row_args.train_file, row_args.train_split)
+    rows = read_rows(row_args.train_file, row_args.train_split)
     show_preview(rows, setup, arguments, against=against)
+
+
+def prepare(argv: Sequence[str]) -> None:
+    """Turns rows into token and mask files.
+
+    Raises:
+        ValueError: If files, rows, tokenizer and options do not fit each other.
+    """
+    prepare_files(*parse_prepare_arguments(argv, prog="hf-sft prepare"))
 
 
 def verify(argv: Sequence[str]) -> None:
@@ -117,7 +124,7 @@ def verify(argv: Sequence[str]) -> None:
         prog="hf-sft verify-shards",
         description="Checks every file of a folder of shards, and prints what they hold.",
     )
-    parser.add_argument("folder", help="folder that prepare_dataset.py wrote")
+    parser.add_argument("folder", help="folder that hf-sft prepare wrote")
     print(verify_shards(parser.parse_args(list(argv)).folder))
 
 
@@ -141,7 +148,7 @@ def report(argv: Sequence[str]) -> None:
 def _load_setup(row_args: RowArguments, options: DataOptions) -> TokenizationSetup:
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(row_args.tokenizer)
     if row_args.chat_template_path is not None:
-        tokenizer.chat_template = Path(row_args.chat_template_path).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_chat_template(row_args.chat_template_path)
     return make_tokenization_setup(tokenizer, options, row_args.tokenizer)
 
 
@@ -166,23 +173,6 @@ def _read_settings(path: Path, row_args: RowArguments) -> tuple[RowArguments, Da
     return rows, DataOptions(**chosen[DataOptions])
 
 
-def _read_rows(path: str, split: str) -> Dataset:
-    if Path(path).is_dir():
-        saved = load_from_disk(path)
-        return saved[split] if isinstance(saved, DatasetDict) else saved
-    suffix = Path(path).suffix
-    if not Path(path).is_file() or suffix not in _FILE_FORMATS:
-        raise ValueError(
-            f"'{path}' cannot be read: rows come from {', '.join(_FILE_FORMATS)} files and from "
-            "folders saved by `datasets`."
-        )
-    try:
-        return load_dataset(_FILE_FORMATS[suffix], data_files=path, split="train")
-    except (DatasetGenerationError, StopIteration) as error:
-        reason = error.__cause__ or "it holds no rows"
-        raise ValueError(f"'{path}' cannot be read: {reason}. Repair it.") from error
-
-
 def _nearest(name: str, names: Sequence[str]) -> str:
     matches = difflib.get_close_matches(name.split("=")[0], names, n=1, cutoff=0.6)
     return f" Did you mean '{matches[0]}'?" if matches else " See --help for all of them."
@@ -190,6 +180,7 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 
 _COMMANDS: Mapping[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "preview": ("show which tokens of each row would be trained, and why", preview),
+    "prepare": ("turn rows into token and mask files", prepare),
     "verify-shards": ("check every file of a folder of shards", verify),
     "report": ("draw the report of a run anew from its log", report),
 }

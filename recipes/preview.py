@@ -15,7 +15,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import sft
@@ -31,6 +30,7 @@ from hf_sft_plugin import (
     PreviewArguments,
     TokenizationSetup,
     make_tokenization_setup,
+    read_chat_template,
     show_preview,
 )
 
@@ -79,7 +79,7 @@ def load_tokenizer(model_args: sft.ModelArguments, rows: Dataset) -> PreTrainedT
             "tokenizer_name_or_path."
         )
     if model_args.chat_template_path is not None:
-        tokenizer.chat_template = Path(model_args.chat_template_path).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_chat_template(model_args.chat_template_path)
     return tokenizer
 
 
@@ -96,7 +96,7 @@ def _other_setup(
         return make_tokenization_setup(load_tokenizer(other, rows), options, _model(other))
     if other.chat_template_path is not None:
         tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.chat_template = Path(other.chat_template_path).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_chat_template(other.chat_template_path)
     return make_tokenization_setup(tokenizer, options, _model(model_args))
 
 

@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
+from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer, read_chat_template
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -200,12 +200,8 @@ def load_model_and_tokenizer(
             "Name the model to fine-tune with model_name_or_path, or describe an untrained one "
             "with model_config; one of the two."
         )
-    template = model_args.chat_template_path
-    if template is not None and not Path(template).is_file():
-        raise ValueError(
-            f"chat_template_path is '{template}', but there is no such file, so the turns of a "
-            "conversation could not be rendered. Correct the path."
-        )
+    path = model_args.chat_template_path
+    template = None if path is None else read_chat_template(path)
     name = model_args.tokenizer_name_or_path
     tokenizer = load_tokenizer("tokenizer_name_or_path", name) if name else None
     if model_args.model_config is not None:
@@ -216,7 +212,7 @@ def load_model_and_tokenizer(
     if template is not None:
         if tokenizer is None:
             tokenizer = load_tokenizer("model_name_or_path", model)
-        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        tokenizer.chat_template = template
     return model, tokenizer
 
 

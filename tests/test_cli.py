@@ -1,6 +1,7 @@
 """The command `hf-sft` previews rows and draws reports, and names what is wrong."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ def folder(
     return tmp_path
 
 
+SHARDS = ("--tokenizer_name_or_path=tokenizer", "--out_dir=shards")
 FLAGS = ("--tokenizer", "tokenizer", "--train_file", "rows.jsonl")
 
 
@@ -69,6 +71,23 @@ def test_preview_reads_a_saved_dataset(folder: Path, capsys: pytest.CaptureFixtu
     assert "Row 1" in capsys.readouterr().out
 
 
+def test_rows_are_prepared_as_the_recipe_does(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(["prepare", "--input_files", "rows.jsonl", *SHARDS])
+    printed = capsys.readouterr().out
+    assert "--- train\nrows    2 in = 2 trained" in printed
+    metadata = (folder / "shards" / "dataset_metadata.json").read_text()
+    recipe = str(ROOT / "recipes" / "prepare_dataset.py")
+    argv = [recipe, "--input_files", "rows.jsonl", *SHARDS, "--overwrite"]
+    monkeypatch.setattr(sys, "argv", argv)
+    runpy.run_path(recipe, run_name="__main__")
+    assert capsys.readouterr().out == printed
+    assert (folder / "shards" / "dataset_metadata.json").read_text() == metadata
+    main(["prepare", "--verify", "shards"])
+    assert "Every file is as it was written." in capsys.readouterr().out
+
+
 def test_report_draws_the_curves_anew(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["report", "run"])
     assert "loss.png" in capsys.readouterr().out
@@ -85,6 +104,8 @@ def test_report_draws_the_curves_anew(folder: Path, capsys: pytest.CaptureFixtur
         (("preview", *FLAGS, "--num_rows=0"), "num_rows is 0"),
         (("preview", *FLAGS, "--max_length=1"), "max_length is 1"),
         (("report",), "required: folder"),
+        (("prepare", *SHARDS), "--input_files must be given"),
+        (("prepare", "--input_file=a"), "hf-sft prepare: error: unknown argument '--input_file=a'"),
     ],
 )
 def test_a_wrong_argument_is_an_error_that_says_what_is_possible(
@@ -100,7 +121,9 @@ def test_a_wrong_argument_is_an_error_that_says_what_is_possible(
     ("argv", "settings", "message"),
     [
         (("report", "nowhere"), "", "hf-sft report: There is no metrics.jsonl in 'nowhere'"),
-        (("preview", *FLAGS[:3], "rows.txt"), "", "'rows.txt' cannot be read: rows come from"),
+        (("preview", *FLAGS[:3], "rows.txt"), "", "There is no 'rows.txt' to read rows from"),
+        (("preview", *FLAGS, "--train_split=b"), "", "train_split is 'b', but 'rows.jsonl' is a"),
+        (("prepare", *SHARDS, "--input_files=no.csv"), "", "hf-sft prepare: There is no 'no.csv'"),
         (("preview", "--tokenizer=nowhere", *FLAGS[2:]), "", "hf-sft preview: "),
         (("preview", *FLAGS, "--against=no.yaml"), "", "There is no settings file 'no.yaml'"),
         (("preview", *FLAGS, "--against=o.yaml"), "max_lengt: 3", "Did you mean 'max_length'?"),
@@ -130,11 +153,10 @@ def test_shards_are_verified(
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [("", "no rows"), ('{"prompt": "a", "re\n', "JSON")]
+    ("content", "reason"),
+    [("", "'broken.jsonl' holds no rows"), ('{"prompt": "a", "re\n', "line 1 is not JSON")],
 )
 def test_rows_that_cannot_be_read_are_said_in_one_message(content: str, reason: str) -> None:
     Path("broken.jsonl").write_text(content)
-    with pytest.raises(
-        SystemExit, match=rf"hf-sft preview: 'broken.jsonl' cannot be read: .*{reason}"
-    ):
+    with pytest.raises(SystemExit, match=f"hf-sft preview: .*{reason}"):
         main(["preview", "--tokenizer", "tokenizer", "--train_file", "broken.jsonl"])

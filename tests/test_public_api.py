@@ -35,10 +35,14 @@ SIGNATURES = {
     "make_tokenization_setup": "tokenizer, options, model",
     "mix_datasets": "datasets, weights=None, *, seed=0",
     "masked_normalize": "tensor, mask, dim=None, normalize_constant=1.0",
+    "parse_prepare_arguments": "argv, prog=None",
+    "prepare_files": "files, options",
+    "read_chat_template": "path",
+    "read_rows": "path, split, setting='train_split'",
     "prepare_dataset": "dataset, tokenizer, *, stop_token_ids=None, max_dropped_share=0.05, "
     "num_proc=None, **options",
     "prepare_stream": "dataset, tokenizer, *, stop_token_ids=None, max_dropped_share=0.05, "
-    "**options",
+    "name='train', **options",
     "preview_rows": "dataset, tokenizer, *, num_rows=5, only=None, containing=None, source=None, "
     "stop_token_ids=None, **options",
     "show_preview": "dataset, setup, arguments, *, against=None, console=None",
@@ -60,6 +64,7 @@ OTHER_NAMES = {
     "Ledger",
     "LossNormalization",
     "MaskedSFTConfig",
+    "PrepareArguments",
     "PreviewArguments",
     "PreviewedRow",
     "ShardSet",

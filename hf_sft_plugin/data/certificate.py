@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import tempfile
 from collections.abc import Collection
 from dataclasses import asdict
 from functools import lru_cache
@@ -15,6 +16,13 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin.types import DataOptions
+
+_CONFIG = "tokenizer_config.json"
+# Where a tokenizer came from, and what is done with its tokens.
+_NOT_OF_TOKENS = {
+    *("name_or_path", "is_local", "local_files_only", "chat_template"),
+    *("model_max_length", "padding_side", "truncation_side"),
+}
 
 
 def certify_masks(
@@ -73,8 +81,30 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         # Before this come padding and truncation, which a call leaves behind.
         text = text[text.index('"added_tokens"') :]
     else:
-        text = json.dumps(sorted(tokenizer.get_vocab().items()))
+        text = json.dumps([sorted(tokenizer.get_vocab().items()), _digest_files(tokenizer)])
     return _digest(f"{type(tokenizer).__name__} {tokenizer.special_tokens_map} {text}")
+
+
+def _digest_files(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+    """The files in which a tokenizer is saved, but for what in them makes no tokens."""
+    digests = []
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        # Chat templates have a digest of their own.
+        paths = (path for path in Path(folder).rglob("*") if path.suffix != ".jinja")
+        for path in sorted(path for path in paths if path.is_file()):
+            content = path.read_bytes()
+            if path.name == _CONFIG:
+                # Loading adds names without a value to those that were saved.
+                kept = {
+                    name: value
+                    for name, value in json.loads(content).items()
+                    if name not in _NOT_OF_TOKENS and value is not None
+                }
+                content = json.dumps(kept, sort_keys=True).encode()
+            name = path.relative_to(folder).as_posix()
+            digests.append((name, hashlib.sha256(content).hexdigest()))
+    return digests
 
 
 @lru_cache

@@ -48,6 +48,8 @@ class Ledger:
         columns: Which columns were taken for what.
         unused_columns: Columns that play no part.
         num_stopped: Examples whose last trained token is a stop token.
+        num_cut_before_stop: Examples that would be, had they not been truncated before it.
+        is_pad_eos: Whether rows are padded with the eos token.
         spans: Trained spans by kind; see `TrainedSpan`.
         control_tokens: How often each control token stood in the contents.
         num_straddled_tokens: Tokens that reached across the edge of a response.
@@ -70,6 +72,8 @@ class Ledger:
     columns: str = ""
     unused_columns: list[str] = field(default_factory=list)
     num_stopped: int = 0
+    num_cut_before_stop: int = 0
+    is_pad_eos: bool = False
     spans: dict[str, int] = field(default_factory=dict)
     control_tokens: dict[str, int] = field(default_factory=dict)
     num_straddled_tokens: int = 0
@@ -103,6 +107,7 @@ class Ledger:
         self.num_truncated_tokens += lost
         self.num_examples += account["num_examples"]
         self.num_stopped += account["num_stopped"]
+        self.num_cut_before_stop += account.get("num_cut_before_stop", 0)
         self.num_straddled_tokens += account.get("num_straddled", 0)
         for counts, found in (
             (self.spans, account["spans"]),
@@ -182,14 +187,15 @@ class Ledger:
         kinds = " + ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in self.spans.items())
         stopped = self.num_stopped / self.num_examples
         lines = [f"masks   {kinds} spans; {stopped:.1%} of the examples end with a stop token"]
-        if self.control_tokens:
-            found = ", ".join(f"{token} ({n:,})" for token, n in self.control_tokens.items())
-            lines.append(f"        control tokens in the contents: {found}")
-        if self.num_straddled_tokens:
-            noun = "token" if self.num_straddled_tokens == 1 else "tokens"
+        if self.num_stopped < self.num_examples:
+            cut = self.num_cut_before_stop / self.num_examples
+            lines.append(f"        {cut:.1%} lost theirs to truncation")
+        if self.is_pad_eos:
             lines.append(
-                f"        {self.num_straddled_tokens:,} {noun} straddled the edge of a response"
+                "        pad is the eos token too, which is harmless: masks go by position"
             )
+        counted = _in_words(self.control_tokens, self.num_straddled_tokens)
+        lines += [f"        {words}" for words in counted]
         for remark, number in self.num_remarks.items():
             named = _named_rows(self.remarks[remark], number)
             lines.append(f"        {_rows(number)}: {remark} ({named})")
@@ -221,10 +227,37 @@ def _rows(number: int) -> str:
     return "1 row" if number == 1 else f"{number:,} rows"
 
 
+def _in_words(control_tokens: Mapping[str, int], num_straddled: int) -> list[str]:
+    """What was counted besides rows and tokens, where there is any of it."""
+    words = []
+    if control_tokens:
+        found = ", ".join(f"{token} ({n:,})" for token, n in control_tokens.items())
+        words.append(f"control tokens in the contents: {found}")
+    if num_straddled:
+        noun = "token" if num_straddled == 1 else "tokens"
+        words.append(f"{num_straddled:,} {noun} straddled the edge of a response")
+    return words
+
+
 def _named_rows(first: Sequence[int], number: int) -> str:
     """The first of some rows, and whether there are more."""
     noun = "row" if number == 1 else "rows"
     return f"{noun} {', '.join(map(str, first))}{', ...' if number > len(first) else ''}"
+
+
+def remarks_of(outcome: RowOutcome) -> list[str]:
+    """What is to be known of a row besides its tokens and spans, as the printed account says it."""
+    counted = _in_words(Counter(outcome.control_tokens), outcome.num_straddled)
+    return [*counted, *_remarks(outcome)]
+
+
+def _remarks(outcome: RowOutcome) -> list[str]:
+    remarks = (
+        ("the tokenizer cannot give the response back exactly", outcome.is_lossy),
+        ("the chat template changes the text of a response", outcome.is_altered),
+        ("a content could not be found a second time", outcome.is_unseen),
+    )
+    return [remark for remark, is_true in remarks if is_true]
 
 
 def account_of(outcome: RowOutcome) -> dict[str, Any]:
@@ -234,16 +267,9 @@ def account_of(outcome: RowOutcome) -> dict[str, Any]:
         "num_tokens": outcome.num_tokens,
         "num_lost": outcome.num_lost,
         "num_straddled": outcome.num_straddled,
+        "num_cut_before_stop": outcome.num_cut_before_stop,
         "control_tokens": Counter(outcome.control_tokens),
-        "remarks": [
-            remark
-            for remark, is_true in (
-                ("the tokenizer cannot give the response back exactly", outcome.is_lossy),
-                ("the chat template changes the text of a response", outcome.is_altered),
-                ("a content could not be found a second time", outcome.is_unseen),
-            )
-            if is_true
-        ],
+        "remarks": _remarks(outcome),
     }
     account = {name: value for name, value in account.items() if value or name == "row"}
     if outcome.error is not None:

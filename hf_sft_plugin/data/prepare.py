@@ -1,7 +1,8 @@
 """The whole walk over a dataset, with a ledger in which every row and every token is accounted."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -53,8 +54,6 @@ def prepare_dataset(
     """
     _require_dataset(dataset)
     data_options = make_options(options)
-    if len(dataset) == 0:
-        raise ValueError("The dataset is empty: it needs at least one row.")
     row_format = detect_format(dataset.column_names, data_options)
     features = _features(dataset.column_names)
     accounted = dataset.with_format(None).map(
@@ -75,6 +74,8 @@ def prepare_dataset(
     ledger = Ledger(num_rows=len(dataset), columns=row_format.describe())
     ledger.unused_columns = row_format.unused(dataset.column_names, data_options)
     ledger.max_length = max_row_length(tokenizer, data_options.max_length)
+    # Without a pad token the collator pads with the eos token.
+    ledger.is_pad_eos = tokenizer.pad_token_id in (None, tokenizer.eos_token_id)
     _count(accounted, ledger)
     ledger.check(max_dropped_share)
     prepared = _without_account(accounted)
@@ -91,9 +92,11 @@ def _require_dataset(dataset: object) -> None:
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"dataset is a {type(dataset).__name__}, but a datasets.Dataset is needed. "
-            "Dataset.from_list makes one of a list of rows; of a DatasetDict take one split, such "
-            "as dataset['train']."
+            "Dataset.from_list makes one of a list of rows; of a DatasetDict give each split by "
+            "itself: {name: prepare_dataset(dataset[name], tokenizer) for name in dataset}."
         )
+    if len(dataset) == 0:
+        raise ValueError("The dataset is empty: it needs at least one row.")
 
 
 def _features(columns: Collection[str]) -> Features:
@@ -151,3 +154,15 @@ def _without_account(accounted: Dataset) -> Dataset:
     if not is_trained.all():
         accounted = accounted.select(np.flatnonzero(is_trained))
     return accounted.remove_columns([_ACCOUNT, *([] if has_weights else ["loss_weights"])])
+
+
+@contextmanager
+def name_in_errors(name: str) -> Iterator[None]:
+    """Lets errors about rows say which dataset they speak of, unless it is the usual `train`."""
+    try:
+        yield
+    except ValueError as error:
+        if name != "train":
+            # The same error, because one about a row also has its number.
+            error.args = (f"{name} data: {error}",)
+        raise

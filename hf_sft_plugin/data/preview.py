@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from hf_sft_plugin.data.ledger import remarks_of
 from hf_sft_plugin.data.row_tokenizer import RowOutcome
 from hf_sft_plugin.data.stop_tokens import find_stop_token
 from hf_sft_plugin.data.tokenization import make_options, tokenize_rows
@@ -146,6 +147,7 @@ class PreviewedRow:
         error: Why the row is set aside; None where it is trained.
         source: Where the row came from, if the dataset says so.
         raw: Beginning of the row as it is written in the dataset, as JSON.
+        remarks: What else is to be known of it, in the words of the ledger.
     """
 
     row: int
@@ -155,6 +157,7 @@ class PreviewedRow:
     error: RowError | None
     source: str | None
     raw: str
+    remarks: tuple[str, ...] = ()
 
     @property
     def num_trained(self) -> int:
@@ -229,6 +232,7 @@ def preview_outcome(
         error=outcome.error,
         source=source if isinstance(source, str) else None,
         raw=json.dumps(dict(row), ensure_ascii=False, default=str)[:_RAW_LENGTH],
+        remarks=tuple(remarks_of(outcome)),
     )
 
 

@@ -71,6 +71,8 @@ sub { font-size: .65em; opacity: .75; user-select: none; }
 ul { margin: 0; padding: 0; list-style: none; font-size: .85rem; color: var(--quiet); }
 .why li::before { content: ""; display: inline-block; width: .55rem; height: .55rem;
   margin-right: .5rem; border-radius: 2px; background: var(--edge); }
+.remarks li { color: var(--lost); }
+.remarks li::before { background: currentColor; }
 .changes li { white-space: pre-wrap; overflow-wrap: anywhere; margin: .35rem 0;
   font: 13.5px/1.6 ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, monospace; }
 kbd { font: inherit; padding: 0 .35rem; border: 1px solid var(--line); border-radius: .3rem; }
@@ -285,6 +287,9 @@ def _row(row: PreviewedRow, show_ids: bool) -> str:
         tags.append(f'<span class="tag bad">{_text(row.error.reason)}</span>')
         body += f'<p class="problem">{_text(row.error.problem)}</p>'
         body += f'<div class="text">{_text(row.raw)}</div>'
+    if row.remarks:
+        remarks = "".join(f"<li>{_text(remark)}</li>" for remark in row.remarks)
+        body += f'<ul class="why remarks">{remarks}</ul>'
     return (
         f'<article id="row-{row.row}" tabindex="-1" data-is="{" ".join(_kinds(row))}">'
         f"<header><h3>Row {row.row}</h3>{''.join(tags)}</header>{body}</article>\n"

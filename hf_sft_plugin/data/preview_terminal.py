@@ -189,6 +189,8 @@ def print_rows(rows: Sequence[PreviewedRow], console: Console, *, show_ids: bool
             for note in example.notes:
                 tokens = f"({note.num_tokens:,} tokens)"
                 _print(console, Text(f"  {note.reason} {tokens}", "cyan"))
+        for remark in row.remarks:
+            _print(console, Text(f"  note: {visible(remark)}", "yellow"))
         _print(console, Text())
 
 

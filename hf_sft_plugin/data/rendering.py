@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin.data.row_values import check_unicode
@@ -117,12 +117,18 @@ def render_turns(
 
     Raises:
         RowError: If the template refuses the turns, or writes broken Unicode.
+        ValueError: If it is no template.
     """
     shown = conversation.messages if messages is None else messages
     try:
         (text,) = render_messages(
             [shown[:num_turns]], tokenizer, options, generation_prompt, conversation.tools
         )
+    except TemplateSyntaxError as error:
+        raise ValueError(
+            f"The chat template cannot be read: {error.message} (line {error.lineno} of it), so no "
+            "conversation can be rendered. Correct the template."
+        ) from error
     except TEMPLATE_ERRORS as error:
         raise RowError(
             index,

@@ -51,6 +51,7 @@ class RowOutcome:
         num_tokens: Tokens of all examples before truncation.
         num_lost: Tokens of them that are in no example.
         num_stopped: Examples whose last trained token is a stop token.
+        num_cut_before_stop: Examples that would be, had they not been truncated before it.
         control_tokens: Control tokens that stood in the contents.
         num_straddled: Tokens that reached across the edge of a response.
         is_lossy: Whether the tokenizer cannot give the text back exactly, as one that lowers case.
@@ -65,6 +66,7 @@ class RowOutcome:
     num_tokens: int = 0
     num_lost: int = 0
     num_stopped: int = 0
+    num_cut_before_stop: int = 0
     control_tokens: list[str] = field(default_factory=list)
     num_straddled: int = 0
     is_lossy: bool = False
@@ -346,9 +348,12 @@ class RowTokenizer:
                 piece["response_mask"][0:1] = [0] * len(piece["response_mask"][0:1])
                 if any(piece["response_mask"]):
                     outcome.add(piece, left)
+                    if _ends_with(piece, self._stops):
+                        outcome.num_stopped += 1
+                    elif piece is not example and _ends_with(example, self._stops):
+                        outcome.num_cut_before_stop += 1
         num_after = outcome.num_example_tokens
         outcome.num_lost = outcome.num_tokens - num_after
-        outcome.num_stopped = sum(_ends_with(e, self._stops) for e in outcome.examples)
         if not outcome.examples and outcome.error is None:
             is_cut = limit is not None and longest > limit
             outcome.drop(_nothing_left(outcome.row, limit if is_cut else None, longest))

@@ -12,6 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 METADATA = "dataset_metadata.json"
 TOKENIZER = "tokenizer"
+# In the folder of a split: for each document the place of its source among the names.
+SOURCES = "sources.bin"
+SOURCE_DTYPE = np.dtype("<u4")
 FORMAT = "hf_sft_plugin.shards"
 FORMAT_VERSION = 1
 # Two tokenizers of one vocabulary may still cut texts differently; this text would show it.
@@ -60,6 +63,14 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class ShardSources:
+    """Where the documents of a split came from: each name once, None for those that do not say."""
+
+    names: list[str | None]
+    file: ShardFile
+
+
+@dataclass(frozen=True)
 class SplitCounts:
     """How much a split holds.
 
@@ -93,6 +104,7 @@ class ShardSet:
         splits: The shards of each split.
         ledgers: What was accounted of a split, as plain values; None where nothing was.
         certificates: What was proven of its masks, in the same way.
+        sources: Where its documents came from; None where nothing says so.
     """
 
     folder: Path
@@ -102,6 +114,7 @@ class ShardSet:
     splits: dict[str, tuple[Shard, ...]]
     ledgers: dict[str, Any]
     certificates: dict[str, Any]
+    sources: dict[str, ShardSources | None]
 
     def counts(self, split: str) -> SplitCounts:
         """Adds up the shards of a split."""
@@ -184,6 +197,10 @@ def read_metadata(folder: str | Path) -> ShardSet:
             },
             ledgers={name: split["ledger"] for name, split in record["splits"].items()},
             certificates={name: split["certificate"] for name, split in record["splits"].items()},
+            sources={
+                name: _read_source_names(split.get("sources"))
+                for name, split in record["splits"].items()
+            },
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -212,6 +229,44 @@ def _read_shard(record: Mapping[str, Any]) -> Shard:
     if sum(lengths) != shard.num_tokens or not 0 <= shard.num_response_tokens <= shard.num_tokens:
         raise ValueError("documents and tokens of a shard do not add up")
     return shard
+
+
+def _read_source_names(record: Mapping[str, Any] | None) -> ShardSources | None:
+    if record is None:
+        return None
+    names = record["names"]
+    if not isinstance(names, list) or not all(isinstance(name, str | None) for name in names):
+        raise ValueError("the names of sources are no texts")
+    return ShardSources(names, ShardFile(**record["file"]))
+
+
+def read_sources(shard_set: ShardSet, split: str) -> np.ndarray | None:
+    """For each document of a split the place of its source among the names; None without any.
+
+    Raises:
+        ValueError: If the file is missing, too short or too long, or names what is not there.
+    """
+    sources = shard_set.sources[split]
+    if sources is None:
+        return None
+    path = shard_set.path(sources.file)
+    cure = "Copy the file again, or write the set again."
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, which says where each document came from. {cure}")
+    expected, size = shard_set.counts(split).num_documents, path.stat().st_size
+    if size != expected * SOURCE_DTYPE.itemsize:
+        raise ValueError(
+            f"{path} holds the sources of {size // SOURCE_DTYPE.itemsize} documents ({size} "
+            f"bytes), but the split has {expected} ({expected * SOURCE_DTYPE.itemsize} bytes). "
+            f"{cure}"
+        )
+    places = np.fromfile(path, SOURCE_DTYPE)
+    if places.max(initial=0) >= len(sources.names):
+        raise ValueError(
+            f"{path} names source {places.max()}, but the sources are numbered from 0 to "
+            f"{len(sources.names) - 1}. {cure}"
+        )
+    return places
 
 
 def check_files(shard_set: ShardSet, split: str, *, use_loss_mask: bool = True) -> list[str]:

@@ -25,10 +25,13 @@ from hf_sft_plugin.data.shard_set import (
     FORMAT,
     FORMAT_VERSION,
     METADATA,
+    SOURCE_DTYPE,
+    SOURCES,
     TOKENIZER,
     Shard,
     ShardFile,
     ShardSet,
+    ShardSources,
     impossible,
     num_token_ids,
     possible_values,
@@ -59,10 +62,12 @@ def write_shards(
 
     For each split the folder gets `shard_000.bin` (token ids, uint32), `shard_000_mask.bin` (uint8,
     1 where a token is trained) and, where rows carry weights, `shard_000_weights.bin` (float16,
-    which keeps 3 digits), all little endian and token-aligned; beside the splits `tokenizer/`, and
-    `dataset_metadata.json` with the counts, the length of each document and the SHA-256 of each
-    file. All of it is built next to its place and put there in one step, so that an interrupted run
-    leaves what was there before. Rows without `response_mask` are trained whole.
+    which keeps 3 digits), all little endian and token-aligned, and where rows have a `source` one
+    `sources.bin` (uint32, for each document the place of its source among the names in the
+    metadata); beside the splits `tokenizer/`, and `dataset_metadata.json` with the counts, the
+    length of each document and the SHA-256 of each file. All of it is built next to its place and
+    put there in one step, so that an interrupted run leaves what was there before. Rows without
+    `response_mask` are trained whole.
 
     Args:
         folder: Where the set will be.
@@ -96,6 +101,7 @@ def write_shards(
         shard_set = ShardSet(
             *(partial, vocab_size, vocab_digest(tokenizer), files, shards),
             *_accounts(splits, ledgers or {}, certificates or {}),
+            {name: _write_sources(partial, name, rows) for name, rows in splits.items()},
         )
         _write_metadata(shard_set)
         _put_in_place(partial, target, overwrite=overwrite)
@@ -236,6 +242,20 @@ def _write_column(
             stream.write(stored.tobytes())
 
 
+def _write_sources(folder: Path, split: str, rows: Dataset) -> ShardSources | None:
+    """Writes where each document came from, where the rows say so."""
+    if "source" not in rows.column_names:
+        return None
+    places: dict[str | None, int] = {}
+    path = folder / split / SOURCES
+    with path.open("xb") as stream:
+        for batch in rows.select_columns(["source"]).with_format("arrow").iter(_BATCH_SIZE):
+            names = (None if s is None else str(s) for s in batch["source"].to_pylist())
+            numbers = [places.setdefault(name, len(places)) for name in names]
+            stream.write(np.array(numbers, SOURCE_DTYPE).tobytes())
+    return ShardSources(list(places), _digest(folder, path))
+
+
 def _lengths(lists: pa.Array) -> np.ndarray:
     """Entries of each list; 0 where there is none."""
     return pc.fill_null(pc.list_value_length(lists), 0).to_numpy().astype(np.int64)
@@ -269,9 +289,11 @@ def _write_metadata(shard_set: ShardSet) -> None:
                 f"No token of split {name!r} is trained: it has {counts.num_documents:,} rows, and "
                 "their masks are all zero."
             )
+        sources = shard_set.sources[name]
         splits[name] = {
             **dataclasses.asdict(counts),
             "trained_share": counts.trained_share,
+            "sources": None if sources is None else dataclasses.asdict(sources),
             "ledger": shard_set.ledgers[name],
             "certificate": shard_set.certificates[name],
             "shards": [dataclasses.asdict(shard) for shard in shards],
@@ -279,7 +301,10 @@ def _write_metadata(shard_set: ShardSet) -> None:
     record = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "dtypes": {name: column.dtype.str for name, column in COLUMNS.items()},
+        "dtypes": {
+            **{name: column.dtype.str for name, column in COLUMNS.items()},
+            "source": SOURCE_DTYPE.str,
+        },
         "tokenizer": {
             "vocab_size": shard_set.vocab_size,
             "digest": shard_set.vocab_digest,

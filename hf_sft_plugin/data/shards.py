@@ -22,6 +22,7 @@ from hf_sft_plugin.data.shard_set import (
     impossible,
     possible_values,
     read_metadata,
+    read_sources,
     vocab_digest,
 )
 from hf_sft_plugin.types import TokenizedExample
@@ -35,15 +36,16 @@ _USUAL_SHARES = (0.1, 0.9)
 class ShardDataset(data.Dataset[TokenizedExample]):
     """A split of a shard set as a map-style dataset of examples, none of which is held in memory.
 
-    Opening checks that all files are there and have the right sizes, and reads only the metadata;
-    `verify_shards` reads the rest. Goes into a `DataLoader` with workers, into `MaskedSFTTrainer`,
-    and with `DataCollatorForPromptResponse` into any `Trainer` that leaves columns as they are
-    (`remove_unused_columns=False`).
+    Opening checks that all files are there and have the right sizes, and reads only the metadata
+    and the sources; `verify_shards` reads the rest. Goes into a `DataLoader` with workers, into
+    `MaskedSFTTrainer`, and with `DataCollatorForPromptResponse` into any `Trainer` that leaves
+    columns as they are (`remove_unused_columns=False`).
 
     With `block_size` the documents are one stream, cut into blocks that fall anywhere: each token
     is in exactly one block, and the last block may be shorter. A token is predicted from those
     before it in its own block. So the first token of each block is context, whatever its mask
-    says: nothing predicts it, and the loss does not count it.
+    says: nothing predicts it, and the loss does not count it. A block has no `source`, because it
+    may hold documents of several.
 
     Args:
         folder: As `write_shards` left it.
@@ -56,6 +58,7 @@ class ShardDataset(data.Dataset[TokenizedExample]):
         counts: Documents and tokens of the split.
         ledger: What `prepare_dataset` accounted of it, as plain values; None where nothing was.
         certificate: What was proven of its masks; see `certify_masks`.
+        sources: Where each document came from; None for blocks, and where the set does not say.
 
     Raises:
         ValueError: If something is missing, truncated, damaged or of another version.
@@ -111,6 +114,7 @@ class ShardDataset(data.Dataset[TokenizedExample]):
         self.counts = shard_set.counts(self.split)
         self.ledger = shard_set.ledgers[self.split]
         self.certificate = shard_set.certificates[self.split]
+        self.sources: list[str | None] | None = None
         self._columns = {
             name: [
                 np.memmap(shard_set.path(shard.files[name]), COLUMNS[name].dtype, mode="r")
@@ -122,9 +126,17 @@ class ShardDataset(data.Dataset[TokenizedExample]):
         self._shard_bounds = _bounds([shard.num_tokens for shard in shards])
         if self.block_size is None:
             self._row_bounds = _bounds([n for shard in shards for n in shard.document_lengths])
+            places, sources = read_sources(shard_set, self.split), shard_set.sources[self.split]
+            if places is not None and sources is not None:
+                self.sources = [sources.names[place] for place in places.tolist()]
         else:
             starts = np.arange(0, self.counts.num_tokens, self.block_size)
             self._row_bounds = np.append(starts, self.counts.num_tokens)
+
+    @property
+    def row_lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        return np.diff(self._row_bounds)
 
     def __len__(self) -> int:
         return len(self._row_bounds) - 1
@@ -135,9 +147,11 @@ class ShardDataset(data.Dataset[TokenizedExample]):
             raise IndexError(f"There is no row {index}: the split has {len(self)}.")
         position %= len(self)
         start, end = self._row_bounds[position : position + 2].tolist()
-        row = {name: self._read(name, start, end) for name in self._columns}
+        row: dict[str, Any] = {name: self._read(name, start, end) for name in self._columns}
         if "response_mask" not in row:
             row["response_mask"] = [1] * (end - start)
+        if self.sources is not None and self.sources[position] is not None:
+            row["source"] = self.sources[position]
         return cast(TokenizedExample, row)
 
     def _read(self, name: str, start: int, end: int) -> list[Any]:
@@ -187,6 +201,13 @@ def verify_shards(folder: str | Path) -> ShardSet:
         except ValueError as error:
             problems.append(str(error))
             continue
+        try:
+            read_sources(shard_set, split)
+        except ValueError as error:
+            problems.append(str(error))
+        sources = shard_set.sources[split]
+        if sources is not None and shard_set.path(sources.file).is_file():
+            todo.append((sources.file, "", 0))
         for name in columns:
             todo += [(shard.files[name], name, shard.num_response_tokens) for shard in shards]
     paths = [shard_set.path(file) for file, _, _ in todo]

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin.data.formats import RowFormat, detect_format
 from hf_sft_plugin.data.ledger import Ledger, account_of
+from hf_sft_plugin.data.prepare import name_in_errors
 from hf_sft_plugin.data.row_tokenizer import RowTokenizer
 from hf_sft_plugin.data.tokenization import make_options
 
@@ -26,6 +27,7 @@ def prepare_stream(
     *,
     stop_token_ids: Collection[int] | None = None,
     max_dropped_share: float = 0.05,
+    name: str = "train",
     **options: Any,
 ) -> IterableDataset:
     """Tokenizes a stream and marks what is trained, as `prepare_dataset` does for a dataset.
@@ -38,6 +40,7 @@ def prepare_stream(
         tokenizer: See `tokenize_example`.
         stop_token_ids: See `tokenize_example`.
         max_dropped_share: Largest share of the rows so far, 0 to 1, that may be dropped.
+        name: What messages call the stream.
         **options: Fields of `DataOptions`.
 
     Returns:
@@ -54,7 +57,7 @@ def prepare_stream(
         raise ValueError("The stream is empty: it needs at least one row.")
     row_format = detect_format(columns, data_options)
     tokenize = RowTokenizer(tokenizer, data_options, stop_token_ids)
-    preparer = _StreamPreparer(tokenize, row_format, max_dropped_share)
+    preparer = _StreamPreparer(tokenize, row_format, max_dropped_share, name)
     return dataset.map(
         preparer, batched=True, batch_size=64, with_indices=True, remove_columns=columns
     )
@@ -64,11 +67,12 @@ class _StreamPreparer:
     """Tokenizes one batch after the other, and keeps the account of this process."""
 
     def __init__(
-        self, tokenize: RowTokenizer, row_format: RowFormat, max_dropped_share: float
+        self, tokenize: RowTokenizer, row_format: RowFormat, max_dropped_share: float, name: str
     ) -> None:
         self._tokenize = tokenize
         self._row_format = row_format
         self._max_dropped_share = max_dropped_share
+        self._name = name
         self._ledger = Ledger(num_rows=0)
 
     def __call__(
@@ -77,14 +81,17 @@ class _StreamPreparer:
         values = zip(*batch.values(), strict=True)
         rows = [dict(zip(batch, row, strict=True)) for row in values]
         table: dict[str, list[Any]] = {column: [] for column in _COLUMNS}
-        for outcome in self._tokenize(rows, indices, self._row_format):
+        with name_in_errors(self._name):
+            outcomes = self._tokenize(rows, indices, self._row_format)
+        for outcome in outcomes:
             self._ledger.num_rows += 1
             self._ledger.add_row(account_of(outcome))
             if outcome.error is not None and self._ledger.num_rows_dropped <= _NUM_NAMED_ROWS:
-                logger.warning("A row of the stream is left out. %s", outcome.error)
+                logger.warning("A row of the %s stream is left out. %s", self._name, outcome.error)
             for example in outcome.examples:
                 for column in _COLUMNS:
                     table[column].append(example.get(column))
         if self._ledger.num_rows >= _NUM_ROWS_FOR_SHARE:
-            self._ledger.check_share(self._max_dropped_share)
+            with name_in_errors(self._name):
+                self._ledger.check_share(self._max_dropped_share)
         return table

@@ -236,6 +236,7 @@ def write_certificate(path: Path, ledger: Ledger) -> None:
         "num_rows": ledger.num_rows,
         "num_rows_trained": ledger.num_rows_trained,
         "num_examples_ending_with_a_stop_token": ledger.num_stopped,
+        "num_examples_truncated_before_a_stop_token": ledger.num_cut_before_stop,
         "spans": ledger.spans,
         "control_tokens": ledger.control_tokens,
         "num_straddled_tokens": ledger.num_straddled_tokens,

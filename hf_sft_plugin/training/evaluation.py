@@ -266,6 +266,7 @@ def with_whole_reference(
     responses: Sequence[GeneratedResponse],
     examples: Sequence[TokenizedExample],
     stop_token_ids: Collection[int],
+    name: str = "eval",
 ) -> list[GeneratedResponse]:
     """The responses that can be judged fairly: the expected one ends with a stop token.
 
@@ -281,8 +282,9 @@ def with_whole_reference(
     num_cut = len(responses) - len(whole)
     if num_cut and PartialState().is_main_process:
         logger.warning(
-            "%d of %d expected responses do not end with a stop token: their rows were cut to "
+            "%s: %d of %d expected responses do not end with a stop token: their rows were cut to "
             "max_length, or never had one. %s.",
+            name,
             num_cut,
             len(responses),
             "They are not judged" if whole else "Exact match with what is left of them says little",

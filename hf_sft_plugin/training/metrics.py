@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 
+from hf_sft_plugin.data.shards import ShardDataset
 from hf_sft_plugin.loss.masked_loss import widest_float
 from hf_sft_plugin.loss.token_stats import TokenStats
 from hf_sft_plugin.types import IGNORE_INDEX
@@ -103,18 +104,24 @@ def means_by_source(
 
     Args:
         rows: Totals of each row, `(N, 7)`, in the order of evaluation.
-        dataset: What was evaluated; has a column `source`, or nothing is returned.
+        dataset: What was evaluated; has a column `source`, or nothing is returned. A
+            `ShardDataset` has `sources`.
         get_sampler: Says in which order the Trainer evaluates a dataset.
 
     Returns:
         `<source>_loss`, `<source>_token_entropy` and so on, for two sources or more.
     """
-    if "source" not in (getattr(dataset, "column_names", None) or ()):
+    if isinstance(dataset, ShardDataset):
+        column = dataset.sources
+    else:
+        has_source = "source" in (getattr(dataset, "column_names", None) or ())
+        column = dataset["source"] if has_source else None
+    if column is None:
         return {}
     sampler = get_sampler(dataset)
     if len(rows) != len(dataset) or not isinstance(sampler, SequentialSampler | None):
         return {}
-    sources = [str(source) for source in dataset["source"]]
+    sources = [str(source) for source in column]
     names = sorted(set(sources))
     if len(names) == 1:
         return {}

@@ -1,5 +1,6 @@
 """The trainer: rows and a model in, a fine-tuned model and an exact account of it out."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from hf_sft_plugin.data.collator import DataCollatorForPromptResponse
 from hf_sft_plugin.data.ledger import Ledger
-from hf_sft_plugin.data.prepare import prepare_dataset
+from hf_sft_plugin.data.prepare import name_in_errors, prepare_dataset
 from hf_sft_plugin.data.shards import ShardDataset, check_tokenizer
 from hf_sft_plugin.data.streaming import prepare_stream
 from hf_sft_plugin.loss.masked_loss import LossNormalization
@@ -35,6 +36,8 @@ from hf_sft_plugin.training.loading import limit_length, load_model, load_tokeni
 from hf_sft_plugin.training.masked_loss_mixin import MaskedLossMixin
 from hf_sft_plugin.types import TokenizedExample
 
+logger = logging.getLogger(__name__)
+
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
 
@@ -49,8 +52,9 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         model: A model, a `PeftModel`, or a name or path.
         args: Settings; None takes the defaults.
         data_collator: None takes `DataCollatorForPromptResponse`.
-        train_dataset: Raw or prepared rows; see `prepare_dataset`.
-        eval_dataset: The same, or several by name.
+        train_dataset: Raw or prepared rows; see `prepare_dataset`. Of a `DatasetDict` the split
+            called `train`, or its only one.
+        eval_dataset: Raw or prepared rows, or several sets of them by name.
         processing_class: The tokenizer; None loads that of the model.
         peft_config: For example a `peft.LoraConfig`: trains an adapter and freezes the model.
         compute_metrics: As in `Trainer`; its predictions are the most probable tokens, `(B, S)`,
@@ -78,7 +82,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         model: str | PreTrainedModel | PeftModel,
         args: MaskedSFTConfig | None = None,
         data_collator: Callable[..., Any] | None = None,
-        train_dataset: AnyDataset | None = None,
+        train_dataset: AnyDataset | Mapping[str, AnyDataset] | None = None,
         eval_dataset: AnyDataset | Mapping[str, AnyDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
@@ -94,7 +98,8 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
                 f"args is a {type(args).__name__}; MaskedSFTTrainer needs a MaskedSFTConfig, which "
                 "takes the same arguments and some more."
             )
-        _refuse_datasets(args, train_dataset, eval_dataset)
+        train_dataset = _choose_split(train_dataset)
+        _refuse_streams(args, eval_dataset)
         model = load_model(model, args.model_init_kwargs, peft_config)
         tokenizer = load_tokenizer(processing_class, model, args.stop_token)
         model = add_adapter(model, peft_config, is_trained=train_dataset is not None)
@@ -176,8 +181,8 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         examples = self._examples_to_answer(dataloader.dataset, self.args.generation_num_rows)
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         self.responses = self._answer(examples)
-        judged = with_whole_reference(self.responses, examples, self.stop_token_ids)
         prefix = kwargs.get("metric_key_prefix", "eval")
+        judged = with_whole_reference(self.responses, examples, self.stop_token_ids, prefix)
         metrics = judge(judged, self.generation_metrics)
         generated = {f"{prefix}_{name}": value for name, value in metrics.items()}
         return output._replace(metrics={**output.metrics, **generated})
@@ -264,16 +269,19 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             return dataset
         if isinstance(dataset, IterableDataset):
             share = args.max_dropped_share
-            stream = prepare_stream(dataset, tokenizer, max_dropped_share=share, **options)
+            stream = prepare_stream(
+                dataset, tokenizer, max_dropped_share=share, name=name, **options
+            )
             self._prepared.append(stream)
             return stream
         if isinstance(dataset, ShardDataset):
             check_tokenizer(dataset.folder, tokenizer)
+            _check_lengths(dataset, options["max_length"])
         if isinstance(dataset, list):
             dataset = _as_dataset(dataset, name)
         if not isinstance(dataset, Dataset):
             return dataset
-        with args.main_process_first(desc=f"preparing the {name} data"):
+        with args.main_process_first(desc=f"preparing the {name} data"), name_in_errors(name):
             prepared, self.ledgers[name] = prepare_dataset(
                 dataset,
                 tokenizer,
@@ -302,16 +310,47 @@ def _as_dataset(rows: list[Any], name: str) -> Dataset:
         ) from error
 
 
-def _refuse_datasets(args: MaskedSFTConfig, train_dataset: object, eval_dataset: object) -> None:
-    """Raises on datasets that would only fail in the middle of a run."""
-    if isinstance(train_dataset, Mapping):
-        names = list(train_dataset)
+def _check_lengths(dataset: ShardDataset, max_length: int | None) -> None:
+    """Raises where shards hold rows that would be cut without being counted."""
+    lengths = dataset.row_lengths
+    num_longer = 0 if max_length is None else int((lengths > max_length).sum())
+    if num_longer:
         raise ValueError(
-            f"train_dataset holds several datasets, {', '.join(map(str, names))}, but one is "
-            f"trained on. Take one split, such as dataset[{next(iter(names), 'train')!r}], or join "
-            "them with datasets.concatenate_datasets. Only eval_dataset takes several by name."
+            f"{dataset.folder}, split {dataset.split!r}: {num_longer:,} of {len(lengths):,} rows "
+            f"are longer than max_length {max_length:,}; the longest has {lengths.max():,} tokens. "
+            "Shards are trained on as they were written, where what was cut is counted. Write them "
+            f"again with --max_length {max_length}, read them in blocks with block_size, or raise "
+            "max_length as far as the model reaches."
         )
+
+
+def _choose_split(dataset: Any) -> Any:
+    """The dataset to train on: of several the one called `train`, or the only one."""
+    if not isinstance(dataset, Mapping):
+        return dataset
+    names = list(dataset)
+    if "train" not in dataset and len(dataset) != 1:
+        raise ValueError(
+            f"train_dataset holds {', '.join(map(str, names)) or 'no dataset'}, but one is trained "
+            "on, and none of them is called 'train'. Take one split, such as "
+            f"dataset[{next(iter(names), 'train')!r}], or join them with "
+            "datasets.concatenate_datasets. Only eval_dataset takes several by name."
+        )
+    chosen = "train" if "train" in dataset else names[0]
+    if len(names) > 1:
+        logger.warning(
+            "train_dataset holds %s. Only %r is trained on; what is to be evaluated on is given as "
+            "eval_dataset.",
+            ", ".join(map(str, names)),
+            chosen,
+        )
+    return dataset[chosen]
+
+
+def _refuse_streams(args: MaskedSFTConfig, eval_dataset: object) -> None:
+    """Raises on streams for which responses would have to be generated in the middle of a run."""
     if args.predict_with_generate and eval_dataset is not None:
-        sets = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
-        for dataset in sets:
-            refuse_stream(dataset)
+        sets = eval_dataset if isinstance(eval_dataset, Mapping) else {None: eval_dataset}
+        for name, dataset in sets.items():
+            with name_in_errors("eval" if name is None else f"eval_{name}"):
+                refuse_stream(dataset)

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset, concatenate_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, ByT5Tokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizer
 
 from hf_sft_plugin.data import certificate
 from hf_sft_plugin.data.certificate import certify_masks, preparation_key, tokenizer_digest
@@ -207,3 +207,51 @@ def test_a_preparation_keeps_its_key_whatever_was_called_before(tokenizer: Any) 
     before = preparation_key(rows, tokenizer, options, [3, 2])
     tokenizer(["a", "hello world"], padding=True, truncation=True, max_length=2)
     assert preparation_key(rows, tokenizer, options, {2, 3}) == before
+
+
+class Letters(PreTrainedTokenizer):
+    """A slow tokenizer whose setting decides about its tokens, with one vocabulary."""
+
+    def __init__(self, lower: bool = False, **settings: Any) -> None:
+        self.lower = lower
+        super().__init__(lower=lower, **settings)
+
+    @property
+    def vocab_size(self) -> int:
+        return 256
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(number): number for number in range(256)}
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: Any = None) -> tuple[str, ...]:
+        return ()
+
+
+def test_the_digest_of_a_slow_tokenizer_takes_its_settings() -> None:
+    assert tokenizer_digest(Letters()) == tokenizer_digest(Letters())
+    assert tokenizer_digest(Letters(lower=True)) != tokenizer_digest(Letters())
+
+
+def test_the_digest_of_a_slow_tokenizer_is_the_same_wherever_it_came_from(tmp_path: Path) -> None:
+    first = ByT5Tokenizer()
+    first.save_pretrained(tmp_path / "one")
+    loaded = ByT5Tokenizer.from_pretrained(tmp_path / "one")
+    loaded.chat_template = "{{ 1 }}"
+    loaded.save_pretrained(tmp_path / "two")
+    again = ByT5Tokenizer.from_pretrained(tmp_path / "two", model_max_length=7)
+    digests = {tokenizer_digest(each) for each in (first, loaded, again)}
+    assert len(digests) == 1
+
+
+def test_the_digest_of_a_slow_tokenizer_takes_what_its_files_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def digest(rules: str) -> str:
+        def save(self: Any, folder: str, filename_prefix: Any = None) -> tuple[str, ...]:
+            Path(folder, "pieces.txt").write_text(rules)
+            return (str(Path(folder, "pieces.txt")),)
+
+        monkeypatch.setattr(Letters, "save_vocabulary", save)
+        return tokenizer_digest(Letters())
+
+    assert digest("a b") == digest("a b") != digest("ab")

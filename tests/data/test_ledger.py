@@ -51,6 +51,7 @@ def test_an_account_has_everything_that_is_to_be_counted() -> None:
         num_tokens=9,
         num_lost=4,
         num_stopped=2,
+        num_cut_before_stop=1,
         control_tokens=["<a>", "<b>", "<a>"],
         num_straddled=1,
         is_lossy=True,
@@ -65,6 +66,7 @@ def test_an_account_has_everything_that_is_to_be_counted() -> None:
         "num_tokens": 9,
         "num_lost": 4,
         "num_straddled": 1,
+        "num_cut_before_stop": 1,
         "control_tokens": {"<a>": 2, "<b>": 1},
         "remarks": [
             "the tokenizer cannot give the response back exactly",
@@ -94,6 +96,7 @@ def test_rows_are_entered_under_what_became_of_them() -> None:
     ledger = Ledger(num_rows=5)
     ledger.add_row(trained_row(0))
     more = {"control_tokens": {"<a>": 2}, "num_straddled": 1, "remarks": [ALTERED]}
+    more |= {"num_cut_before_stop": 3}
     ledger.add_row(trained_row(1, 9, 3, **more))
     ledger.add_row({**trained_row(2, 5), "num_examples": 2, "num_stopped": 0, "spans": {"text": 2}})
     ledger.add_row(dropped_row(3))
@@ -107,6 +110,7 @@ def test_rows_are_entered_under_what_became_of_them() -> None:
         num_truncated_tokens=3,
         drops={"empty response": Drop(2, 6, [3, 4], "Row 3: it says 'my secret'.")},
         num_stopped=2,
+        num_cut_before_stop=3,
         spans={"exact": 2, "text": 2},
         control_tokens={"<a>": 2},
         num_straddled_tokens=1,
@@ -171,6 +175,8 @@ def test_the_printed_account_adds_up_line_by_line() -> None:
         columns="messages: messages, source",
         unused_columns=["id", "url"],
         num_stopped=1_200,
+        num_cut_before_stop=297,
+        is_pad_eos=True,
         spans={"exact": 1_400, "shared_prefix": 100},
         control_tokens={"<|im_end|>": 3},
         num_straddled_tokens=2,
@@ -201,6 +207,8 @@ def test_the_printed_account_adds_up_line_by_line() -> None:
         "        25.0% of the tokens read are trained; longest row 512, limit 512",
         "masks   1,400 exact + 100 shared prefix spans; "
         "80.0% of the examples end with a stop token",
+        "        19.8% lost theirs to truncation",
+        "        pad is the eos token too, which is harmless: masks go by position",
         "        control tokens in the contents: <|im_end|> (3)",
         "        2 tokens straddled the edge of a response",
         f"        1 row: {ALTERED} (row 7)",
@@ -216,6 +224,15 @@ def test_an_account_without_anything_to_say_is_short() -> None:
         "        + 0 truncated + 0 dropped",
         "        0.0% of the tokens read are trained; longest row 0, no limit",
     ]
+
+
+def test_where_every_example_ends_with_a_stop_token_none_lost_it() -> None:
+    ledger = Ledger(num_rows=1, num_rows_trained=1, num_examples=1, spans={"exact": 1})
+    ledger.num_stopped = 1
+    assert "masks   1 exact spans; 100.0% of the examples end with a stop token" in str(ledger)
+    assert "lost theirs" not in str(ledger)
+    ledger.num_stopped = 0
+    assert "        0.0% lost theirs to truncation" in str(ledger).splitlines()
 
 
 def test_a_single_token_is_not_plural() -> None:

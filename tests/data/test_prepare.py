@@ -17,6 +17,7 @@ from hf_sft_plugin import RowError, prepare_dataset, tokenize_example
 from hf_sft_plugin.data import certificate
 from hf_sft_plugin.data import prepare as prepare_module
 from hf_sft_plugin.data.ledger import Ledger
+from hf_sft_plugin.data.prepare import name_in_errors
 from hf_sft_plugin.data.tokenization import make_options, tokenize_rows
 
 GOOD = {"prompt": "hello", "response": "world"}
@@ -85,6 +86,29 @@ def test_the_ledger_of_known_rows_is_as_counted_by_hand(tokenizer: Any) -> None:
     )
 
 
+def test_responses_cut_before_their_stop_token_are_counted(tokenizer: Any) -> None:
+    _, ledger = prepare([GOOD, {**GOOD, "response": "9" * 40}], tokenizer, max_length=12)
+    assert (ledger.num_stopped, ledger.num_cut_before_stop) == (1, 1)
+    assert ledger.to_dict()["num_cut_before_stop"] == 1
+    assert "        50.0% lost theirs to truncation" in str(ledger).splitlines()
+
+
+@pytest.mark.parametrize(("pad", "is_pad_eos"), [("<|im_end|>", True), ("<|endoftext|>", False)])
+def test_padding_with_the_eos_token_is_noted(
+    pad: str, is_pad_eos: bool, tokenizer_factory: Callable[..., Any]
+) -> None:
+    _, ledger = prepare([GOOD], tokenizer_factory(pad_token=pad))
+    assert ledger.is_pad_eos == is_pad_eos
+    assert ("pad is the eos token too" in str(ledger)) == is_pad_eos
+
+
+def test_without_a_pad_token_rows_are_padded_with_the_eos_token(
+    tokenizer_factory: Callable[..., Any],
+) -> None:
+    _, ledger = prepare([GOOD], tokenizer_factory(pad_token=None))
+    assert ledger.is_pad_eos
+
+
 @pytest.mark.parametrize("num_bad", [1, 5])
 def test_a_twentieth_of_the_rows_may_be_dropped(num_bad: int, tokenizer: Any) -> None:
     rows = [GOOD] * (100 - num_bad) + [{**GOOD, "response": " "}] * num_bad
@@ -120,7 +144,7 @@ def test_a_dataset_without_a_trained_token_is_refused_whatever_is_allowed(tokeni
             "both a prompt and a messages column",
         ),
         (IterableDataset.from_generator(lambda: iter([GOOD])), "streaming dataset cannot be"),
-        (DatasetDict({"train": Dataset.from_list([GOOD])}), "is a DatasetDict.*take one split"),
+        (DatasetDict({"train": Dataset.from_list([GOOD])}), "is a DatasetDict.*give each split by"),
         ([GOOD], "dataset is a list, but a datasets.Dataset is needed"),
     ],
 )
@@ -327,3 +351,14 @@ def test_whatever_the_rows_every_one_and_every_token_is_accounted_for(
             assert len(example["input_ids"]) <= (max_length or 10**9)
             assert any(example["response_mask"])
             assert not example["response_mask"][0]
+
+
+def test_an_error_says_which_dataset_it_speaks_of(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match=r"^val data: 1 of 1 row cannot"), name_in_errors("val"):
+        prepare([tokenized(4, 0)], tokenizer)
+    rows, options = [tokenized(4, 4)], {"max_length": 3, "overflow": "error"}
+    with pytest.raises(RowError, match=r"^val data: Row 0: ") as caught, name_in_errors("val"):
+        prepare(rows, tokenizer, **options)
+    assert caught.value.row == 0
+    with pytest.raises(RowError, match=r"^Row 0: "), name_in_errors("train"):
+        prepare(rows, tokenizer, **options)

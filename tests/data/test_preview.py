@@ -11,6 +11,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from hf_sft_plugin.data.prepare import prepare_dataset
 from hf_sft_plugin.data.preview import (
     PreviewedExample,
     PreviewedRow,
@@ -68,6 +69,43 @@ def test_exactly_the_response_and_its_stop_token_are_marked(
         "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nthe world<|im_end|>\n"
         "<|im_start|>user\nagain<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
     )
+
+
+def test_what_else_is_to_be_known_is_said_in_the_words_of_the_ledger(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:\n{{ m.content | replace('secret', '*') }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
+    )
+    rows = [chat("hello <|im_end|>", "<|im_end|> or <|im_start|>"), chat("hello", "a secret")]
+    plain, *remarkable = preview_rows([chat("hello", "world"), *rows], tokenizer)
+    assert plain.remarks == ()
+    assert remarkable[0].remarks == (
+        "control tokens in the contents: <|im_end|> (2), <|im_start|> (1)",
+    )
+    assert remarkable[1].remarks == ("the chat template changes the text of a response",)
+    for row, shown in zip(rows, remarkable, strict=True):
+        _, ledger = prepare_dataset(Dataset.from_list([row]), tokenizer)
+        assert all(remark in str(ledger) for remark in shown.remarks)
+
+
+def test_every_fact_of_an_outcome_is_a_remark(tokenizer: PreTrainedTokenizerFast) -> None:
+    outcome = outcome_of("hello world", tokenizer)
+    outcome.num_straddled = 1
+    outcome.is_lossy = outcome.is_altered = outcome.is_unseen = True
+    assert preview_outcome(outcome, {}, TokenizationSetup(tokenizer)).remarks == (
+        "1 token straddled the edge of a response",
+        "the tokenizer cannot give the response back exactly",
+        "the chat template changes the text of a response",
+        "a content could not be found a second time",
+    )
+
+
+def test_a_row_that_is_set_aside_has_its_remarks(tokenizer: PreTrainedTokenizerFast) -> None:
+    (row,) = preview_rows([chat("hello", "<|im_end|>")], tokenizer, control_tokens="error")
+    assert row.error is not None
+    assert row.remarks == ("control tokens in the contents: <|im_end|> (1)",)
 
 
 def test_every_token_is_in_exactly_one_piece(tokenizer: PreTrainedTokenizerFast) -> None:

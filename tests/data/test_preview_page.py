@@ -79,6 +79,13 @@ def test_trained_text_is_marked_with_its_reason(page: Path) -> None:
     assert "empty response" in text
 
 
+def test_remarks_stand_below_the_row(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    rows = preview_rows([chat("hello <|im_end|>", "world"), chat("hello", "world")], tokenizer)
+    text = write_preview_page(tmp_path / "page.html", rows).read_text(encoding="utf-8")
+    (remarks,) = re.findall(r'<ul class="why remarks">(.*?)</ul>', text)
+    assert remarks == "<li>control tokens in the contents: &lt;|im_end|&gt; (1)</li>"
+
+
 def test_each_row_knows_its_filters(page: Path) -> None:
     found = dict(re.findall(r'<article id="(.*?)".*?data-is="(.*?)"', page.read_text("utf-8")))
     assert found == {"row-0": "all", "row-1": "all truncated", "row-2": "all set_aside"}
@@ -106,7 +113,7 @@ def test_all_data_is_escaped(tokenizer: PreTrainedTokenizerFast, tmp_path: Path)
     rows = preview_rows([row], tokenizer)
     error = RowError(1, NASTY, NASTY)
     broken = json.dumps({"text": "\ud800" + NASTY}, ensure_ascii=False)
-    rows.append(PreviewedRow(1, (), 0, 0, error, NASTY, broken))
+    rows.append(PreviewedRow(1, (), 0, 0, error, NASTY, broken, (NASTY,)))
     diff = diff_rows(
         [row],
         TokenizationSetup(tokenizer),

@@ -52,6 +52,13 @@ def test_without_colour_trained_text_stands_in_brackets(tokenizer: PreTrainedTok
     assert "  message 1, exact: begins where inference begins to generate, ends with its" in printed
 
 
+def test_remarks_stand_below_the_row(tokenizer: PreTrainedTokenizerFast) -> None:
+    printed = show([chat("hello <|im_end|>", "world")], tokenizer)
+    notes = [line for line in printed.splitlines() if line.startswith("  ")]
+    assert notes[-1] == "  note: control tokens in the contents: <|im_end|> (1)"
+    assert "note:" not in show([chat("hello", "world")], tokenizer)
+
+
 def test_with_colour_trained_text_is_green_and_context_dim(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:

@@ -370,6 +370,42 @@ def test_split_makes_rows_that_join_to_the_whole_and_keep_end_keeps_the_end(toke
             assert outcome.error is not None
 
 
+@pytest.mark.parametrize(
+    ("overflow", "num_lost", "audit"),
+    [
+        # The second response ends with "d", its stop token and a line end, which is not trained.
+        ("keep_start", 0, (1, 0)),
+        ("keep_start", 1, (1, 0)),
+        ("keep_start", 2, (0, 1)),
+        ("keep_end", 2, (1, 0)),
+        ("keep_response", 2, (1, 0)),
+        # A stop token that opens a piece has nothing before it that could predict it.
+        ("split", 2, (0, 1)),
+        ("split", 3, (2, 0)),
+        # The whole second response is lost, and the first ends as it should.
+        ("keep_start", 4, (1, 0)),
+    ],
+)
+def test_a_stop_token_is_there_or_it_is_said_that_it_was_cut_off(
+    overflow: str, num_lost: int, audit: tuple[int, int], tokenizer: Any
+) -> None:
+    messages = [
+        {"role": role, "content": content}
+        for role, content in zip(("user", "assistant") * 2, "abcd", strict=True)
+    ]
+    (whole,) = tokenize_example({"messages": messages}, tokenizer)
+    limit = len(whole["input_ids"]) - num_lost
+    options = make_options({"max_length": limit, "overflow": overflow})
+    (outcome,) = tokenize_rows([{"messages": messages}], [0], tokenizer, options)
+    assert (outcome.num_stopped, outcome.num_cut_before_stop) == audit
+
+
+def test_a_row_that_never_had_a_stop_token_did_not_lose_it(tokenizer: Any) -> None:
+    row = {"input_ids": [5, 6, 7, 8], "response_mask": [0, 1, 1, 1]}
+    (outcome,) = tokenize_rows([row], [0], tokenizer, make_options({"max_length": 3}))
+    assert (outcome.num_stopped, outcome.num_cut_before_stop, outcome.num_lost) == (0, 0, 1)
+
+
 @pytest.mark.parametrize("overflow", ["keep_start", "keep_end", "keep_response", "split", "drop"])
 @pytest.mark.parametrize("train_on", ["response", "last_response", "all"])
 def test_the_first_token_is_never_trained_and_tokens_are_all_accounted_for(

@@ -58,6 +58,10 @@ def test_the_counts_of_the_shards_are_added_up(folder: Path) -> None:
             lambda m: [s.update(num_response_tokens=0) for s in m["splits"]["train"]["shards"]],
             "the masks of split 'train' are all zero",
         ),
+        (
+            lambda m: m["splits"]["train"].update(sources={"names": [3], "file": {}}),
+            "the names of sources are no texts",
+        ),
         (lambda m: m["splits"].pop("train"), "has no split 'train'; it has val"),
     ],
 )
@@ -91,6 +95,24 @@ def test_paths_that_may_lead_outside_are_refused(path: str, folder: Path) -> Non
     for read in (ShardDataset, verify_shards):
         with pytest.raises(ValueError, match="may lie outside the folder"):
             read(folder)
+
+
+def test_a_set_that_says_nothing_of_sources_has_none(folder: Path) -> None:
+    edit(folder, lambda m: m["splits"]["train"].pop("sources"))
+    assert read_metadata(folder).sources == {"train": None, "val": None}
+    assert ShardDataset(folder).sources is None
+
+
+def test_sources_may_not_lie_outside(tmp_path: Path, tokenizer: Any) -> None:
+    rows = Dataset.from_list([{**row, "source": "web"} for row in ROWS])
+    write_shards(tmp_path / "set", {"train": rows}, tokenizer)
+    edit(
+        tmp_path / "set",
+        lambda m: m["splits"]["train"]["sources"]["file"].update(path="../sources.bin"),
+    )
+    for read in (ShardDataset, verify_shards):
+        with pytest.raises(ValueError, match="may lie outside the folder"):
+            read(tmp_path / "set")
 
 
 def test_links_that_lead_outside_are_refused_and_links_inside_are_not(folder: Path) -> None:

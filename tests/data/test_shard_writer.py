@@ -1,5 +1,6 @@
 """A shard set is written whole or not at all, and nothing of anyone else's is overwritten."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -69,6 +70,7 @@ def test_the_files_hold_what_the_readme_of_the_format_says(tmp_path: Path, token
         "input_ids": "<u4",
         "response_mask": "|u1",
         "loss_weights": "<f2",
+        "source": "<u4",
     }
     split = metadata["splits"]["train"]
     assert (split["num_documents"], split["num_tokens"], split["trained_share"]) == (2, 5, 0.6)
@@ -76,6 +78,23 @@ def test_the_files_hold_what_the_readme_of_the_format_says(tmp_path: Path, token
     assert split["certificate"] == {"num_proved": 3}
     assert metadata["splits"]["val"]["certificate"] == {"note": "by hand"}
     assert [shard["document_lengths"] for shard in split["shards"]] == [[3], [2]]
+
+
+def test_sources_are_stored_once_each_and_by_number(tmp_path: Path, tokenizer: Any) -> None:
+    rows = Dataset.from_list([{**NEW[0], "source": s} for s in ("web", None, "book", "web")])
+    write_shards(tmp_path / "set", {"train": rows, "val": NEW}, tokenizer)
+    file = tmp_path / "set" / "train" / "sources.bin"
+    assert np.fromfile(file, "<u4").tolist() == [0, 1, 2, 0]
+    splits = json.loads((tmp_path / "set" / METADATA).read_text())["splits"]
+    assert splits["train"]["sources"] == {
+        "names": ["web", None, "book"],
+        "file": {
+            "path": "train/sources.bin",
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        },
+    }
+    assert splits["val"]["sources"] is None
+    assert not (tmp_path / "set" / "val" / "sources.bin").exists()
 
 
 def test_a_certificate_may_come_with_the_ledger(tmp_path: Path, tokenizer: Any) -> None:

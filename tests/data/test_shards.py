@@ -37,6 +37,16 @@ def folder(tmp_path: Path, tokenizer: Any) -> Path:
     return tmp_path / "set"
 
 
+@pytest.fixture
+def sourced(tmp_path: Path, tokenizer: Any) -> Path:
+    """A set of four documents in two shards, three of which say where they came from."""
+    sources = ("web", "book", None, "web")
+    rows = [{**row, "source": source} for row, source in zip(ROWS, sources, strict=True)]
+    splits = {"train": Dataset.from_list(rows)}
+    write_shards(tmp_path / "sourced", splits, tokenizer, max_tokens_per_shard=7)
+    return tmp_path / "sourced"
+
+
 @pytest.fixture(scope="module")
 def shared_tokenizer(tokenizer_factory: Any) -> Any:
     return tokenizer_factory()
@@ -61,6 +71,50 @@ def test_a_row_that_is_not_there_is_an_index_error(folder: Path) -> None:
             ShardDataset(folder)[index]
     with pytest.raises(TypeError):
         ShardDataset(folder)[:2]  # type: ignore[index]
+
+
+def test_documents_say_where_they_came_from_and_blocks_do_not(sourced: Path) -> None:
+    dataset = ShardDataset(sourced)
+    expected = [{**ROWS[0], "source": "web"}, {**ROWS[1], "source": "book"}]
+    assert list(dataset) == [*expected, ROWS[2], {**ROWS[3], "source": "web"}]
+    assert dataset.sources == ["web", "book", None, "web"]
+    plain = ShardDataset(sourced, use_loss_mask=False)
+    assert plain[1] == {**expected[1], "response_mask": [1, 1, 1]}
+    assert list(pickle.loads(pickle.dumps(dataset))) == list(dataset)  # noqa: S301  # our bytes
+    blocks = ShardDataset(sourced, block_size=4)
+    assert blocks.sources is None
+    assert all("source" not in block for block in blocks)
+    verify_shards(sourced)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), r"sources\.bin is missing, which says where each document"),
+        (
+            lambda path: os.truncate(path, 8),
+            r"sources of 2 documents \(8 bytes\), but the split has 4 \(16 bytes\)",
+        ),
+        (
+            lambda path: path.write_bytes(b"\x00" * 12 + b"\x03\x00\x00\x00"),
+            "names source 3, but the sources are numbered from 0 to 2",
+        ),
+    ],
+)
+def test_damaged_sources_are_found(
+    damage: Callable[[Path], None], message: str, sourced: Path
+) -> None:
+    damage(sourced / "train" / "sources.bin")
+    for read in (ShardDataset, verify_shards):
+        with pytest.raises(ValueError, match=message):
+            read(sourced)
+
+
+def test_sources_that_were_exchanged_are_found_by_their_digest(sourced: Path) -> None:
+    (sourced / "train" / "sources.bin").write_bytes(b"\x00" * 16)
+    assert ShardDataset(sourced).sources == ["web"] * 4
+    with pytest.raises(ValueError, match=r"sources\.bin has the SHA-256 "):
+        verify_shards(sourced)
 
 
 def test_blocks_are_cut_from_one_stream_across_documents_and_shards(folder: Path) -> None:
@@ -173,6 +227,28 @@ def test_workers_of_a_data_loader_read_it(folder: Path, tokenizer: Any) -> None:
     first, second = loader
     assert first["input_ids"].tolist() == [[5, 6, 7, 2], [8, 9, 2, 0]]
     assert second["labels"].tolist() == [[-100, -100, -100, 13, 2], [-100, 2, -100, -100, -100]]
+
+
+def test_rows_that_would_be_cut_uncounted_are_refused_before_training(
+    folder: Path, model: Any, tokenizer: Any, make_config: Any
+) -> None:
+    assert ShardDataset(folder).row_lengths.tolist() == [4, 3, 5, 2]
+    message = r"split 'train': 2 of 4 rows are longer than max_length 3; the longest has 5 tokens"
+    for name in ("train_dataset", "eval_dataset"):
+        with pytest.raises(ValueError, match=message):
+            MaskedSFTTrainer(
+                model,
+                make_config(max_length=3),
+                processing_class=tokenizer,
+                **{name: ShardDataset(folder)},
+            )
+    for fits in (ShardDataset(folder, block_size=3), ShardDataset(folder)):
+        MaskedSFTTrainer(
+            model,
+            make_config(max_length=int(fits.row_lengths.max())),
+            train_dataset=fits,
+            processing_class=tokenizer,
+        )
 
 
 @pytest.mark.parametrize("block_size", [None, 6])

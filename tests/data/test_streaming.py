@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, IterableDataset
 
-from hf_sft_plugin import prepare_dataset
+from hf_sft_plugin import RowError, prepare_dataset
 from hf_sft_plugin.data.streaming import prepare_stream
 
 GOOD = {"prompt": "hello", "response": "world"}
@@ -65,3 +65,17 @@ def test_a_stream_without_rows_or_known_columns_is_refused_before_it_is_read(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         prepare_stream(stream(rows), tokenizer)
+
+
+def test_a_stream_that_is_not_trained_on_is_called_by_its_name(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        list(prepare_stream(stream([GOOD, BAD]), tokenizer, name="eval_web"))
+    assert "A row of the eval_web stream is left out. Row 1: " in caplog.text
+    prepared = prepare_stream(stream([GOOD, BAD] * 200), tokenizer, name="eval_web")
+    with pytest.raises(ValueError, match=r"^eval_web data: .* rows cannot be trained"):
+        list(prepared)
+    rows, cut = stream([GOOD] * 3), {"max_length": 2, "overflow": "error"}
+    with pytest.raises(RowError, match=r"^eval_web data: Row 0: the row has"):
+        list(prepare_stream(rows, tokenizer, name="eval_web", **cut))

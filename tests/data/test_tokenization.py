@@ -6,12 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizer
 
-from hf_sft_plugin import RowError, tokenize_example, tokenize_prompt_and_output
+from hf_sft_plugin import (
+    RowError,
+    prepare_dataset,
+    tokenize_example,
+    tokenize_prompt_and_output,
+)
 from hf_sft_plugin.data.tokenization import (
     make_options,
     tokenize_rows,
@@ -349,3 +355,22 @@ def test_rows_tokenized_together_are_the_rows_tokenized_alone(
     random.Random(0).shuffle(chat_rows)
     together = tokenize_rows(chat_rows, range(len(chat_rows)), tokenizer, DataOptions())
     assert [o.examples for o in together] == [tokenize_example(r, tokenizer) for r in chat_rows]
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{% for m in messages %}", r"Unexpected end of template.*\(line 1 of it\)"),
+        ("{{ messages[0].content }}\n{{ x | nofilter }}", r"'nofilter'.*\(line 2 of it\)"),
+    ],
+)
+def test_a_chat_template_that_is_none_is_one_error_of_the_whole_dataset(
+    template: str, problem: str, tokenizer_factory: Callable[..., Any]
+) -> None:
+    tokenizer = tokenizer_factory(chat_template=template)
+    with pytest.raises(
+        ValueError, match=f"^The chat template cannot be read: .*{problem}"
+    ) as found:
+        prepare_dataset(Dataset.from_list([{"messages": CHAT}] * 5), tokenizer)
+    assert not isinstance(found.value, RowError)
+    assert "Row" not in str(found.value)

@@ -8,8 +8,9 @@ from typing import Any
 
 import prepare_dataset
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
+from hf_sft_plugin.data import prepare_files
 from hf_sft_plugin.data.shards import ShardDataset, check_tokenizer
 
 PAIRS = [{"prompt": f"Say {number}", "response": f"{number}!"} for number in range(20)]
@@ -87,6 +88,44 @@ def test_the_seed_decides_which_rows_are_held_out(run: Callable[..., str]) -> No
     assert len(held_out[0]) == 5
 
 
+def test_the_splits_of_a_folder_keep_their_names_and_are_joined_by_them(
+    run: Callable[..., str],
+) -> None:
+    parts = {"train": PAIRS[:6], "test": PAIRS[6:10]}
+    folder = DatasetDict({name: Dataset.from_list(part) for name, part in parts.items()})
+    folder.save_to_disk("splits")
+    DatasetDict({"validation": Dataset.from_list(PAIRS)}).save_to_disk("single")
+    run("--input_files", "splits", "more.jsonl", "single", *COMMON)
+    assert len(ShardDataset("data/set")) == 31
+    assert len(ShardDataset("data/set", split="test")) == 4
+    run("--input_files", "splits", *COMMON, "--val_files", "single", "--overwrite")
+    sizes = {name: len(ShardDataset("data/set", split=name)) for name in ("train", "test", "val")}
+    assert sizes == {"train": 6, "test": 4, "val": 20}
+
+
+@pytest.mark.parametrize(
+    ("names", "flags", "message"),
+    [
+        (("train", "val"), ("--val_share", "0.5"), "splits train, val, to which val_files and"),
+        (("a", "b"), ("--val_share", "0.5"), "The input files have the splits a, b, to which"),
+        (("train", "test"), ("--val_files", "splits"), "val_files have the splits train, test"),
+    ],
+)
+def test_splits_that_would_be_mixed_up_are_refused(
+    names: tuple[str, ...], flags: tuple[str, ...], message: str, run: Callable[..., str]
+) -> None:
+    DatasetDict({name: Dataset.from_list(PAIRS) for name in names}).save_to_disk("splits")
+    with pytest.raises(SystemExit, match=message):
+        run("--input_files", "splits", *COMMON, *flags)
+
+
+def test_the_source_of_a_row_stays_with_its_document(run: Callable[..., str]) -> None:
+    rows = [{**row, "source": "ab"[number % 2]} for number, row in enumerate(PAIRS)]
+    Path("mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("--input_files", "mixed.jsonl", *COMMON)
+    assert ShardDataset("data/set").sources == ["a", "b"] * 10
+
+
 def test_long_rows_are_cut_and_counted(run: Callable[..., str]) -> None:
     Path("long.jsonl").write_text(json.dumps({"prompt": "Say", "response": "9" * 40}) + "\n")
     printed = run("--input_files", "long.jsonl", *COMMON, "--max_length", "10")
@@ -110,53 +149,11 @@ def test_a_set_is_replaced_only_when_asked_and_the_answer_comes_before_the_work(
 ) -> None:
     run("--input_files", "pairs.jsonl", *COMMON)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_dataset, "read_splits", lambda files: pytest.fail("it worked first"))
+        patch.setattr(prepare_files, "_read_all", lambda files: pytest.fail("it worked first"))
         with pytest.raises(SystemExit, match=r"already holds a shard set.*--overwrite"):
             run("--input_files", "more.jsonl", *COMMON)
     run("--input_files", "more.jsonl", *COMMON, "--overwrite")
     assert len(ShardDataset("data/set")) == 5
-
-
-def test_short_names_stand_for_options_of_the_package() -> None:
-    argv = ["--input_files", "a", "--out_dir", "b", "--tokenizer_name_or_path", "c"]
-    _, options = prepare_dataset.parse(
-        [
-            *(*argv, "--format", "chat", "--mask_role", "assistant", "tool", "--overflow", "drop"),
-            *("--chat_template_kwargs", "{enable_thinking: false}"),
-        ]
-    )
-    assert options.data_format == "messages"
-    assert options.train_roles == ["assistant", "tool"]
-    assert options.overflow == "drop"
-    assert options.chat_template_kwargs == {"enable_thinking": False}
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (("--input_file", "a"), "unknown argument '--input_file'. Did you mean '--input_files'?"),
-        (("--mask_rolle=a",), "unknown argument '--mask_rolle=a'. Did you mean '--mask_role'?"),
-        (("--qqqqqq",), "unknown argument '--qqqqqq'. See --help for all of them."),
-        (("--out_dir", "x"), "--input_files and --tokenizer_name_or_path must be given."),
-        ((*COMMON, "--input_files", "a", "--format", "chta"), "invalid choice: 'chta'"),
-        ((*COMMON, "--input_files", "a", "--max_length", "1"), "max_length is 1, but a row needs"),
-        ((*COMMON, "--input_files", "a", "--val_share", "1"), "--val_share is 1.0, but a share"),
-        (
-            (*COMMON, "--input_files", "a", "--val_share", "0.1", "--val_files", "b"),
-            "--val_files and --val_share both say what is held out",
-        ),
-        (
-            (*COMMON, "--input_files", "a", "--chat_template_kwargs", "[1]"),
-            "chat_template_kwargs must be a mapping",
-        ),
-    ],
-)
-def test_a_wrong_flag_ends_in_one_clear_message(
-    argv: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        prepare_dataset.parse(argv)
-    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -185,12 +182,3 @@ def test_a_mistake_ends_in_one_clear_message(
     assert str(caught.value).startswith("prepare_dataset.py: ")
     assert message in str(caught.value)
     assert not Path("data").exists()
-
-
-def test_the_help_shows_an_example_and_each_flag_once(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        prepare_dataset.parse(["--help"])
-    text = capsys.readouterr().out
-    assert "--verify data/chat_sft" in text
-    assert text.count("--max_tokens_per_shard") == 1
-    assert "--max-tokens-per-shard" not in text

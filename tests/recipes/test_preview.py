@@ -151,6 +151,7 @@ def test_a_wrong_flag_is_an_error_that_says_what_is_possible(
         (("--train_file", "rows.jsonl"), "preview.py: Name the model"),
         (("--train_file", "nowhere.jsonl"), "preview.py: There is no 'nowhere.jsonl'"),
         ((*FLAGS, "--prompt_column", "q"), "preview.py: "),
+        ((*FLAGS, "--chat_template_path", "no.jinja"), "'no.jinja', but there is no such file"),
     ],
 )
 def test_what_does_not_fit_is_said_in_one_message(

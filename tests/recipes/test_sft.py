@@ -190,6 +190,10 @@ def test_pushing_goes_through_the_trainers_own_path(
             "chat_template_path is 'no.jinja', but there is no such file",
         ),
         (
+            ("--train_file", "rows.jsonl", "--chat_template_path", "a.jinja", *MODEL),
+            "chat_template_path is 'a.jinja', which is not text in UTF-8",
+        ),
+        (
             ("--train_file", "rows.jsonl", "--model_config", '{"hidden_size":3}'),
             'model_config is {"hidden_size": 3}, without a model_type',
         ),
@@ -236,6 +240,7 @@ def test_a_mistake_ends_in_one_clear_message(
     run: Callable[..., str],
     tmp_path: Path,
 ) -> None:
+    (tmp_path / "a.jinja").write_bytes(b"{{ 1 }} \xe9")
     for name in ("rows.jsonl", "rows.csvv"):
         (tmp_path / name).write_text(json.dumps(ROWS[0]) + "\n")
     with pytest.raises(SystemExit) as error:

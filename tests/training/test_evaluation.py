@@ -185,11 +185,11 @@ def test_responses_are_judged_where_the_expected_one_ends_with_a_stop_token(
     assert with_whole_reference(responses[::2], examples[::2], {2}) == responses[::2]
     assert caplog.text == ""
     assert with_whole_reference(responses, examples, {2}) == responses[::2]
-    assert "1 of 3 expected responses do not end with a stop token" in caplog.text
+    assert "eval: 1 of 3 expected responses do not end with a stop token" in caplog.text
     assert "They are not judged." in caplog.text
     caplog.clear()
-    assert with_whole_reference(responses, examples, {8}) == responses
-    assert "3 of 3 expected responses" in caplog.text
+    assert with_whole_reference(responses, examples, {8}, "eval_web") == responses
+    assert "eval_web: 3 of 3 expected responses" in caplog.text
     assert "says little" in caplog.text
 
 

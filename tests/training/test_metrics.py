@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,13 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
-from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
+from hf_sft_plugin import (
+    MaskedSFTConfig,
+    MaskedSFTTrainer,
+    ShardDataset,
+    prepare_dataset,
+    write_shards,
+)
 from hf_sft_plugin.loss.token_stats import TokenStats
 from hf_sft_plugin.training.metrics import NUM_TOTALS, Totals, WindowedTotals, row_totals
 
@@ -97,3 +104,22 @@ def test_the_means_of_each_source_are_those_of_its_rows_alone(
             assert metrics[f"eval_{name}_{key}"] == pytest.approx(alone[f"eval_{key}"], rel=1e-6)
     (one,) = {row["source"] for row in rows[:1]}
     assert f"eval_{one}_loss" not in trainer.evaluate(Dataset.from_list(rows[:1]))
+
+
+def test_rows_of_a_shard_set_keep_their_source(
+    tokenizer: Any, model: Any, make_config: Callable[..., MaskedSFTConfig], tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": "hello", "response": text, "source": source}
+        for text, source in (("world", "web"), ("the answer", "book"), ("4", "web"))
+    ]
+    prepared, _ = prepare_dataset(Dataset.from_list(rows), tokenizer)
+    write_shards(tmp_path / "set", {"train": prepared}, tokenizer)
+    trainer = MaskedSFTTrainer(model, make_config(), processing_class=tokenizer)
+    expected = trainer.evaluate(prepared)
+    found = trainer.evaluate(ShardDataset(tmp_path / "set"))
+    named = {key for key in expected if key.startswith(("eval_web_", "eval_book_"))}
+    assert {"eval_web_loss", "eval_book_token_accuracy"} <= named
+    assert {key: found[key] for key in named} == {key: expected[key] for key in named}
+    blocks = trainer.evaluate(ShardDataset(tmp_path / "set", block_size=8))
+    assert not named & set(blocks)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, TrainingArguments
@@ -218,6 +218,34 @@ def test_no_response_is_judged_by_a_reference_that_was_cut(
     assert "1 of 2 expected responses do not end with a stop token" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("wrap", "name"), [(lambda rows: rows, "eval"), (lambda rows: {"web": rows}, "eval_web")]
+)
+def test_messages_about_evaluation_rows_name_their_set(
+    wrap: Any, name: str, dataset: Dataset, model: Any, tokenizer: Any, make_config: Make
+) -> None:
+    def make(rows: Any, **settings: Any) -> Any:
+        return MaskedSFTTrainer(
+            model,
+            make_config(**settings),
+            train_dataset=dataset,
+            eval_dataset=wrap(rows),
+            processing_class=tokenizer,
+        )
+
+    bad = {"prompt": "hello", "response": ""}
+    with pytest.raises(ValueError, match=f"^{name} data: 1 of 1 row cannot be trained"):
+        make(Dataset.from_list([bad]))
+    long = Dataset.from_list([{"prompt": "hello", "response": "0 " * 200}])
+    with pytest.raises(RowError, match=f"^{name} data: Row 0: the row has"):
+        make(long, max_length=200, overflow="error")
+    with pytest.raises(ValueError, match=f"^{name} data: Responses cannot be generated for a str"):
+        make(long.to_iterable_dataset(), predict_with_generate=True)
+    trainer = make(Dataset.from_list([bad]).to_iterable_dataset())
+    stream = trainer.eval_dataset["web"] if name == "eval_web" else trainer.eval_dataset
+    assert list(stream) == []
+
+
 @pytest.mark.parametrize("make", [DatasetDict, dict], ids=["DatasetDict", "dict"])
 def test_several_sets_to_train_on_are_refused_with_the_cure(
     make: Any, dataset: Dataset, model: Any, tokenizer: Any, make_config: Make
@@ -225,6 +253,33 @@ def test_several_sets_to_train_on_are_refused_with_the_cure(
     sets = make({"small": dataset, "test": dataset})
     with pytest.raises(ValueError, match=r"small, test, but.*dataset\['small'\]"):
         MaskedSFTTrainer(model, make_config(), train_dataset=sets, processing_class=tokenizer)
+    with pytest.raises(ValueError, match="train_dataset holds no dataset"):
+        MaskedSFTTrainer(model, make_config(), train_dataset=make(), processing_class=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("names", "has_warning"), [(("train", "test"), True), (("train",), False), (("all",), False)]
+)
+def test_of_several_splits_the_one_called_train_is_trained_on(
+    names: tuple[str, ...],
+    has_warning: bool,
+    dataset: Dataset,
+    model: Any,
+    tokenizer: Any,
+    make_config: Make,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    splits = DatasetDict({name: dataset.select(range(n + 1)) for n, name in enumerate(names)})
+    for sets in (
+        splits,
+        IterableDatasetDict({k: v.to_iterable_dataset() for k, v in splits.items()}),
+    ):
+        caplog.clear()
+        trainer = MaskedSFTTrainer(
+            model, make_config(), train_dataset=sets, processing_class=tokenizer
+        )
+        assert len(list(trainer.train_dataset)) == 1
+        assert ("holds train, test. Only 'train' is trained on" in caplog.text) == has_warning
 
 
 @pytest.mark.parametrize(
