@@ -1,6 +1,5 @@
 """The walk of a batch of rows: normal form, rendering, tokens, mask, proof, truncation."""
 
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,11 +32,9 @@ from hf_sft_plugin.types import (
     TrainedSpan,
 )
 
-# A private character that a template has escaped, as JSON in ASCII does.
-_ESCAPED_MARK = re.compile(r"\\ud[b][c-f][0-9a-f]\\ud[c-f]", re.IGNORECASE)
-
-# A row, trained token ids of it, and the text that they must decode to.
-Proof: TypeAlias = tuple["RowOutcome", list[int], str]
+# A row, trained token ids of it, the text that they must decode to, and what encodes that text
+# alone; None where the ids came about so.
+Proof: TypeAlias = tuple["RowOutcome", list[int], str, Callable[[], JoinedEncoding] | None]
 
 
 @dataclass
@@ -203,14 +200,15 @@ class RowTokenizer:
         encode: Callable[[Sequence[str]], JoinedEncoding] = (
             self._marker.encode if is_hidden else partial(encode_parts, tokenizer=self._tokenizer)
         )
+        show = self._marker.show if is_hidden else str
         try:
             masked = mask_text(
                 text, encoding, encode, self._stops, self._options.boundary, outcome.row
             )
-            if is_hidden or masked.input_ids is not encoding.ids:
-                self._check_parts(
-                    masked.input_ids, None if is_hidden else encoding.ids, text.text, outcome.row
-                )
+            if is_hidden:
+                self._marker.check(text.text, encoding.ids, outcome.row)
+            if masked.input_ids is not encoding.ids:
+                self._check_parts(masked.input_ids, encoding.ids, show(text.text), outcome.row)
         except RowError as error:
             outcome.num_tokens = outcome.num_example_tokens + len(encoding.ids)
             outcome.drop(error)
@@ -222,32 +220,22 @@ class RowTokenizer:
         outcome.num_straddled += masked.num_straddled
         outcome.is_altered |= text.is_altered
         outcome.is_unseen |= text.is_unseen
-        show = self._marker.show if is_hidden else str
-        return [(outcome, ids, show(told)) for ids, told in masked.proofs]
+        return [(outcome, ids, show(told), partial(encode, [told])) for ids, told in masked.proofs]
 
-    def _check_parts(
-        self, input_ids: list[int], whole_ids: list[int] | None, text: str, row: int
-    ) -> None:
+    def _check_parts(self, ids: list[int], whole_ids: list[int], written: str, row: int) -> None:
         """Refuses a text that reads differently because it was encoded in parts.
 
         Some tokenizers put a space before each part, which inference would not.
         """
-        if whole_ids is None:
-            written = expected = self._marker.show(text)
-            read = decode_tokens([input_ids], self._tokenizer)[0]
-        else:
-            written = text
-            read, expected = decode_tokens([input_ids, whole_ids], self._tokenizer)
+        read, expected = decode_tokens([ids, whole_ids], self._tokenizer)
         # Control tokens may swallow space, but nothing may be added to what is written.
         is_same = "".join(read.split()) == "".join(expected.split()) and len(read) <= len(written)
-        is_escaped = whole_ids is None and _ESCAPED_MARK.search(text) is not None
-        if is_escaped or not (is_same or read in (expected, written)):
+        if not is_same and read not in (expected, written):
             raise RowError(
                 row,
                 f"encoded in parts, the text reads {read[:80]!r} instead of {expected[:80]!r}, "
-                "because the tokenizer adds to each part or the template escapes what it writes. "
-                "Remove the control tokens from the contents, or set boundary to 'include' or "
-                "'exclude' where a token reaches across the edge of a response.",
+                "because the tokenizer adds to each part. Set boundary to 'include' or 'exclude', "
+                "as a token reaches across the edge of a response.",
                 "the tokenizer cannot encode in parts",
             )
 
@@ -269,18 +257,24 @@ class RowTokenizer:
             if joined is None:
                 outcome.drop(_no_token(outcome.row))
                 continue
+            try:
+                if as_text and outcome.control_tokens:
+                    self._marker.check_responses(joined.proofs, self._stops, outcome.row)
+            except RowError as error:
+                outcome.drop(error)
+                continue
             outcome.add(joined.example, joined.spans)
-            proofs += [(outcome, ids, text) for ids, text in joined.proofs]
+            proofs += [(outcome, ids, text, None) for ids, text in joined.proofs]
         return proofs
 
     def _prove(self, proofs: Sequence[Proof]) -> None:
         """Decodes what is trained: it must be the text of the response."""
-        decoded = decode_tokens([ids for _, ids, _ in proofs], self._tokenizer)
-        for (outcome, _, told), read in zip(proofs, decoded, strict=True):
+        decoded = decode_tokens([ids for _, ids, *_ in proofs], self._tokenizer)
+        for (outcome, ids, told, encode_alone), read in zip(proofs, decoded, strict=True):
             if read == told or outcome.error is not None:
                 continue
             # Some tokenizers cannot give any text back exactly; then both must lose the same.
-            alone = self._tokenizer(told, add_special_tokens=False, verbose=False)["input_ids"]
+            alone = ids if encode_alone is None else encode_alone().ids
             if read.strip() == decode_tokens([alone], self._tokenizer)[0].strip():
                 outcome.is_lossy = True
                 continue
