@@ -183,7 +183,8 @@ def _mask_span(
     end = _token_from(encoding, last, text, boundary)
     stop: int | None = end
     if place is None:
-        end += boundary == "include" and last < len(text) and not _is_clean(encoding, last)
+        cut = encoding.token_at(last)
+        end += boundary == "include" and cut is not None and encoding.characters(cut)[0] < last
     else:
         # A control token may swallow the space after it, so it is found by its first character.
         stop = end - 1 if last in encoding.seams else encoding.token_at(told)

@@ -133,6 +133,17 @@ def test_exclude_leaves_the_token_across_the_edge_out_where_offsets_are_trimmed(
     assert trained_tokens(outcome, tokenizer) == ["h", "e", G, "en", "d", "</s>"]
 
 
+@pytest.mark.parametrize("trims", [False, True])
+def test_include_ends_where_a_content_without_stop_token_ends(trims: bool) -> None:
+    """Space that offsets leave out may belong to the content; what follows it does not."""
+    template = "{% for m in messages %}[i]{{ m.content }} {% endfor %}"
+    tokenizer = byte_level(template, ("e", "n"), trims=trims)
+    options = {"boundary": "include", "train_roles": ["user", "assistant"]}
+    outcome = outcome_of(chat(("user", "hi"), ("user", "end")), tokenizer, **options)
+    space = [G] * trims
+    assert trained_tokens(outcome, tokenizer) == ["h", "i", *space, "en", "d", *space]
+
+
 @pytest.mark.parametrize("boundary", ["split", "include", "exclude"])
 def test_all_choices_are_one_where_no_token_straddles(boundary: str) -> None:
     for template in (CLEAN, COLON):
