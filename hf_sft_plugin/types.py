@@ -11,7 +11,7 @@ prediction made at `t`. `loss.token_stats.shift_labels` is the one place that ch
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 # The label of a position that carries no loss: the value Hugging Face models and torch share.
@@ -258,6 +258,17 @@ class Conversation:
         """The messages of the turns."""
         return [turn.message for turn in self.turns]
 
+    def up_to(self, number: int) -> "Conversation":
+        """The chat through a turn, with nothing but that turn to train.
+
+        Examples:
+            >>> chat = Conversation((Turn({}, True), Turn({}, True), Turn({}, False)))
+            >>> [turn.train for turn in chat.up_to(1).turns]
+            [False, True]
+        """
+        before = tuple(replace(turn, train=False) for turn in self.turns[:number])
+        return replace(self, turns=(*before, self.turns[number]))
+
 
 @dataclass(frozen=True)
 class TrainedSpan:
@@ -270,7 +281,8 @@ class TrainedSpan:
         kind: `exact`: the model reads before it what inference would feed. `shared_prefix`: the
             chat template writes the generation prompt differently before a finished response; the
             span begins where the two part. `rewritten`: inference would have shown it other
-            earlier turns. `text`: a segment. `given`: the row came tokenized.
+            earlier turns, or other tokens of them. `text`: a segment. `given`: the row came
+            tokenized.
     """
 
     start: int

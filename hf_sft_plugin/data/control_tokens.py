@@ -1,23 +1,28 @@
 """Control tokens that stand in the data: text such as `<|im_end|>` that somebody wrote.
 
 A chat template writes control tokens, and so, by accident or malice, does text. Before rendering,
-each one in a content is replaced by a private character; after rendering whatever still looks like
-a control token is the template's own, and what the private characters stand for is encoded as
-ordinary text.
+private characters take the place of each one in a content, one for each of its characters; after
+rendering whatever still looks like a control token is the template's own. To encode the text, both
+change places: a second tokenizer, which shares everything with the first one but knows control
+tokens by their private characters alone, takes all others for ordinary text.
 """
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import AddedToken, PreTrainedTokenizerBase
 
-from hf_sft_plugin.data.text_encoding import JoinedEncoding
-from hf_sft_plugin.types import Conversation
+from hf_sft_plugin.data.text_encoding import JoinedEncoding, encode_parts
+from hf_sft_plugin.types import Conversation, RowError
 
 _MARK = 0x100000
 _MARKS = re.compile("[\U00100000-\U0010ffff]")
+# A private character that a template has escaped, as JSON in ASCII does.
+_ESCAPED_MARK = re.compile(r"\\ud[b][c-f][0-9a-f]\\ud[c-f]", re.IGNORECASE)
 
 
 class ControlTokenMarker:
@@ -29,21 +34,21 @@ class ControlTokenMarker:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        special = {
-            token.content: (token_id, token)
+        special = [
+            (token.content, token_id)
             for token_id, token in tokenizer.added_tokens_decoder.items()
             if token.special and token.content
-        }
-        self._ids = {text: token_id for text, (token_id, _) in special.items()}
-        self._texts = sorted(special, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, self._texts)) or "(?!)")
-        # Space that a control token swallows belongs to it.
-        swallowing = (
-            (r"\s*" * token.lstrip) + re.escape(text) + (r"\s*" * token.rstrip)
-            for text in self._texts
-            for _, token in [special[text]]
-        )
-        self._split = re.compile("|".join(swallowing) or "(?!)")
+        ]
+        self._ids = dict(special)
+        self._texts = sorted(self._ids, key=len, reverse=True)
+        self._pattern = re.compile(f"({'|'.join(map(re.escape, self._texts)) or '(?!)'})")
+        pairs = [(ord(char), _MARK + n) for n, char in enumerate(sorted({*"".join(self._texts)}))]
+        # Characters to private ones and back.
+        self._swapped = {**dict(pairs), **{mark: char for char, mark in pairs}}
+        self._either = re.compile(f"{self._pattern.pattern}|{_MARKS.pattern}")
+        # What stands for unknown text is no control token, unless it also ends a response.
+        unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
+        self._control_ids = {*self._ids.values()} - unknown
         # What tells most texts apart from those that hold one, faster than the pattern does.
         self._openings = {text[:2] for text in self._texts}
 
@@ -61,20 +66,10 @@ class ControlTokenMarker:
 
     def hide(self, conversation: Conversation) -> Conversation:
         """The conversation with private characters in place of its control tokens."""
-        turns = []
-        for turn in conversation.turns:
-            content = turn.message.get("content")
-            untrained = turn.untrained
-            if isinstance(content, str) and untrained:
-                untrained = tuple(
-                    (len(self._hide(content[:start])), len(self._hide(content[:end])))
-                    for start, end in untrained
-                )
-            turns.append(replace(turn, message=self._hide(turn.message), untrained=untrained))
         tools = conversation.tools
         return replace(
             conversation,
-            turns=tuple(turns),
+            turns=tuple(replace(t, message=self._hide(t.message)) for t in conversation.turns),
             tools=None if tools is None else tuple(self._hide(tool) for tool in tools),
         )
 
@@ -85,7 +80,7 @@ class ControlTokenMarker:
 
     def show(self, text: str) -> str:
         """Text with control tokens in place of the private characters."""
-        return _MARKS.sub(lambda match: self._texts[ord(match.group()) - _MARK], text)
+        return self._swap(_MARKS, text)
 
     def encode(self, parts: Sequence[str]) -> JoinedEncoding:
         """Encodes parts of a rendered text: control tokens as such, hidden ones as text.
@@ -96,26 +91,15 @@ class ControlTokenMarker:
         Returns:
             Their tokens; the characters of each are those of the text as it was given.
         """
-        pieces: list[tuple[list[int], list[tuple[int, int]]]] = []
-        for part in parts:
-            input_ids: list[int] = []
-            offsets: list[tuple[int, int]] = []
-            position = 0
-            for match in [*self._split.finditer(part), None]:
-                start, end = match.span() if match else (len(part), len(part))
-                if position < start:
-                    ids, places = self._encode_text(part[position:start])
-                    input_ids += ids
-                    offsets += [(position + a, position + b) for a, b in places]
-                if match:
-                    token = self._pattern.search(match.group())
-                    assert token is not None
-                    input_ids.append(self._ids[token.group()])
-                    offsets.append((start, end))
-                position = end
-            pieces.append((input_ids, offsets))
-        lengths = [len(part) for part in parts]
-        return JoinedEncoding(pieces, lengths, self._tokenizer.is_fast)
+        if self._tokenizer.is_fast:
+            encoder, known = self._encoder
+            swapped = [self._swap(self._either, part) for part in parts]
+            encodings = encoder.encode_batch(swapped, add_special_tokens=False)
+            pieces = [([known.get(i, i) for i in each.ids], each.offsets) for each in encodings]
+        else:
+            encoded = [(self._encode_slowly(part), (0, len(part))) for part in parts]
+            pieces = [(ids, [place] * len(ids)) for ids, place in encoded]
+        return JoinedEncoding(pieces, [len(part) for part in parts], self._tokenizer.is_fast)
 
     def encode_response(self, text: str, stops: Collection[int]) -> list[int] | None:
         """Encodes a text in which control tokens are text, but for a stop token at its end.
@@ -127,46 +111,100 @@ class ControlTokenMarker:
         body = text.removesuffix(ending)
         if self._pattern.search(body) is None:
             return None
-        encoded = self._tokenizer(
-            body, add_special_tokens=False, split_special_tokens=True, verbose=False
-        )
-        return [*encoded["input_ids"], *([self._ids[ending]] if ending else [])]
+        return [*self._as_text(body), *([self._ids[ending]] if ending else [])]
 
-    def _encode_text(self, hidden: str) -> tuple[list[int], list[tuple[int, int]]]:
-        text = self.show(hidden)
+    def check(self, text: str, ids: Sequence[int], index: int) -> None:
+        """Proves the encoding of a rendered text in which control tokens of the data are hidden.
+
+        With letters in their place the text must have the tokens that the tokenizer itself makes
+        of it, and of control tokens as many as with them.
+
+        Args:
+            text: The rendered text.
+            ids: What `encode` made of it.
+            index: Row of the dataset, for error messages.
+
+        Raises:
+            RowError: If that is not so, or if the template has escaped what is hidden.
+        """
+        blank = _MARKS.sub("x", text)
+        usual = encode_parts([blank], self._tokenizer).ids
+        is_same = self._num_control(ids) == self._num_control(usual)
+        if not is_same or self.encode([blank]).ids != usual or _ESCAPED_MARK.search(text):
+            raise _no_other_tokens(index)
+
+    def check_responses(
+        self, responses: Sequence[tuple[list[int], str]], stops: Collection[int], index: int
+    ) -> None:
+        """Proves what `encode_response` made of texts: only a stop token at the end is control.
+
+        Raises:
+            RowError: If that is not so.
+        """
+        for ids, _ in responses:
+            if ids and self._num_control(ids) > (ids[-1] in stops):
+                raise _no_other_tokens(index)
+
+    @cached_property
+    def _encoder(self) -> tuple[Tokenizer, dict[int, int]]:
+        """A tokenizer that knows control tokens by their private characters; ids it has changed."""
+        usual = self._tokenizer.backend_tokenizer
+        encoder = Tokenizer(usual.model)
+        encoder.normalizer, encoder.pre_tokenizer = usual.normalizer, usual.pre_tokenizer
+        encoder.post_processor = usual.post_processor
+        tokens = self._tokenizer.added_tokens_decoder
+        ids = {self._hide(token.content): token_id for token_id, token in tokens.items()}
+        private = [
+            AddedToken(
+                self._hide(token.content),
+                single_word=token.single_word,
+                lstrip=token.lstrip,
+                rstrip=token.rstrip,
+                normalized=token.normalized and not token.special,
+            )
+            for token in tokens.values()
+        ]
+        encoder.add_tokens(private)
+        made = encoder.get_added_tokens_decoder()
+        return encoder, {number: ids[token.content] for number, token in made.items()}
+
+    def _encode_slowly(self, hidden: str) -> list[int]:
+        """Token ids of a text, encoded in pieces between its control tokens."""
+        ids: list[int] = []
+        for number, piece in enumerate(self._pattern.split(hidden)):
+            ids += [self._ids[piece]] if number % 2 else self._as_text(self.show(piece))
+        return ids
+
+    def _as_text(self, text: str) -> list[int]:
         encoded = self._tokenizer(
-            text,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_offsets_mapping=self._tokenizer.is_fast,
-            return_attention_mask=False,
-            verbose=False,
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
         )
-        input_ids = encoded["input_ids"]
-        if not self._tokenizer.is_fast:
-            return input_ids, [(0, len(hidden))] * len(input_ids)
-        # Character positions of the shown text, as positions of the hidden one.
-        places = [
-            place
-            for place, char in enumerate(hidden)
-            for _ in (self.show(char) if _MARKS.match(char) else char)
-        ]
-        ends = [*places, len(hidden)]
-        return input_ids, [
-            (places[a] if a < len(places) else len(hidden), ends[b - 1] + 1 if b > a else ends[a])
-            for a, b in encoded["offset_mapping"]
-        ]
+        return list(encoded["input_ids"])
+
+    def _num_control(self, ids: Sequence[int]) -> int:
+        return sum(token in self._control_ids for token in ids)
+
+    def _swap(self, pattern: re.Pattern[str], text: str) -> str:
+        return pattern.sub(lambda match: match.group().translate(self._swapped), text)
 
     def _hide(self, value: Any) -> Any:
         if isinstance(value, str):
-            return self._pattern.sub(
-                lambda match: chr(_MARK + self._texts.index(match.group())), value
-            )
+            return self._swap(self._pattern, value)
         if isinstance(value, Mapping):
             return {self._hide(key): self._hide(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self._hide(item) for item in value]
         return value
+
+
+def _no_other_tokens(index: int) -> RowError:
+    return RowError(
+        index,
+        "the control tokens in the contents cannot be encoded as text: the tokenizer has no other "
+        "tokens for them, or the template escapes what it writes. Remove them, or set "
+        "control_tokens to 'keep'.",
+        "control tokens cannot be encoded as text",
+    )
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -32,7 +32,7 @@ _BEGINNINGS = {
     "shared_prefix": "begins where a finished response parts from the generation prompt, which "
     "the chat template writes differently before it",
     "rewritten": "begins where inference begins to generate, but inference would have shown it "
-    "other earlier turns",
+    "other earlier turns, or other tokens of them",
     "text": "trained as it is written",
     "given": "the row came tokenized, with this mask",
 }

@@ -5,7 +5,7 @@ that inference waits for. Neither the role header before it nor the newline afte
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from hf_sft_plugin.data.rendering import Range, RenderedText, Span
@@ -65,8 +65,8 @@ def mask_text(
     edges = _edges(rendered, places, encoding)
     straddled = {edge for edge in edges if not _is_clean(encoding, edge)}
     num_straddled = len(straddled) if encoding.tells_characters else 0
+    cuts: set[int] = set()
     if boundary == "split" or not encoding.tells_characters:
-        cuts: set[int] = set()
         while straddled - cuts:
             cuts |= straddled
             parts = [text[start:end] for start, end in pairwise([0, *sorted(cuts), len(text)])]
@@ -78,7 +78,41 @@ def mask_text(
     masked = MaskedText(encoding.ids, zeros, weights, [], [], num_straddled)
     for span, place in zip(rendered.spans, places, strict=True):
         _mask_span(masked, span, place, rendered, encoding, stops, boundary, index)
+    if cuts:
+        # Inference would not cut an earlier response, which is context by then.
+        masked.spans[1:] = [
+            made
+            if encode([text[: span.start]]).ids == masked.input_ids[: made.start]
+            else replace(made, kind="rewritten")
+            for span, made in list(zip(rendered.spans, masked.spans, strict=True))[1:]
+        ]
     return masked
+
+
+def check_parts(read: str, expected: str, written: str, index: int) -> None:
+    """Refuses a text that reads differently because it was encoded in parts.
+
+    Some tokenizers put a space before each part, which inference would not.
+
+    Args:
+        read: The tokens of the parts, decoded.
+        expected: The tokens of the whole text, decoded.
+        written: The text.
+        index: Row of the dataset, for error messages.
+
+    Raises:
+        RowError: If something was added.
+    """
+    # Control tokens may swallow space, but nothing may be added to what is written.
+    is_same = "".join(read.split()) == "".join(expected.split()) and len(read) <= len(written)
+    if not is_same and read not in (expected, written):
+        raise RowError(
+            index,
+            f"encoded in parts, the text reads {read[:80]!r} instead of {expected[:80]!r}, because "
+            "the tokenizer adds to each part. Set boundary to 'include' or 'exclude', as a token "
+            "reaches across the edge of a response.",
+            "the tokenizer cannot encode in parts",
+        )
 
 
 def _edges(
@@ -149,7 +183,8 @@ def _mask_span(
     end = _token_from(encoding, last, text, boundary)
     stop: int | None = end
     if place is None:
-        end += boundary == "include" and last < len(text) and not _is_clean(encoding, last)
+        cut = encoding.token_at(last)
+        end += boundary == "include" and cut is not None and encoding.characters(cut)[0] < last
     else:
         # A control token may swallow the space after it, so it is found by its first character.
         stop = end - 1 if last in encoding.seams else encoding.token_at(told)

@@ -1,8 +1,7 @@
 """The walk of a batch of rows: normal form, rendering, tokens, mask, proof, truncation."""
 
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -13,7 +12,7 @@ from hf_sft_plugin.data.control_tokens import ControlTokenMarker
 from hf_sft_plugin.data.conversation import to_conversation
 from hf_sft_plugin.data.formats import RowFormat
 from hf_sft_plugin.data.rendering import RenderedText
-from hf_sft_plugin.data.response_mask import mask_text
+from hf_sft_plugin.data.response_mask import check_parts, mask_text
 from hf_sft_plugin.data.segments import join_segments
 from hf_sft_plugin.data.stop_tokens import resolve_stop_tokens
 from hf_sft_plugin.data.text_encoding import (
@@ -24,7 +23,13 @@ from hf_sft_plugin.data.text_encoding import (
     encode_parts,
 )
 from hf_sft_plugin.data.tokenized_rows import check_tokenized_row
-from hf_sft_plugin.data.truncation import keep, mask_runs, max_row_length, plan_truncation
+from hf_sft_plugin.data.truncation import (
+    keep,
+    mask_runs,
+    max_row_length,
+    plan_truncation,
+    without_oldest_exchange,
+)
 from hf_sft_plugin.types import (
     Conversation,
     DataOptions,
@@ -33,11 +38,9 @@ from hf_sft_plugin.types import (
     TrainedSpan,
 )
 
-# A private character that a template has escaped, as JSON in ASCII does.
-_ESCAPED_MARK = re.compile(r"\\ud[b][c-f][0-9a-f]\\ud[c-f]", re.IGNORECASE)
-
-# A row, trained token ids of it, and the text that they must decode to.
-Proof: TypeAlias = tuple["RowOutcome", list[int], str]
+# A row, trained token ids of it, the text that they must decode to, and what encodes that text
+# alone; None where the ids came about so.
+Proof: TypeAlias = tuple["RowOutcome", list[int], str, Callable[[], JoinedEncoding] | None]
 
 
 @dataclass
@@ -174,6 +177,15 @@ class RowTokenizer:
             )
             if outcome.error is None:
                 proofs += self._mask_chat(outcome, text, encoding, is_hidden)
+        if self._options.multi_turn == "auto":
+            alone = []
+            for outcome, conversation in chats:
+                spans = [span for made in outcome.spans for span in made]
+                if any(span.kind == "rewritten" for span in spans):
+                    # A cut in one response would stand in the context of later ones.
+                    outcome.examples, outcome.spans, outcome.num_straddled = [], [], 0
+                    alone += [(outcome, conversation.up_to(span.turn)) for span in spans]
+            proofs += self._tokenize_chats(alone) if alone else []
         return proofs
 
     def _hide_control_tokens(self, outcome: RowOutcome, conversation: Conversation) -> Conversation:
@@ -183,7 +195,7 @@ class RowTokenizer:
                 "with. Set tokenizer.chat_template (the recipe: --chat_template_path), or use the "
                 "tokenizer of the model's chat version."
             )
-        outcome.control_tokens = self._marker.find(conversation)
+        outcome.control_tokens = outcome.control_tokens or self._marker.find(conversation)
         if not outcome.control_tokens or self._options.control_tokens == "keep":
             return conversation
         if self._options.control_tokens == "error":
@@ -212,14 +224,16 @@ class RowTokenizer:
         encode: Callable[[Sequence[str]], JoinedEncoding] = (
             self._marker.encode if is_hidden else partial(encode_parts, tokenizer=self._tokenizer)
         )
+        show = self._marker.show if is_hidden else str
         try:
             masked = mask_text(
                 text, encoding, encode, self._stops, self._options.boundary, outcome.row
             )
-            if is_hidden or masked.input_ids is not encoding.ids:
-                self._check_parts(
-                    masked.input_ids, None if is_hidden else encoding.ids, text.text, outcome.row
-                )
+            if is_hidden:
+                self._marker.check(text.text, encoding.ids, outcome.row)
+            if masked.input_ids is not encoding.ids:
+                read, expected = decode_tokens([masked.input_ids, encoding.ids], self._tokenizer)
+                check_parts(read, expected, show(text.text), outcome.row)
         except RowError as error:
             outcome.num_tokens = outcome.num_example_tokens + len(encoding.ids)
             outcome.drop(error)
@@ -231,34 +245,7 @@ class RowTokenizer:
         outcome.num_straddled += masked.num_straddled
         outcome.is_altered |= text.is_altered
         outcome.is_unseen |= text.is_unseen
-        show = self._marker.show if is_hidden else str
-        return [(outcome, ids, show(told)) for ids, told in masked.proofs]
-
-    def _check_parts(
-        self, input_ids: list[int], whole_ids: list[int] | None, text: str, row: int
-    ) -> None:
-        """Refuses a text that reads differently because it was encoded in parts.
-
-        Some tokenizers put a space before each part, which inference would not.
-        """
-        if whole_ids is None:
-            written = expected = self._marker.show(text)
-            read = decode_tokens([input_ids], self._tokenizer)[0]
-        else:
-            written = text
-            read, expected = decode_tokens([input_ids, whole_ids], self._tokenizer)
-        # Control tokens may swallow space, but nothing may be added to what is written.
-        is_same = "".join(read.split()) == "".join(expected.split()) and len(read) <= len(written)
-        is_escaped = whole_ids is None and _ESCAPED_MARK.search(text) is not None
-        if is_escaped or not (is_same or read in (expected, written)):
-            raise RowError(
-                row,
-                f"encoded in parts, the text reads {read[:80]!r} instead of {expected[:80]!r}, "
-                "because the tokenizer adds to each part or the template escapes what it writes. "
-                "Remove the control tokens from the contents, or set boundary to 'include' or "
-                "'exclude' where a token reaches across the edge of a response.",
-                "the tokenizer cannot encode in parts",
-            )
+        return [(outcome, ids, show(told), partial(encode, [told])) for ids, told in masked.proofs]
 
     def _tokenize_texts(self, texts: Sequence[tuple[RowOutcome, Conversation]]) -> list[Proof]:
         """Fills the outcomes of texts without a template, and returns what is to be proven."""
@@ -278,18 +265,24 @@ class RowTokenizer:
             if joined is None:
                 outcome.drop(_no_token(outcome.row))
                 continue
+            try:
+                if as_text and outcome.control_tokens:
+                    self._marker.check_responses(joined.proofs, self._stops, outcome.row)
+            except RowError as error:
+                outcome.drop(error)
+                continue
             outcome.add(joined.example, joined.spans)
-            proofs += [(outcome, ids, text) for ids, text in joined.proofs]
+            proofs += [(outcome, ids, text, None) for ids, text in joined.proofs]
         return proofs
 
     def _prove(self, proofs: Sequence[Proof]) -> None:
         """Decodes what is trained: it must be the text of the response."""
-        decoded = decode_tokens([ids for _, ids, _ in proofs], self._tokenizer)
-        for (outcome, _, told), read in zip(proofs, decoded, strict=True):
+        decoded = decode_tokens([ids for _, ids, *_ in proofs], self._tokenizer)
+        for (outcome, ids, told, encode_alone), read in zip(proofs, decoded, strict=True):
             if read == told or outcome.error is not None:
                 continue
             # Some tokenizers cannot give any text back exactly; then both must lose the same.
-            alone = self._tokenizer(told, add_special_tokens=False, verbose=False)["input_ids"]
+            alone = ids if encode_alone is None else encode_alone().ids
             if read.strip() == decode_tokens([alone], self._tokenizer)[0].strip():
                 outcome.is_lossy = True
                 continue
@@ -304,20 +297,22 @@ class RowTokenizer:
             )
 
     def _shorten(self, outcome: RowOutcome, conversation: Conversation) -> None:
-        """For `keep_response`: a chat that is too long loses its oldest turns first."""
+        """For `keep_response`: an example that is too long loses its oldest turns first."""
         limit = self._limit
         if self._options.overflow != "keep_response" or limit is None or outcome.error is not None:
             return
         num_tokens = outcome.num_example_tokens
-        while any(len(example["input_ids"]) > limit for example in outcome.examples):
-            shorter = _without_oldest_exchange(conversation)
-            if shorter is None:
-                break
-            conversation, again = shorter, RowOutcome(outcome.row)
-            self._prove(self._tokenize_chats([(again, conversation)]))
-            if again.error is not None:
-                break
-            outcome.examples, outcome.spans = again.examples, again.spans
+        made = _with_conversations(outcome, conversation)
+        outcome.examples, outcome.spans = [], []
+        while made:
+            example, spans, conversation = made.pop(0)
+            is_long, again = len(example["input_ids"]) > limit, RowOutcome(outcome.row)
+            shorter = without_oldest_exchange(conversation) if is_long else None
+            if shorter is not None:
+                self._prove(self._tokenize_chats([(again, shorter)]))
+                made = _with_conversations(again, shorter) + made
+            if not again.examples:
+                outcome.add(example, spans)
         outcome.num_lost = num_tokens - outcome.num_example_tokens
 
     def _finish(self, outcome: RowOutcome) -> None:
@@ -389,12 +384,12 @@ def _ends_with(example: TokenizedExample, stops: Collection[int]) -> bool:
     return example["input_ids"][last] in stops
 
 
-def _without_oldest_exchange(conversation: Conversation) -> Conversation | None:
-    """The chat without its first turns after the system's, up to the next user turn."""
-    roles = [turn.message["role"] for turn in conversation.turns]
-    head = next((i for i, role in enumerate(roles) if role not in ("system", "developer")), 0)
-    following = next((i for i in range(head + 1, len(roles)) if roles[i] == "user"), None)
-    if following is None or not any(turn.train for turn in conversation.turns[following:]):
-        return None
-    turns = conversation.turns[:head] + conversation.turns[following:]
-    return replace(conversation, turns=turns)
+def _with_conversations(
+    outcome: RowOutcome, conversation: Conversation
+) -> list[tuple[TokenizedExample, list[TrainedSpan], Conversation]]:
+    """Each example of a chat with the part of the chat that it was made of."""
+    is_whole = len(outcome.examples) == 1
+    return [
+        (example, spans, conversation if is_whole else conversation.up_to(spans[0].turn))
+        for example, spans in zip(outcome.examples, outcome.spans, strict=True)
+    ]

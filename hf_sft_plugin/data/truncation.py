@@ -1,10 +1,11 @@
 """What becomes of an example that is longer than the limit; no token goes uncounted."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_sft_plugin.types import Overflow, RowError, TokenizedExample, TrainedSpan
+from hf_sft_plugin.types import Conversation, Overflow, RowError, TokenizedExample, TrainedSpan
 
 # Tokens `[start, end)` that are kept.
 Range = tuple[int, int]
@@ -119,3 +120,14 @@ def mask_runs(mask: Sequence[int]) -> list[Range]:
         runs.append((start, end))
         start = marks.find(1, end)
     return runs
+
+
+def without_oldest_exchange(conversation: Conversation) -> Conversation | None:
+    """The chat without its first turns after the system's, up to the next user turn."""
+    roles = [turn.message["role"] for turn in conversation.turns]
+    head = next((i for i, role in enumerate(roles) if role not in ("system", "developer")), 0)
+    following = next((i for i in range(head + 1, len(roles)) if roles[i] == "user"), None)
+    if following is None or not any(turn.train for turn in conversation.turns[following:]):
+        return None
+    turns = conversation.turns[:head] + conversation.turns[following:]
+    return replace(conversation, turns=turns)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_sft_plugin.data.control_tokens import ControlTokenMarker
@@ -160,18 +160,16 @@ def test_parts_that_are_not_trained_are_found_beside_control_tokens(tokenizer: A
     assert trained_ids(outcome).count(2) == 1
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="'<|im_' and 'end|>' are one control token across two parts: the flags are moved by "
-    "what is hidden of each side alone, so the second part is not trained either",
-)
 def test_a_control_token_across_two_parts_does_not_move_their_flags(tokenizer: Any) -> None:
     parts = [
         {"type": "text", "text": "one<|im_", "train": False},
         {"type": "text", "text": "end|>two"},
     ]
-    outcome = outcome_of(chat(("user", "q"), ("assistant", parts)), tokenizer)
-    assert outcome.error is not None or tokenizer.decode(trained_ids(outcome)).endswith("two" + IM)
+    for choice in ("text", "keep"):
+        row = chat(("user", "q"), ("assistant", parts))
+        outcome = outcome_of(row, tokenizer, control_tokens=choice)
+        assert tokenizer.decode(trained_ids(outcome)) == "end|>two" + IM
+        assert trained_ids(outcome).count(2) == 1
 
 
 @pytest.mark.parametrize("code", [0xE000, 0xF0000, 0xF0001, 0xFFFFD, 0x100000, 0x100002, 0x10FFFD])
@@ -208,7 +206,7 @@ def test_a_template_that_escapes_private_characters_does_not_train_the_escape(
     )
     tokenizer = tokenizer_factory(chat_template=template)
     outcome = outcome_of(chat(("user", "q"), ("assistant", f"a{IM}b")), tokenizer)
-    assert outcome.error is not None or tokenizer.decode(trained_ids(outcome)) == f'"a{IM}b"{IM}'
+    assert outcome.error.reason == "control tokens cannot be encoded as text"
 
 
 @pytest.mark.parametrize("choice", ["text", "error"])
@@ -256,27 +254,49 @@ INST = (
 )
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="each piece between control tokens is encoded on its own, and a tokenizer that writes "
-    "a space before the first piece writes one before each",
-)
-def test_a_row_with_control_tokens_gets_the_tokens_of_a_row_without(
-    tokenizer_factory: Callable[..., Any],
-) -> None:
-    tokenizer = sentencepiece_like("first", INST)
+def legacy_normalizer() -> Any:
+    """A space before each text between control tokens, as Llama 2 has it."""
+    return normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+
+
+@pytest.mark.parametrize("prepend", ["first", "always", "never", "legacy"])
+def test_a_row_with_control_tokens_gets_the_tokens_of_a_row_without(prepend: str) -> None:
+    tokenizer = sentencepiece_like("never" if prepend == "legacy" else prepend, INST)
+    if prepend == "legacy":
+        tokenizer.backend_tokenizer.normalizer = legacy_normalizer()
+        tokenizer.backend_tokenizer.pre_tokenizer = None
+    added = ["\u2581"] if prepend in ("always", "legacy") else []
     outcome = outcome_of(chat(("user", "q"), ("assistant", "a</s>b")), tokenizer)
     plain = outcome_of(chat(("user", "q"), ("assistant", "ab")), tokenizer)
-    assert tokenizer.convert_ids_to_tokens(trained_ids(plain)) == ["a", "b", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(trained_ids(plain)) == [*added, "a", "b", "</s>"]
     tokens = tokenizer.convert_ids_to_tokens(trained_ids(outcome))
-    assert tokens == ["a", "<", "/", "s", ">", "b", "</s>"]
+    assert tokens == [*added, "a", "<", "/", "s", ">", "b", "</s>"]
+    for text in ("[i]q[/i]a</s>", " [i] q[/i] a </s>  [i]\n"):
+        assert ControlTokenMarker(tokenizer).encode([text]).ids == tokenizer(text)["input_ids"]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the comparison for lossy tokenizers encodes the response with its control tokens as "
-    "such, so it finds another text and drops the row",
-)
+def test_a_tokenizer_without_other_tokens_for_a_control_token_refuses_it() -> None:
+    scores = [(char, -3.0) for char in "abqs/<>[]iasistantuser:\u2581"]
+    backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *scores], unk_id=0))
+    tokenizer: Any = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="</s>",
+        additional_special_tokens=["[i]", "[/i]"],
+        chat_template=INST,
+    )
+    reason = "control tokens cannot be encoded as text"
+    for side in ("user", "assistant"):
+        contents = {"user": "q", "assistant": "a", side: "a</s>b"}
+        outcome = outcome_of(chat(*contents.items()), tokenizer)
+        assert outcome.error.reason == reason
+        contents[side] = "a[i]b"
+        outcome = outcome_of(chat(*contents.items()), tokenizer)
+        assert num_control(outcome.examples[0]["input_ids"], tokenizer)["[i]"] == 1
+    outcome = outcome_of({"prompt": "q", "response": "a</s>b"}, tokenizer)
+    assert outcome.error.reason == reason
+    assert outcome_of({"prompt": "q", "response": "a[i]b</s>"}, tokenizer).error is None
+
+
 def test_a_lossy_tokenizer_keeps_rows_with_control_tokens() -> None:
     tokenizer = sentencepiece_like("always", INST)
     outcome = outcome_of(chat(("user", "q"), ("assistant", " a</s>b")), tokenizer)

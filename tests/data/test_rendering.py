@@ -102,22 +102,25 @@ def test_what_both_sides_say_alike_is_told_apart(
     messages = chat(("user", text), ("assistant", text), ("user", text), ("assistant", text))
     outcome = tokenize_with(family, messages)
     one = expected(family, text)
-    examples = [[one], [one]] if family in EARLIER else [[one, one]]
-    assert trained_of(family, outcome) == examples
-    if (family, text) != ("phi", "\n."):
-        check_inference(family, messages, outcome)
+    # Where a control token swallows how a response begins, only its own example shows it cut.
+    is_split = family in EARLIER or (family, text) == ("phi", "\n.")
+    assert trained_of(family, outcome) == ([[one], [one]] if is_split else [[one, one]])
+    check_inference(family, messages, outcome)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="<|assistant|> swallows the newline with which the first response begins, once that is "
-    "context; in a joint example it was cut off it, so the second context is not as fed",
-)
 def test_a_straddled_earlier_response_leaves_later_contexts_as_inference_feeds_them(
-    tokenize_with: Callable[..., Any], check_inference: Callable[..., None]
+    tokenize_with: Callable[..., Any],
+    trained_of: Callable[..., Any],
+    check_inference: Callable[..., None],
 ) -> None:
     messages = chat(("user", "q"), ("assistant", "\n."), ("user", "q"), ("assistant", "a"))
-    check_inference("phi", messages, tokenize_with("phi", messages))
+    outcome = tokenize_with("phi", messages)
+    check_inference("phi", messages, outcome)
+    first, second = ("exact", "\n.<|end|>"), ("exact", "a<|end|>")
+    assert trained_of("phi", outcome) == [[first], [second]]
+    # In one example the second context is not as inference would feed it, and is said not to be.
+    outcome = tokenize_with("phi", messages, multi_turn="joint")
+    assert trained_of("phi", outcome) == [[first, ("rewritten", "a<|end|>")]]
 
 
 @pytest.mark.parametrize("multi_turn", ["auto", "joint", "split"])

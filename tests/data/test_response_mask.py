@@ -39,9 +39,13 @@ def outcome_of(row: dict[str, Any], tokenizer: Any, **options: Any) -> Any:
 
 def trained_tokens(outcome: Any, tokenizer: Any) -> list[str]:
     assert outcome.error is None, outcome.error
-    (example,) = outcome.examples
-    pairs = zip(example["input_ids"], example["response_mask"], strict=True)
-    return list(tokenizer.convert_ids_to_tokens([token for token, mark in pairs if mark]))
+    trained = [
+        token
+        for example in outcome.examples
+        for token, mark in zip(example["input_ids"], example["response_mask"], strict=True)
+        if mark
+    ]
+    return list(tokenizer.convert_ids_to_tokens(trained))
 
 
 def fed(row: dict[str, Any], turn: int, tokenizer: Any) -> list[int]:
@@ -129,6 +133,17 @@ def test_exclude_leaves_the_token_across_the_edge_out_where_offsets_are_trimmed(
     assert trained_tokens(outcome, tokenizer) == ["h", "e", G, "en", "d", "</s>"]
 
 
+@pytest.mark.parametrize("trims", [False, True])
+def test_include_ends_where_a_content_without_stop_token_ends(trims: bool) -> None:
+    """Space that offsets leave out may belong to the content; what follows it does not."""
+    template = "{% for m in messages %}[i]{{ m.content }} {% endfor %}"
+    tokenizer = byte_level(template, ("e", "n"), trims=trims)
+    options = {"boundary": "include", "train_roles": ["user", "assistant"]}
+    outcome = outcome_of(chat(("user", "hi"), ("user", "end")), tokenizer, **options)
+    space = [G] * trims
+    assert trained_tokens(outcome, tokenizer) == ["h", "i", *space, "en", "d", *space]
+
+
 @pytest.mark.parametrize("boundary", ["split", "include", "exclude"])
 def test_all_choices_are_one_where_no_token_straddles(boundary: str) -> None:
     for template in (CLEAN, COLON):
@@ -140,12 +155,21 @@ def test_all_choices_are_one_where_no_token_straddles(boundary: str) -> None:
 
 def test_two_straddled_responses_are_both_cut() -> None:
     tokenizer = byte_level(SPACED, (G, "t"))
-    outcome = outcome_of(chat(*CHAT, ("user", "to"), ("assistant", "to")), tokenizer)
-    assert trained_tokens(outcome, tokenizer) == [
-        *["t", "h", "e", G, "e", "n", "d", "</s>"],
-        *["t", "o", "</s>"],
-    ]
-    assert outcome.num_straddled == 2
+    row = chat(*CHAT, ("user", "to"), ("assistant", "to"))
+    for multi_turn, kinds in (
+        ("auto", [["exact"], ["exact"]]),
+        ("joint", [["exact", "rewritten"]]),
+    ):
+        outcome = outcome_of(row, tokenizer, multi_turn=multi_turn)
+        assert trained_tokens(outcome, tokenizer) == [
+            *["t", "h", "e", G, "e", "n", "d", "</s>"],
+            *["t", "o", "</s>"],
+        ]
+        assert outcome.num_straddled == 2
+        assert [[span.kind for span in spans] for spans in outcome.spans] == kinds
+        for example, spans in zip(outcome.examples, outcome.spans, strict=True):
+            is_fed = [example["input_ids"][: s.start] == fed(row, s.turn, tokenizer) for s in spans]
+            assert is_fed == [span.kind == "exact" for span in spans]
 
 
 def test_a_token_of_half_a_character_across_the_edge_is_cut() -> None:
@@ -359,32 +383,35 @@ NEWLINES = (
     template=st.sampled_from([SPACED, CLEAN, COLON, NEWLINES]),
     seed=st.integers(0, 23),
     texts=st.lists(TEXTS.filter(str.strip), min_size=2, max_size=8),
+    multi_turn=st.sampled_from(["auto", "joint"]),
 )
 def test_any_conversation_with_any_vocabulary_trains_its_responses_and_nothing_else(
-    template: str, seed: int, texts: list[str]
+    template: str, seed: int, texts: list[str], multi_turn: str
 ) -> None:
     tokenizer = wrap(random_vocabulary(seed), template)
     texts = texts[: len(texts) // 2 * 2]
     row = chat(*zip(("user", "assistant") * 4, texts, strict=False))
-    outcome = outcome_of(row, tokenizer)
+    outcome = outcome_of(row, tokenizer, multi_turn=multi_turn)
     assert outcome.error is None
-    (example,), (spans,) = outcome.examples, outcome.spans
-    ids = example["input_ids"]
-    told = [tokenizer.decode(ids[s.start : s.end]) for s in spans]
-    assert told == [text + "</s>" for text in texts[1::2]]
-    marks = {token for span in spans for token in range(span.start, span.end)}
-    assert {token for token, mark in enumerate(example["response_mask"]) if mark} == marks
-    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(row["messages"], tokenize=False)
-    stop = tokenizer.eos_token_id
-    assert [ids[s.start : s.end].count(stop) for s in spans] == [1] * len(spans)
-    assert ids.count(stop) == len(texts) if template is not CLEAN else len(spans)
     assert not outcome.is_lossy
-    if not outcome.control_tokens:
-        # Of a later response the context holds the earlier ones as they were trained.
-        assert ids[: spans[0].start] == fed(row, 1, tokenizer)
-        for span in spans:
-            before = tokenizer.decode(ids[: span.start])
-            assert before == tokenizer.decode(fed(row, span.turn, tokenizer))
+    assert len(outcome.examples) == 1 or outcome.num_straddled
+    stop, told = tokenizer.eos_token_id, []
+    for example, spans in zip(outcome.examples, outcome.spans, strict=True):
+        ids = example["input_ids"]
+        told += [tokenizer.decode(ids[s.start : s.end]) for s in spans]
+        marks = {token for span in spans for token in range(span.start, span.end)}
+        assert {token for token, mark in enumerate(example["response_mask"]) if mark} == marks
+        messages = row["messages"][: spans[-1].turn + 1]
+        assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+        assert [ids[s.start : s.end].count(stop) for s in spans] == [1] * len(spans)
+        assert ids.count(stop) == len(messages) // (2 if template is CLEAN else 1)
+        if not outcome.control_tokens:
+            for span in spans:
+                is_fed = ids[: span.start] == fed(row, span.turn, tokenizer)
+                assert is_fed == (span.kind == "exact")
+    assert told == [text + "</s>" for text in texts[1::2]]
+    kinds = {span.kind for spans in outcome.spans for span in spans}
+    assert kinds == {"exact"} or (multi_turn == "joint" and outcome.num_straddled)
 
 
 @settings(

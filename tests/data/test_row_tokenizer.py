@@ -323,11 +323,6 @@ def test_keep_response_loses_the_oldest_turns_first_and_keeps_the_system(tokeniz
         tokenize_example(row, tokenizer, max_length=3, overflow="keep_response")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the whole conversation is shortened until all its examples fit, so an early response "
-    "whose own example fits is lost with its turn",
-)
 def test_keep_response_leaves_examples_alone_that_fit(tokenizer_of: Callable[[str], Any]) -> None:
     tokenizer = tokenizer_of("reasoning")
     messages = [
