@@ -106,7 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--contestants",
         nargs="+",
         choices=CONTESTANTS,
-        default=list(CONTESTANTS),
+        default=[name for name in CONTESTANTS if "+" not in name],
         help="who takes part; ratios are over the first",
     )
     step.add_argument("--output", type=Path, help="JSON file for all measurements")

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from hf_sft_plugin import IGNORE_INDEX, MaskedSFTConfig, MaskedSFTTrainer, prepare_dataset
+from hf_sft_plugin.training.allocator import keep_freed_memory
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -165,9 +166,23 @@ def trl_best(
     return trl_default(model, rows, tokenizer, best)
 
 
+def with_allocator(contestant: Callable[..., Trainer]) -> Callable[..., Trainer]:
+    """A contestant whose process keeps the memory that it frees."""
+
+    def take_part(*arguments: Any) -> Trainer:
+        keep_freed_memory()
+        return contestant(*arguments)
+
+    return take_part
+
+
 CONTESTANTS: dict[str, Callable[..., Trainer]] = {
     "ours": ours,
     "plain": plain,
     "trl-default": trl_default,
     "trl-best": trl_best,
+    # The others with the allocator setting that we make ourselves.
+    "plain+allocator": with_allocator(plain),
+    "trl-default+allocator": with_allocator(trl_default),
+    "trl-best+allocator": with_allocator(trl_best),
 }
