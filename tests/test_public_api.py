@@ -87,6 +87,7 @@ CONFIG_FIELDS = {
     "loss_normalization": "token",
     "normalize_constant": None,
     "fused_head": "auto",
+    "padding_free": "auto",
     "max_dropped_share": 0.05,
     "dataset_num_proc": None,
     "pad_to_multiple_of": None,

@@ -129,6 +129,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         self.loss_normalization = LossNormalization(args.loss_normalization)
         self.normalize_constant = args.normalize_constant or 1.0
         self.fused_head = args.fused_head
+        self.padding_free = args.padding_free
 
     def generate_responses(
         self, dataset: Dataset | None = None, num_rows: int | None = None
