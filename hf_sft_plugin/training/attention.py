@@ -61,20 +61,9 @@ def document_attention(
     Raises:
         ValueError: If it is asked for what it cannot do exactly.
     """
-    num_tokens = query.shape[2]
-    if document_lengths is None or cu_seq_lens_q is None:
-        raise ValueError(
-            f"{type(module).__name__} was run without the lengths of its documents, while training "
-            "without padding. Set padding_free to 'off' where a model is run in other ways within "
-            "the same backward pass."
-        )
-    if sum(document_lengths) != num_tokens or key.shape[2] != num_tokens or len(query) != 1:
-        raise ValueError(
-            f"{type(module).__name__} attends from {len(query)} x {num_tokens} to {key.shape[2]} "
-            f"tokens, but the documents have {sum(document_lengths)} together."
-        )
-    if position_bias is not None:
-        raise ValueError(f"{type(module).__name__} adds a bias of positions to its scores.")
+    _refuse(module, query, key, document_lengths, position_bias)
+    assert document_lengths is not None, "else it was refused"
+    assert cu_seq_lens_q is not None, "it comes together with the lengths"
     dtype = value.dtype
     query, key, value = _in_one_dtype(query, key, value)
     longest = max(document_lengths)
@@ -84,19 +73,35 @@ def document_attention(
         return _attend_varlen(query, key, value, cu_seq_lens_q, longest, scaling, window), None
     attend = _attend_fused if is_plain else partial(_attend_plainly, softcap=softcap, sinks=s_aux)
     attend = partial(attend, scaling=scaling, dropout=dropout)
-    # One split and one concatenation: the gradient of a slice would be as long as all documents.
-    parts = (tensor.split(list(document_lengths), dim=2) for tensor in (query, key, value))
-    # Autocast would undo the choice of `_in_one_dtype`.
-    with torch.autocast(query.device.type, enabled=False):
-        outputs = [
-            part.transpose(1, 2)
-            for document in zip(*parts, strict=True)
-            for part in _attend_in_blocks(*document, window, attend)
-        ]
-    return torch.cat(outputs, dim=1).to(dtype), None
+    output = _attend_per_document(query, key, value, document_lengths, window, attend)
+    return output.to(dtype), None
 
 
 AttentionInterface.register(IMPLEMENTATION, document_attention)
+
+
+def _refuse(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    document_lengths: Sequence[int] | None,
+    position_bias: Tensor | None,
+) -> None:
+    """Raises where the documents cannot be told apart, or scores are not only those of tokens."""
+    name, num_tokens = type(module).__name__, query.shape[2]
+    if document_lengths is None:
+        raise ValueError(
+            f"{name} was run without the lengths of its documents, while training without padding. "
+            "Set padding_free to 'off' where a model is run in other ways within the same backward "
+            "pass."
+        )
+    if sum(document_lengths) != num_tokens or key.shape[2] != num_tokens or len(query) != 1:
+        raise ValueError(
+            f"{name} attends from {len(query)} x {num_tokens} to {key.shape[2]} tokens, but the "
+            f"documents have {sum(document_lengths)} together."
+        )
+    if position_bias is not None:
+        raise ValueError(f"{name} adds a bias of positions to its scores.")
 
 
 def _in_one_dtype(*tensors: Tensor) -> list[Tensor]:
@@ -138,7 +143,9 @@ def _attend_varlen(
     window: int | None,
 ) -> Tensor:
     output = varlen_attn(
-        *(x[0].transpose(0, 1) for x in (query, key, value)),
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
         boundaries,
         boundaries,
         longest,
@@ -150,6 +157,26 @@ def _attend_varlen(
     )
     assert isinstance(output, Tensor)
     return output.unsqueeze(0)
+
+
+def _attend_per_document(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    window: int | None,
+    attend: Callable[..., Tensor],
+) -> Tensor:
+    # One split and one concatenation: the gradient of a slice would be as long as all documents.
+    parts = (tensor.split(list(lengths), dim=2) for tensor in (query, key, value))
+    # Autocast would undo the choice of `_in_one_dtype`.
+    with torch.autocast(query.device.type, enabled=False):
+        outputs = [
+            part.transpose(1, 2)
+            for q, k, v in zip(*parts, strict=True)
+            for part in _attend_in_blocks(q, k, v, window, attend)
+        ]
+    return torch.cat(outputs, dim=1)
 
 
 def _attend_in_blocks(

@@ -6,7 +6,7 @@ document may reach another; and every mask that the model asks for has to be cau
 the size that its layer asks for, at the lengths that training will meet as well.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
@@ -132,6 +132,10 @@ def choose_attention(wrapped: nn.Module, model: nn.Module) -> AttentionChoice:
     return AttentionChoice(True, f"{kernel}, no padding", switch)
 
 
+class _UnsupportedError(Exception):
+    """A model attends in a way that allows no proof."""
+
+
 class _Witness:
     """Stands between a model and `document_attention`, and keeps what is asked for."""
 
@@ -151,15 +155,17 @@ class _Witness:
     def _attend(
         self,
         module: nn.Module,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        self._calls.append((mask, options.get("sliding_window")))
-        self.dtypes.add(v.dtype)
-        return document_attention(module, q, k, v, mask, **options)
+        if options.get("document_lengths") is None:
+            raise _UnsupportedError("its layers do not hand on what the model is told")
+        self._calls.append((attention_mask, options.get("sliding_window")))
+        self.dtypes.add(value.dtype)
+        return document_attention(module, query, key, value, attention_mask, **options)
 
     def problem(self, num_positions: int) -> str | None:
         """What `document_attention` would do otherwise than the model's masks say, if anything."""
@@ -204,6 +210,8 @@ def _find_problem(
         # Compiling would take longer than the probe, for shapes that do not come again.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             return _run_probe(wrapped, model, switch)
+    except _UnsupportedError as error:
+        return str(error)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         return f"a run without padding failed ({type(error).__name__}: {error})"
     finally:
@@ -239,19 +247,21 @@ def _run_probe(wrapped: nn.Module, model: nn.Module, switch: AttentionSwitch | N
         disturbed = logits(_end_to_end(rows), IMPLEMENTATION)[0]
     changed_rows = [rows[0], rows[1].flip(0), rows[2]]
     changed = logits(_end_to_end(changed_rows), IMPLEMENTATION)[0]
+    others = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
+    others[_DISTURBED] = False
+    # Whatever is computed from NaN is NaN, however little it counts. Only kernels that multiply
+    # what they mask by 0 are judged by the tokens: not a bit may change with those of another.
+    is_apart = bool(disturbed[others].isfinite().all())
+    if switch is None:
+        is_apart = is_apart or torch.equal(changed[others], flat[others])
+    if not is_apart:
+        return "tokens of one row reach another, as in recurrent or convolutional layers"
+    if disturbed[~others].isfinite().any() or torch.equal(changed[~others], flat[~others]):
+        return "its embeddings cannot be disturbed, so that leaks would go unseen"
     # In half precision padding itself may change a result, as where experts are chosen.
     error, bound = _largest_error(flat, alone), tolerance + 2 * _largest_error(padded, alone)
     if not error <= bound:
         return f"without padding its logits differ by {error:.1e}, and {bound:.1e} is rounding"
-    others = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
-    others[_DISTURBED] = False
-    # Whatever is computed from NaN is NaN, however little it counts. Kernels that multiply what
-    # they mask by 0 fail this, but then not a bit of the others changes with the tokens.
-    is_clean = bool(disturbed[others].isfinite().all())
-    if not is_clean and not torch.equal(changed[others], flat[others]):
-        return "tokens of one row reach another, as in recurrent or convolutional layers"
-    if disturbed[~others].isfinite().any() or torch.equal(changed[~others], flat[~others]):
-        return "its embeddings cannot be disturbed, so that leaks would go unseen"
     return None
 
 
@@ -260,14 +270,14 @@ def _probe_rows(vocab_size: int, device: torch.device) -> list[Tensor]:
     return list(ids.split(list(_LENGTHS)))
 
 
-def _padded(rows: Sequence[Tensor]) -> dict[str, Tensor]:
+def _padded(rows: list[Tensor]) -> dict[str, Tensor]:
     return {
         "input_ids": pad_sequence(rows, batch_first=True),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
     }
 
 
-def _end_to_end(rows: Sequence[Tensor]) -> dict[str, Any]:
+def _end_to_end(rows: list[Tensor]) -> dict[str, Any]:
     batch = _padded(rows)
     layout = find_layout(batch)
     assert layout is not None, "rows padded on the right have one"

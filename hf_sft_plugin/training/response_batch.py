@@ -1,7 +1,7 @@
 """Step 5 of the walk, taken apart: what the model reads, what the loss needs, where padding is."""
 
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,8 +65,12 @@ class RowLayout:
         }
 
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> "RowLayout":
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{k: change(v) for k, v in values.items() if isinstance(v, Tensor)})
+        return replace(
+            self,
+            index=change(self.index),
+            position_ids=change(self.position_ids),
+            boundaries=change(self.boundaries),
+        )
 
 
 def find_layout(batch: Mapping[str, Any]) -> RowLayout | None:

@@ -88,7 +88,7 @@ def test_every_setting_of_our_own_has_its_default_and_a_help_text() -> None:
         ),
         ({"fused_head": "yes"}, "fused_head is 'yes'; choose auto, on or off"),
         ({"fused_head": False}, "fused_head is False; choose auto, on or off. In YAML put quotes"),
-        ({"padding_free": True}, "padding_free is True; choose auto, on or off. In YAML put quotes"),
+        ({"padding_free": True}, "padding_free is True; choose auto, on or off. In YAML put"),
         *(
             (
                 {"max_dropped_share": value},
