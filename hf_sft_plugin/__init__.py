@@ -29,6 +29,7 @@ from hf_sft_plugin.loss.masked_loss import (
     sft_microbatch_train_step,
 )
 from hf_sft_plugin.loss.token_stats import compute_entropy, get_response_log_probs
+from hf_sft_plugin.training.allocator import keep_freed_memory
 from hf_sft_plugin.training.config import MaskedSFTConfig
 from hf_sft_plugin.training.evaluation import ExactMatch, GeneratedResponse
 from hf_sft_plugin.training.masked_loss_mixin import MaskedLossMixin
@@ -59,6 +60,7 @@ __all__ = [
     "compute_entropy",
     "diff_rows",
     "get_response_log_probs",
+    "keep_freed_memory",
     "make_tokenization_setup",
     "masked_normalize",
     "mix_datasets",

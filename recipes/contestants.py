@@ -17,8 +17,13 @@ from transformers import (
     set_seed,
 )
 
-from hf_sft_plugin import IGNORE_INDEX, MaskedSFTConfig, MaskedSFTTrainer, prepare_dataset
-from hf_sft_plugin.training.allocator import keep_freed_memory
+from hf_sft_plugin import (
+    IGNORE_INDEX,
+    MaskedSFTConfig,
+    MaskedSFTTrainer,
+    keep_freed_memory,
+    prepare_dataset,
+)
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {

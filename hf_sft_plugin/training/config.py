@@ -49,6 +49,15 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
             "choices": ["auto", "on", "off"],
         },
     )
+    padding_free: str = field(
+        default="auto",
+        metadata={
+            "help": "Whether rows are laid end to end for the model instead of padded to one "
+            "length: 'auto' where a test run proves that each row sees itself alone, 'on' (an "
+            "error where it does not), 'off' (padded).",
+            "choices": ["auto", "on", "off"],
+        },
+    )
     max_tokens_per_microbatch: int | None = field(
         default=None,
         metadata={
@@ -136,11 +145,13 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
                 f"normalize_constant is {self.normalize_constant}; a divisor is positive and "
                 "finite."
             )
-        if self.fused_head not in ("auto", "on", "off"):
-            raise ValueError(
-                f"fused_head is {self.fused_head!r}; choose auto, on or off. In YAML put quotes "
-                "around on and off, which it otherwise reads as true and false."
-            )
+        for name in ("fused_head", "padding_free"):
+            value = getattr(self, name)
+            if value not in ("auto", "on", "off"):
+                raise ValueError(
+                    f"{name} is {value!r}; choose auto, on or off. In YAML put quotes around on "
+                    "and off, which it otherwise reads as true and false."
+                )
         if not 0 <= self.max_dropped_share <= 1:
             raise ValueError(
                 f"max_dropped_share is {self.max_dropped_share}; a share is between 0 and 1."

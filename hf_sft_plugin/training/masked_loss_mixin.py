@@ -1,17 +1,19 @@
 """The loss, the counts and the logs, for any `Trainer`: steps 6 to 9 of the walk."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_sft_plugin.loss.masked_loss import LossNormalization, token_weights, widest_float
-from hf_sft_plugin.loss.token_stats import shift_labels
+from hf_sft_plugin.loss.masked_loss import LossNormalization, widest_float
+from hf_sft_plugin.training.attention_choice import AttentionChoice, choose_attention
 from hf_sft_plugin.training.checkpoint import load_totals, save_totals
 from hf_sft_plugin.training.lm_head import FusedHead, ResponseResult, find_transform, forward_full
 from hf_sft_plugin.training.metrics import (
@@ -21,72 +23,18 @@ from hf_sft_plugin.training.metrics import (
     means_by_source,
     row_totals,
 )
-from hf_sft_plugin.training.microbatches import Microbatches, MicrobatchesMixin
+from hf_sft_plugin.training.microbatches import MicrobatchesMixin, count_microbatches
+from hf_sft_plugin.training.response_batch import (
+    CollatorWithLayout,
+    ResponseBatch,
+    split_batch,
+    without_padding,
+)
 
 logger = logging.getLogger(__name__)
 
 # Where the configs of mixture-of-experts models say how much the router's loss counts.
 _AUX_LOSS_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
-
-
-class ResponseBatch(NamedTuple):
-    """A collated batch, taken apart.
-
-    Attributes:
-        model_inputs: What the model's forward takes.
-        labels: `(B, S)`, unshifted.
-        targets: `(B, S)`, shifted labels.
-        weights: `(B, S)`, what the loss of each target is multiplied with before the division.
-        divisors: `(B,)`, the share of each row in the global divisor.
-        num_tokens: `(B,)`, tokens without padding.
-    """
-
-    model_inputs: dict[str, Any]
-    labels: Tensor
-    targets: Tensor
-    weights: Tensor
-    divisors: Tensor
-    num_tokens: Tensor
-
-
-def split_batch(inputs: Mapping[str, Any], normalization: LossNormalization) -> ResponseBatch:
-    """Takes a batch apart into what the model reads and what the loss needs.
-
-    Args:
-        inputs: A batch of `DataCollatorForPromptResponse`, or of any collator that gives labels.
-        normalization: See `LossNormalization`.
-
-    Raises:
-        ValueError: If the batch has no labels.
-    """
-    if "labels" not in inputs:
-        raise ValueError(
-            f"The batch has no labels, only {', '.join(inputs)}. Use DataCollatorForPromptResponse "
-            "or another collator that gives labels."
-        )
-    labels = inputs["labels"]
-    targets = shift_labels(labels)
-    loss_weights = inputs.get("loss_weights")
-    if loss_weights is not None:
-        loss_weights = shift_labels(loss_weights, fill=0)
-    weights, divisors = token_weights(targets, loss_weights, normalization)
-    attention_mask = inputs.get("attention_mask")
-    return ResponseBatch(
-        model_inputs={
-            name: value
-            for name, value in inputs.items()
-            if name not in ("labels", "response_mask", "loss_weights")
-        },
-        labels=labels,
-        targets=targets,
-        weights=weights,
-        divisors=divisors,
-        num_tokens=(
-            torch.full_like(targets[:, 0], targets.shape[1])
-            if attention_mask is None
-            else attention_mask.sum(-1)
-        ),
-    )
 
 
 class MaskedLossMixin(MicrobatchesMixin):
@@ -106,6 +54,7 @@ class MaskedLossMixin(MicrobatchesMixin):
         loss_normalization: What the loss is divided by; see `LossNormalization`.
         normalize_constant: The divisor for `LossNormalization.CONSTANT`.
         fused_head: `auto`, `on` or `off`; see `MaskedSFTConfig`.
+        padding_free: `auto`, `on` or `off`; see `MaskedSFTConfig`.
 
     Raises:
         ValueError: From the constructor, if a setting would make the numbers inexact.
@@ -115,6 +64,7 @@ class MaskedLossMixin(MicrobatchesMixin):
     loss_normalization: LossNormalization = LossNormalization.TOKEN
     normalize_constant: float = 1.0
     fused_head: str = "auto"
+    padding_free: str = "auto"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -126,6 +76,8 @@ class MaskedLossMixin(MicrobatchesMixin):
         self._num_microbatches = 1
         self._head: FusedHead | None = None
         self._model_of_head: nn.Module | None = None
+        self._attention: AttentionChoice | None = None
+        self._model_of_attention: nn.Module | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`; the counts begin at 0, or where the checkpoint stopped."""
@@ -157,10 +109,11 @@ class MaskedLossMixin(MicrobatchesMixin):
                 count += split_batch(batch, self.loss_normalization).divisors.sum().to(device)
             if self.accelerator.num_processes > 1:
                 count = self.accelerator.reduce(count, reduction="sum")
-        made = self.regroup_step(batches, is_padded=True)
-        sizes = [len(each) if isinstance(each, Microbatches) else 1 for each in made]
-        self._num_microbatches = max(sum(sizes), 1)
-        return made, count
+        if self.max_tokens_per_microbatch is not None:
+            is_padded = not self._choose_attention(self.model_wrapped).is_padding_free
+            batches = self.regroup_step(batches, is_padded)
+        self._num_microbatches = max(count_microbatches(batches), 1)
+        return batches, count
 
     def compute_loss(
         self,
@@ -264,11 +217,52 @@ class MaskedLossMixin(MicrobatchesMixin):
         self, model: nn.Module, batch: ResponseBatch, needs_outputs: bool
     ) -> tuple[ResponseResult, Any]:
         """Steps 6 and 7: the body and the head of the model."""
-        if not needs_outputs:
-            head = self._fused_head(model, batch)
-            if head is not None:
-                return head.forward(model, batch.model_inputs, batch.targets, batch.weights), None
-        return forward_full(model, batch.model_inputs, batch.targets, batch.weights)
+        if needs_outputs:
+            # Outputs have a row for each row of the batch.
+            return forward_full(model, batch.model_inputs, batch.targets, batch.weights)
+        head = self._fused_head(model, batch)
+        attention = self._choose_attention(model)
+        flat = without_padding(batch) if attention.is_padding_free else None
+        batch = flat or batch
+        inputs = batch.model_inputs, batch.targets, batch.weights
+        with nullcontext() if flat is None else attention.running():
+            if head is None:
+                result, _ = forward_full(model, *inputs)
+            else:
+                result = head.forward(model, *inputs)
+        if flat is not None:
+            attention.keep_in_backward(result.loss, result.aux_loss)
+        return result, None
+
+    def _choose_attention(self, model: nn.Module) -> AttentionChoice:
+        """How rows are attended to; decided once per model."""
+        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if self.padding_free == "off":
+            return AttentionChoice(False, "padded, because padding_free is 'off'", None)
+        if self._attention is None or unwrapped is not self._model_of_attention:
+            self._model_of_attention = unwrapped
+            self._attention = choose_attention(model, unwrapped)
+            if not self._attention.is_padding_free:
+                if self.padding_free == "on":
+                    raise ValueError(
+                        f"padding_free is 'on', but rows have to be {self._attention.summary}. Set "
+                        "it to 'auto' to allow that."
+                    )
+                logger.warning("Rows are %s.", self._attention.summary)
+        return self._attention
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        # Lengths are found where the batch is made, before it is on a device.
+        dispatches = self.accelerator.dispatch_batches
+        if dispatches is None:
+            dispatches = isinstance(dataset, IterableDataset)
+        own = self.data_collator
+        if self.padding_free != "off" and not dispatches:
+            self.data_collator = CollatorWithLayout(own)
+        try:
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        finally:
+            self.data_collator = own
 
     def _fused_head(self, model: nn.Module, batch: ResponseBatch) -> FusedHead | None:
         """The fused head, where the model allows one; decided once per model."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import Trainer
 
+from hf_sft_plugin.training.response_batch import ROW_LAYOUT, layout_of_rows
 from hf_sft_plugin.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -77,7 +78,15 @@ def plan_microbatches(
 
 
 def row_extents(batches: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
-    """Tokens of every row, and the position after its last one; waits for the device once."""
+    """Tokens of every row, and the position after its last one.
+
+    They are known where the batches come with their layout; else this waits for the device once.
+    """
+    found = [batch.get(ROW_LAYOUT) for batch in batches]
+    layouts = [layout for layout in found if layout is not None and layout.are_rows]
+    if len(layouts) == len(batches):
+        lengths = [length for layout in layouts for length in layout.document_lengths]
+        return lengths, lengths
     counts = []
     for batch in batches:
         mask = batch.get("attention_mask")
@@ -89,30 +98,40 @@ def row_extents(batches: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[i
     return lengths, extents
 
 
+def count_microbatches(batches: Sequence[Any]) -> int:
+    """How many micro-batches run in the place of these batches."""
+    return sum(len(each) if isinstance(each, Microbatches) else 1 for each in batches)
+
+
 def can_regroup(batches: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the batches are made of rows and nothing else: tensors of one shape `(B, S)`."""
     names = batches[0].keys()
     for batch in batches:
+        layout = batch.get(ROW_LAYOUT)
+        if layout is not None and (not layout.are_rows or layout.shape != batch["labels"].shape):
+            return False
         ids = batch.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2 or not len(ids) or batch.keys() != names:
             return False
-        if any(not isinstance(it, Tensor) or it.shape != ids.shape for it in batch.values()):
+        rest = (value for name, value in batch.items() if name != ROW_LAYOUT)
+        if any(not isinstance(it, Tensor) or it.shape != ids.shape for it in rest):
             return False
     return True
 
 
 def regroup(
-    batches: Sequence[Mapping[str, Tensor]], plan: Sequence[Sequence[int]], extents: Sequence[int]
-) -> list[dict[str, Tensor]]:
+    batches: Sequence[Mapping[str, Any]], plan: Sequence[Sequence[int]], extents: Sequence[int]
+) -> list[dict[str, Any]]:
     """Makes the planned micro-batches of the rows of batches, each as short as its rows allow.
 
     Args:
-        batches: Of tensors of shape `(B, S)` with the same names; see `can_regroup`.
+        batches: Of rows and nothing else; see `can_regroup`.
         plan: The rows of each micro-batch, counted over all batches.
         extents: The position after the last token of each row.
     """
     places = [(number, row) for number, b in enumerate(batches) for row in range(len(b["labels"]))]
-    names = [*batches[0]]
+    has_layout = ROW_LAYOUT in batches[0]
+    names = [name for name in batches[0] if name != ROW_LAYOUT]
     masks = [torch.ones_like(batch["input_ids"]) for batch in batches]
     if "attention_mask" not in names:
         # Rows of different lengths are about to meet.
@@ -123,20 +142,22 @@ def regroup(
     made = []
     for rows in plan:
         width = max(extents[row] for row in rows)
-        made.append(
-            {
-                name: torch.stack([_cut_row(batches, places[row], name, width) for row in rows])
-                for name in names
-            }
-        )
+        microbatch: dict[str, Any] = {
+            name: torch.stack([_cut_row(batches, places[row], name, width) for row in rows])
+            for name in names
+        }
+        if has_layout:
+            layout = layout_of_rows([extents[row] for row in rows])
+            microbatch[ROW_LAYOUT] = layout.to(microbatch["labels"].device, non_blocking=True)
+        made.append(microbatch)
     return made
 
 
 def _cut_row(
-    batches: Sequence[Mapping[str, Tensor]], place: tuple[int, int], name: str, width: int
+    batches: Sequence[Mapping[str, Any]], place: tuple[int, int], name: str, width: int
 ) -> Tensor:
     number, row = place
-    values = batches[number][name][row, :width]
+    values: Tensor = batches[number][name][row, :width]
     return pad(values, (0, width - len(values)), value=_FILL.get(name, 0))
 
 
@@ -170,7 +191,7 @@ class MicrobatchesMixin(_TrainerBase):
     max_tokens_per_microbatch: int | None = None
 
     def regroup_step(self, batches: list[Any], is_padded: bool) -> list[Any]:
-        """Distributes the rows of one optimizer step anew, where there is a budget.
+        """Distributes the rows of one optimizer step anew, within the budget.
 
         Args:
             batches: What the data loader gave for it.
@@ -182,10 +203,9 @@ class MicrobatchesMixin(_TrainerBase):
         is_overridden = type(self).training_step is not MicrobatchesMixin.training_step
         # DeepSpeed counts the backward passes of a step itself.
         is_counted = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        if self.max_tokens_per_microbatch is None or is_overridden or is_counted:
+        if is_overridden or is_counted or not batches or not can_regroup(batches):
             return batches
-        if not batches or not can_regroup(batches):
-            return batches
+        assert self.max_tokens_per_microbatch is not None
         lengths, extents = row_extents(batches)
         arguments = (extents if is_padded else lengths, self.max_tokens_per_microbatch, is_padded)
         plan = plan_microbatches(*arguments)

@@ -136,6 +136,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         self.normalize_constant = args.normalize_constant or 1.0
         self.fused_head = args.fused_head
         self.max_tokens_per_microbatch = args.max_tokens_per_microbatch
+        self.padding_free = args.padding_free
 
     def generate_responses(
         self, dataset: Dataset | None = None, num_rows: int | None = None

@@ -24,6 +24,7 @@ OWN_DEFAULTS = {
     "fused_head": "auto",
     "max_tokens_per_microbatch": None,
     "keep_freed_memory": True,
+    "padding_free": "auto",
     "max_dropped_share": 0.05,
     "dataset_num_proc": None,
     "pad_to_multiple_of": None,
@@ -89,6 +90,7 @@ def test_every_setting_of_our_own_has_its_default_and_a_help_text() -> None:
         ),
         ({"fused_head": "yes"}, "fused_head is 'yes'; choose auto, on or off"),
         ({"fused_head": False}, "fused_head is False; choose auto, on or off. In YAML put quotes"),
+        ({"padding_free": True}, "padding_free is True; choose auto, on or off. In YAML put"),
         *(
             (
                 {"max_dropped_share": value},

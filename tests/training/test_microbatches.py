@@ -19,6 +19,7 @@ from hf_sft_plugin.training.microbatches import (
     row_extents,
     share_out,
 )
+from hf_sft_plugin.training.response_batch import ROW_LAYOUT, CollatorWithLayout, find_layout
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 
@@ -81,6 +82,34 @@ def test_rows_keep_their_values_and_lose_needless_padding() -> None:
     assert second["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1], [1, 1, 0]]
 
 
+def test_micro_batches_come_with_their_layout() -> None:
+    collate = CollatorWithLayout(lambda rows: batch_of(*rows))
+    batches = [collate([[5, 6, 7], [4]]), collate([[1, 2], [8, 7, 9]])]
+    lengths, extents = row_extents(batches)
+    assert lengths == extents == [3, 1, 2, 3]
+    for made in regroup(batches, [[0, 2], [1], [3]], extents):
+        layout = made.pop(ROW_LAYOUT)
+        expected = find_layout(made)
+        assert expected is not None
+        assert layout.are_rows
+        assert layout.model_inputs().keys() == expected.model_inputs().keys()
+        for name in ("shape", "document_lengths"):
+            assert getattr(layout, name) == getattr(expected, name)
+        for name in ("index", "position_ids", "boundaries"):
+            found, wanted = getattr(layout, name), getattr(expected, name)
+            assert found.dtype == wanted.dtype
+            assert torch.equal(found, wanted)
+
+
+def test_packed_rows_stay_as_they_are() -> None:
+    packed = {
+        "input_ids": torch.arange(6).view(1, 6),
+        "labels": torch.arange(6).view(1, 6),
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]),
+    }
+    assert not can_regroup([CollatorWithLayout(lambda rows: dict(packed))([])])
+
+
 def test_batches_without_a_mask_get_one_when_their_rows_meet() -> None:
     batches = [batch_of([1, 2, 3]), batch_of([4])]
     for batch in batches:
@@ -139,7 +168,9 @@ def train(
 
     class Counting(MaskedSFTTrainer):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            sizes.append(inputs["input_ids"].numel())
+            tokens = inputs["attention_mask"]
+            is_padded = self.args.padding_free == "off"
+            sizes.append(tokens.numel() if is_padded else int(tokens.sum()))
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     torch.manual_seed(0)
@@ -170,16 +201,24 @@ def history(trainer: Any) -> list[dict[str, float]]:
     return [{k: v for k, v in log.items() if k not in others} for log in trainer.state.log_history]
 
 
+@pytest.mark.parametrize("padding_free", ["on", "off"])
 @pytest.mark.parametrize("max_tokens", [1, 40, 60, 10_000])
 def test_gradients_steps_and_logs_are_those_of_the_plain_setting(
     max_tokens: int,
+    padding_free: str,
     tokenizer: Any,
     model_factory: Callable[..., Any],
     make_config: Callable[..., MaskedSFTConfig],
 ) -> None:
-    plain, plain_keeper, plain_sizes = train(tokenizer, model_factory, make_config)
+    plain, plain_keeper, plain_sizes = train(
+        tokenizer, model_factory, make_config, padding_free="off"
+    )
     trainer, keeper, sizes = train(
-        tokenizer, model_factory, make_config, max_tokens_per_microbatch=max_tokens
+        tokenizer,
+        model_factory,
+        make_config,
+        max_tokens_per_microbatch=max_tokens,
+        padding_free=padding_free,
     )
     # 22 rows: three steps of six, and one of four.
     assert len(plain_keeper.gradients) == len(keeper.gradients) == 4
@@ -191,7 +230,8 @@ def test_gradients_steps_and_logs_are_those_of_the_plain_setting(
     else:
         # The longest row has 25 tokens.
         assert max(sizes) <= max(max_tokens, 25)
-        assert sum(sizes) < sum(plain_sizes)
+        if padding_free == "off":
+            assert sum(sizes) < sum(plain_sizes)
     for found_log, expected_log in zip(history(trainer), history(plain), strict=True):
         assert found_log == pytest.approx(expected_log, rel=1e-9)
 

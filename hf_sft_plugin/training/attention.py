@@ -1,0 +1,249 @@
+"""Attention over documents that stand one after another, without padding between them.
+
+Registered with transformers under a name of its own, without a mask function of that name, so that
+models build no mask. The lengths of the documents come with the forward pass, as a list: on a GPU a
+tensor would have to be read, and each layer would wait for it.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+
+IMPLEMENTATION = "document_attention"
+# Queries of a sliding window at a time, at least: shorter blocks are all overhead.
+_MIN_BLOCK = 256
+
+
+@torch.compiler.disable
+def document_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    document_lengths: Sequence[int] | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of each document to itself, as transformers' layers call it.
+
+    Args:
+        module: The layer that asks.
+        query: `(1, H, T, d)`, the heads of all T tokens.
+        key: `(1, K, T, d)`; H is a multiple of K.
+        value: `(1, K, T, e)`.
+        attention_mask: Left aside: the lengths say which tokens see each other.
+        dropout: Share of attention weights that are set to 0.
+        scaling: What scores are multiplied with; None is one over the square root of d.
+        sliding_window: Tokens that a token sees, itself included; None is all before it.
+        softcap: Scores are bounded by this, smoothly.
+        s_aux: `(H,)`, scores of the attention sinks.
+        position_bias: Must be None: scores that depend on positions are not provided for.
+        document_lengths: Lengths of the documents, in order; their sum is T.
+        cu_seq_lens_q: The same as running totals from 0, int32, on the device of the query.
+
+    Returns:
+        `(1, T, H, e)`, and None in place of the attention weights.
+
+    Raises:
+        ValueError: If it is asked for what it cannot do exactly.
+    """
+    _refuse(module, query, key, document_lengths, position_bias)
+    assert document_lengths is not None, "else it was refused"
+    assert cu_seq_lens_q is not None, "it comes together with the lengths"
+    dtype = value.dtype
+    query, key, value = _in_one_dtype(query, key, value)
+    longest = max(document_lengths)
+    window = sliding_window if sliding_window and sliding_window < longest else None
+    is_plain = softcap is None and s_aux is None
+    if is_plain and _takes_varlen(query, value, dropout):
+        return _attend_varlen(query, key, value, cu_seq_lens_q, longest, scaling, window), None
+    attend = _attend_fused if is_plain else partial(_attend_plainly, softcap=softcap, sinks=s_aux)
+    attend = partial(attend, scaling=scaling, dropout=dropout)
+    output = _attend_per_document(query, key, value, document_lengths, window, attend)
+    return output.to(dtype), None
+
+
+AttentionInterface.register(IMPLEMENTATION, document_attention)
+
+
+def _refuse(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    document_lengths: Sequence[int] | None,
+    position_bias: Tensor | None,
+) -> None:
+    """Raises where the documents cannot be told apart, or scores are not only those of tokens."""
+    name, num_tokens = type(module).__name__, query.shape[2]
+    if document_lengths is None:
+        raise ValueError(
+            f"{name} was run without the lengths of its documents, while training without padding. "
+            "Set padding_free to 'off' where a model is run in other ways within the same backward "
+            "pass."
+        )
+    if sum(document_lengths) != num_tokens or key.shape[2] != num_tokens or len(query) != 1:
+        raise ValueError(
+            f"{name} attends from {len(query)} x {num_tokens} to {key.shape[2]} tokens, but the "
+            f"documents have {sum(document_lengths)} together."
+        )
+    if position_bias is not None:
+        raise ValueError(f"{name} adds a bias of positions to its scores.")
+
+
+def _in_one_dtype(*tensors: Tensor) -> list[Tensor]:
+    """The dtype of autocast, which casts rotated heads one by one; on a CPU at least float32.
+
+    There the backward pass in bfloat16 takes two to three times as long as that in float32.
+    """
+    device = tensors[0].device.type
+    dtype = tensors[0].dtype
+    if device == "cpu":
+        dtype = torch.promote_types(dtype, torch.float32)
+    elif torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def _takes_varlen(query: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether torch's kernel for documents of varying length can be used."""
+    head_size = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and dropout == 0
+        and head_size == value.shape[-1]
+        and head_size % 8 == 0
+        and head_size <= 256
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _attend_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: Tensor,
+    longest: int,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    output = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        boundaries,
+        boundaries,
+        longest,
+        longest,
+        scale=scaling,
+        # The token itself is not counted.
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=True,
+    )
+    assert isinstance(output, Tensor)
+    return output.unsqueeze(0)
+
+
+def _attend_per_document(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    window: int | None,
+    attend: Callable[..., Tensor],
+) -> Tensor:
+    # One split and one concatenation: the gradient of a slice would be as long as all documents.
+    parts = (tensor.split(list(lengths), dim=2) for tensor in (query, key, value))
+    # Autocast would undo the choice of `_in_one_dtype`.
+    with torch.autocast(query.device.type, enabled=False):
+        outputs = [
+            part.transpose(1, 2)
+            for q, k, v in zip(*parts, strict=True)
+            for part in _attend_in_blocks(q, k, v, window, attend)
+        ]
+    return torch.cat(outputs, dim=1)
+
+
+def _attend_in_blocks(
+    query: Tensor, key: Tensor, value: Tensor, window: int | None, attend: Callable[..., Tensor]
+) -> list[Tensor]:
+    """One document; in a sliding window, blocks of queries with the keys that they reach."""
+    length = query.shape[2]
+    if window is None or length <= window:
+        return [attend(query, key, value, allowed=None)]
+    size = max(window, _MIN_BLOCK)
+    outputs = []
+    for start in range(0, length, size):
+        end, first = min(start + size, length), max(0, start - window + 1)
+        rows = torch.arange(start, end, device=query.device).unsqueeze(-1)
+        columns = torch.arange(first, end, device=query.device)
+        allowed = (columns <= rows) & (columns > rows - window)
+        seen = slice(first, end)
+        part = query[:, :, start:end], key[:, :, seen], value[:, :, seen]
+        outputs.append(attend(*part, allowed=allowed))
+    return outputs
+
+
+def _attend_fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    allowed: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=allowed,
+        dropout_p=dropout,
+        is_causal=allowed is None,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _attend_plainly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    allowed: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Step by step, for scores that the fused kernels of torch cannot make."""
+    num_groups, length = query.shape[1] // key.shape[1], query.shape[2]
+    key, value = (x.repeat_interleave(num_groups, dim=1) for x in (key, value))
+    scores = query @ key.transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if allowed is None:
+        allowed = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    if sinks is not None:
+        # A place to look at, beside the tokens, where there is nothing to see.
+        sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    weights = torch.softmax(scores, dim=-1, dtype=dtype)[..., : key.shape[2]].to(value.dtype)
+    return F.dropout(weights, dropout) @ value

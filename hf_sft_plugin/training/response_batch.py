@@ -1,0 +1,246 @@
+"""Step 5 of the walk, taken apart: what the model reads, what the loss needs, where padding is."""
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_sft_plugin.loss.masked_loss import LossNormalization, token_weights
+from hf_sft_plugin.loss.token_stats import shift_labels
+from hf_sft_plugin.types import IGNORE_INDEX
+
+# The name under which a batch carries its `RowLayout`.
+ROW_LAYOUT = "row_layout"
+_NOT_FOR_THE_MODEL = ("labels", "response_mask", "loss_weights", ROW_LAYOUT)
+# Tensors that are known to hold one value per token; any other might mean something else.
+_PER_TOKEN = ("input_ids", "attention_mask", "position_ids", *_NOT_FOR_THE_MODEL)
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Where the tokens of a padded batch are, so that its rows can be laid end to end.
+
+    Worked out on the host, where the batch is made: of a batch on a GPU the lengths could only be
+    known by waiting for it.
+
+    Attributes:
+        shape: B and S of the batch.
+        document_lengths: Tokens of each document; a row is one, or several where it was packed.
+        index: `(T,)`, positions of the T tokens in the flattened batch.
+        position_ids: `(1, T)`, the position of each token in its document.
+        boundaries: `(len(document_lengths) + 1,)`, int32, where documents begin and end.
+        are_rows: Whether every row is one document, from its first position on.
+    """
+
+    shape: tuple[int, int]
+    document_lengths: list[int]
+    index: Tensor
+    position_ids: Tensor
+    boundaries: Tensor
+    are_rows: bool = False
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "RowLayout":
+        """A copy on a device; Accelerate calls this on what a batch holds."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "RowLayout":
+        """A copy that the device can fetch by itself; data loaders call this."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def flatten(self, tensor: Tensor) -> Tensor:
+        """The values of the tokens of a `(B, S)` tensor, `(1, T)`."""
+        return tensor.flatten().index_select(0, self.index).unsqueeze(0)
+
+    def model_inputs(self) -> dict[str, Any]:
+        """What a model needs to know about documents without padding, by transformers' names."""
+        longest = max(self.document_lengths)
+        return {
+            "position_ids": self.position_ids,
+            "document_lengths": self.document_lengths,
+            "cu_seq_lens_q": self.boundaries,
+            "cu_seq_lens_k": self.boundaries,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> "RowLayout":
+        return replace(
+            self,
+            index=change(self.index),
+            position_ids=change(self.position_ids),
+            boundaries=change(self.boundaries),
+        )
+
+
+def find_layout(batch: Mapping[str, Any]) -> RowLayout | None:
+    """Finds the tokens of a batch, where its rows can be laid end to end without a difference.
+
+    Args:
+        batch: A collated batch. Its `attention_mask` says where tokens are; without one every
+            position holds a token, and `position_ids` that do not go on begin a new document, as
+            they do in transformers.
+
+    Returns:
+        None where the batch has neither; where a tensor does not hold one value per token; where
+        there is a hole in a row; or where a token is to be predicted from padding.
+    """
+    ids, mask, positions = (batch.get(k) for k in ("input_ids", "attention_mask", "position_ids"))
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or (mask is None and positions is None):
+        return None
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    if any(name not in _PER_TOKEN or x.shape != ids.shape for name, x in tensors.items()):
+        return None
+    real = np.ones(ids.shape, dtype=bool) if mask is None else mask.cpu().numpy() == 1
+    first, count = real.argmax(-1), real.sum(-1)
+    columns = np.arange(ids.shape[1]) - first[:, None]
+    # Masks that number packed documents, and masks with holes, are left to the model.
+    is_strange = mask is not None and (mask.cpu().numpy() != real).any()
+    if (
+        is_strange
+        or not count.any()
+        or (real != ((columns >= 0) & (columns < count[:, None]))).any()
+    ):
+        return None
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor):
+        is_target = labels.cpu().numpy()[:, 1:] != IGNORE_INDEX
+        if (is_target & ~real[:, :-1]).any():
+            return None
+    values = columns if positions is None else positions.cpu().numpy()
+    starts = columns == 0
+    if mask is None:
+        starts[:, 1:] |= np.diff(values, axis=-1) != 1
+    index = np.flatnonzero(real)
+    boundaries = np.append(np.flatnonzero(starts[real]), len(index))
+    return RowLayout(
+        shape=(ids.shape[0], ids.shape[1]),
+        document_lengths=np.diff(boundaries).tolist(),
+        index=torch.from_numpy(index),
+        position_ids=torch.from_numpy(values[real]).unsqueeze(0),
+        boundaries=torch.from_numpy(boundaries.astype(np.int32)),
+        are_rows=len(boundaries) == len(ids) + 1 and not first.any(),
+    )
+
+
+def layout_of_rows(lengths: Sequence[int]) -> RowLayout:
+    """The layout of rows of these lengths, padded on the right to the longest."""
+    counts = np.array(lengths)
+    ends = counts.cumsum()
+    columns = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+    width = int(counts.max())
+    return RowLayout(
+        shape=(len(lengths), width),
+        document_lengths=list(lengths),
+        index=torch.from_numpy(np.repeat(np.arange(len(lengths)) * width, counts) + columns),
+        position_ids=torch.from_numpy(columns).unsqueeze(0),
+        boundaries=torch.from_numpy(np.append(0, ends).astype(np.int32)),
+        are_rows=True,
+    )
+
+
+class CollatorWithLayout:
+    """Adds its `RowLayout` to every batch of a collator.
+
+    Args:
+        collate: Any collator.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: Any) -> Any:
+        """The batch, with one entry more where its rows can be laid end to end."""
+        batch = self.collate(rows)
+        layout = find_layout(batch) if isinstance(batch, MutableMapping) else None
+        if layout is not None:
+            batch[ROW_LAYOUT] = layout
+        return batch
+
+
+class ResponseBatch(NamedTuple):
+    """A collated batch, taken apart.
+
+    Attributes:
+        model_inputs: What the model's forward takes.
+        labels: `(B, S)`, unshifted.
+        targets: `(B, S)`, shifted labels.
+        weights: `(B, S)`, what the loss of each target is multiplied with before the division.
+        divisors: `(B,)`, the share of each row in the global divisor.
+        num_tokens: `(B,)`, tokens without padding.
+        layout: Where the tokens are; None where that was not worked out with the batch.
+    """
+
+    model_inputs: dict[str, Any]
+    labels: Tensor
+    targets: Tensor
+    weights: Tensor
+    divisors: Tensor
+    num_tokens: Tensor
+    layout: RowLayout | None = None
+
+
+def split_batch(inputs: Mapping[str, Any], normalization: LossNormalization) -> ResponseBatch:
+    """Takes a batch apart into what the model reads and what the loss needs.
+
+    Args:
+        inputs: A batch of `DataCollatorForPromptResponse`, or of any collator that gives labels.
+        normalization: See `LossNormalization`.
+
+    Raises:
+        ValueError: If the batch has no labels.
+    """
+    if "labels" not in inputs:
+        raise ValueError(
+            f"The batch has no labels, only {', '.join(inputs)}. Use DataCollatorForPromptResponse "
+            "or another collator that gives labels."
+        )
+    labels = inputs["labels"]
+    targets = shift_labels(labels)
+    loss_weights = inputs.get("loss_weights")
+    if loss_weights is not None:
+        loss_weights = shift_labels(loss_weights, fill=0)
+    weights, divisors = token_weights(targets, loss_weights, normalization)
+    attention_mask = inputs.get("attention_mask")
+    return ResponseBatch(
+        model_inputs={k: value for k, value in inputs.items() if k not in _NOT_FOR_THE_MODEL},
+        labels=labels,
+        targets=targets,
+        weights=weights,
+        divisors=divisors,
+        num_tokens=(
+            torch.full_like(targets[:, 0], targets.shape[1])
+            if attention_mask is None
+            else attention_mask.sum(-1)
+        ),
+        layout=inputs.get(ROW_LAYOUT),
+    )
+
+
+def without_padding(batch: ResponseBatch) -> ResponseBatch | None:
+    """Lays the rows of a batch end to end.
+
+    Args:
+        batch: As `split_batch` gave it.
+
+    Returns:
+        The batch with one row of T tokens for the model, and `targets` and `weights` of shape
+        `(1, T)` in the order of the rows; None where `find_layout` finds no layout.
+    """
+    layout = batch.layout
+    # A process that was sent its part of a larger batch got the layout of the whole.
+    if layout is None or layout.shape != batch.labels.shape:
+        layout = find_layout({**batch.model_inputs, "labels": batch.labels})
+    if layout is None:
+        return None
+    layout = layout.to(batch.labels.device)
+    inputs = {k: value for k, value in batch.model_inputs.items() if k != "attention_mask"}
+    inputs["input_ids"] = layout.flatten(inputs["input_ids"])
+    return batch._replace(
+        model_inputs={**inputs, **layout.model_inputs()},
+        targets=layout.flatten(batch.targets),
+        weights=layout.flatten(batch.weights),
+        layout=layout,
+    )

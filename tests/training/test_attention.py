@@ -1,0 +1,183 @@
+"""Attention without padding, against softmax written out in float64."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_sft_plugin.training.attention import document_attention
+
+LENGTHS = [7, 1, 12, 4]
+NUM_TOKENS = sum(LENGTHS)
+
+
+class Layer(nn.Module):
+    """Stands for the layer that asks for attention."""
+
+
+def heads(num_heads: int, size: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(1, num_heads, NUM_TOKENS, size, generator=generator, dtype=torch.float64)
+    return values.to(dtype).requires_grad_()
+
+
+def run(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    boundaries = torch.tensor([0, *LENGTHS]).cumsum(0).to(query.device, torch.int32)
+    output, weights = document_attention(
+        Layer(),
+        query,
+        key,
+        value,
+        None,
+        document_lengths=LENGTHS,
+        cu_seq_lens_q=boundaries,
+        **options,
+    )
+    assert weights is None
+    return output
+
+
+def truth(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+) -> Tensor:
+    """One token and one head at a time, in float64."""
+    query, key, value = (x[0].double() for x in (query, key, value))
+    scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    group = len(query) // len(key)
+    starts = [sum(LENGTHS[:n]) for n, length in enumerate(LENGTHS) for _ in range(length)]
+    rows = []
+    for position, start in enumerate(starts):
+        first = start if sliding_window is None else max(start, position - sliding_window + 1)
+        seen = slice(first, position + 1)
+        outputs = []
+        for head, q in enumerate(query[:, position]):
+            scores = key[head // group, seen] @ q * scaling
+            if softcap is not None:
+                scores = torch.tanh(scores / softcap) * softcap
+            weights = scores.exp()
+            total = weights.sum() + (0 if s_aux is None else s_aux[head].double().exp())
+            outputs.append(weights / total @ value[head // group, seen])
+        rows.append(torch.stack(outputs))
+    return torch.stack(rows).unsqueeze(0)
+
+
+SINKS = torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scaling": 0.7},
+        *({"sliding_window": window} for window in (1, 2, 5, 12, 100)),
+        {"softcap": 1.5},
+        {"softcap": 1.5, "sliding_window": 3},
+        {"s_aux": SINKS},
+        {"s_aux": SINKS, "sliding_window": 5, "softcap": 2.0},
+    ],
+    ids=lambda options: ", ".join(options) or "plain",
+)
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("smallest_block", [1, 256])
+def test_each_token_sees_what_came_before_it_in_its_own_document(
+    options: dict[str, Any],
+    num_kv_heads: int,
+    smallest_block: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hf_sft_plugin.training.attention._MIN_BLOCK", smallest_block)
+    inputs = heads(4, 8, 0), heads(num_kv_heads, 8, 1), heads(num_kv_heads, 8, 2)
+    output, expected = run(*inputs, **options), truth(*inputs, **options)
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-13)
+    gradient = heads(4, 8, 3).detach().transpose(1, 2)
+    found = torch.autograd.grad(output, inputs, gradient)
+    for ours, theirs in zip(found, torch.autograd.grad(expected, inputs, gradient), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_values_may_be_smaller_than_keys() -> None:
+    inputs = heads(4, 12, 0), heads(4, 12, 1), heads(4, 6, 2)
+    torch.testing.assert_close(run(*inputs), truth(*inputs), rtol=1e-12, atol=1e-13)
+
+
+def test_not_a_bit_of_a_document_changes_with_the_tokens_of_another() -> None:
+    query, key, value = (heads(4, 8, seed, torch.float32).detach() for seed in range(3))
+    before = run(query, key, value)
+    for tensor in (query, key, value):
+        tensor[:, :, 10] = torch.nan
+    after = run(query, key, value)
+    document = slice(8, 20)
+    others = [*range(8), *range(20, 24)]
+    assert torch.equal(before[:, others], after[:, others])
+    assert after[:, document].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cpu_computes_in_float32_at_least_and_gives_back_the_dtype_of_the_values(
+    dtype: torch.dtype,
+) -> None:
+    inputs = [heads(4, 8, seed, dtype) for seed in range(3)]
+    output = run(*inputs)
+    assert output.dtype == dtype
+    bound = torch.finfo(dtype).eps
+    torch.testing.assert_close(output.double(), truth(*inputs), rtol=bound, atol=4 * bound)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(run(*inputs), output)
+
+
+def test_dropout_leaves_the_mean_as_it_is() -> None:
+    inputs = heads(4, 8, 0), heads(4, 8, 1), torch.ones(1, 4, NUM_TOKENS, 8)
+    torch.manual_seed(0)
+    outputs = torch.stack([run(*inputs, dropout=0.25) for _ in range(100)])
+    assert outputs.std() > 0.05
+    torch.testing.assert_close(outputs.mean(), torch.tensor(1.0), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"document_lengths": None}, "Layer was run without the lengths of its documents"),
+        ({"document_lengths": [5, 5]}, "attends from 1 x 24 to 24 tokens, but .* have 10 together"),
+        ({"position_bias": torch.zeros(1)}, "Layer adds a bias of positions to its scores"),
+    ],
+)
+def test_what_cannot_be_done_exactly_is_refused(change: dict[str, Any], message: str) -> None:
+    options = {
+        "document_lengths": LENGTHS,
+        "cu_seq_lens_q": torch.tensor([0, *LENGTHS]).cumsum(0),
+        **change,
+    }
+    inputs = [heads(4, 8, seed) for seed in range(3)]
+    with pytest.raises(ValueError, match=message):
+        document_attention(Layer(), *inputs, None, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 5}, {"scaling": 0.7}])
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_gpu_errs_no_more_than_rounding(
+    options: dict[str, Any], num_kv_heads: int, dtype: torch.dtype
+) -> None:
+    inputs = [
+        heads(n, 16, seed, dtype).detach().cuda().requires_grad_()
+        for seed, n in enumerate((4, num_kv_heads, num_kv_heads))
+    ]
+    output, expected = run(*inputs, **options), truth(*inputs, **options)
+    bound = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(output.double(), expected, rtol=bound, atol=bound)
+    gradient = torch.ones_like(output)
+    found = torch.autograd.grad(output, inputs, gradient)
+    for ours, theirs in zip(
+        found, torch.autograd.grad(expected, inputs, gradient.double()), strict=True
+    ):
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=4 * bound, atol=4 * bound)
