@@ -34,12 +34,13 @@ class ControlTokenMarker:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        special = [
-            (token.content, token_id)
+        # Some tokenizers do not mark their own eos token as special.
+        named = set(tokenizer.all_special_tokens)
+        self._ids = {
+            token.content: token_id
             for token_id, token in tokenizer.added_tokens_decoder.items()
-            if token.special and token.content
-        ]
-        self._ids = dict(special)
+            if token.content and (token.special or token.content in named)
+        }
         self._texts = sorted(self._ids, key=len, reverse=True)
         self._pattern = re.compile(f"({'|'.join(map(re.escape, self._texts)) or '(?!)'})")
         pairs = [(ord(char), _MARK + n) for n, char in enumerate(sorted({*"".join(self._texts)}))]
@@ -160,7 +161,7 @@ class ControlTokenMarker:
                 single_word=token.single_word,
                 lstrip=token.lstrip,
                 rstrip=token.rstrip,
-                normalized=token.normalized and not token.special,
+                normalized=token.normalized and token.content not in self._ids,
             )
             for token in tokens.values()
         ]

@@ -245,7 +245,6 @@ class _Rendering:
             turn=turn,
             kind="exact",
             weight=self._turns[turn].weight,
-            untrained=self._untrained(turn, text, content),
         )
         if self._messages[turn]["role"] != "assistant":
             if content is None:
@@ -256,7 +255,8 @@ class _Rendering:
                     "trained content is not shown",
                 )
             # No generation prompt opens such a turn, so what is trained is its content.
-            return replace(span, needs_stop=False)
+            untrained = self._untrained(turn, text, content, span.start)
+            return replace(span, needs_stop=False, untrained=untrained)
         prompt = self(turn, generation_prompt=True)
         if text.startswith(prompt):
             kind: SpanKind = "exact"
@@ -282,7 +282,8 @@ class _Rendering:
                 span = replace(span, bound=min(span.bound, max(len(own), start)))
             else:
                 kind = "rewritten"
-        return replace(span, kind=kind, start=start)
+        untrained = self._untrained(turn, text, content, start)
+        return replace(span, kind=kind, start=start, untrained=untrained)
 
     def _through_stop(self, turn: int) -> str:
         """The text up to the stop token of a turn, when it is the last one."""
@@ -329,22 +330,32 @@ class _Rendering:
         content = self._messages[turn].get("content")
         return content if isinstance(content, str) else ""
 
-    def _untrained(self, turn: int, text: str, content: Range | None) -> tuple[Range, ...]:
-        """The parts of a content that are not trained, in the rendered text."""
+    def _untrained(
+        self, turn: int, text: str, content: Range | None, first: int
+    ) -> tuple[Range, ...]:
+        """The parts of a content that are not trained, in a span of the rendered text."""
         parts = self._turns[turn].untrained
         if not parts:
             return ()
-        start, end = self._cores[turn]
-        if content is None or text[slice(*content)] != self._content(turn)[start:end]:
-            raise RowError(
-                self._index,
-                f"message {turn} has parts that are not to be trained, but the chat template does "
-                "not write its content as it is, so they cannot be found. Use a template that "
-                "does, or one flag for the whole message.",
-                "parts of a content cannot be found",
-            )
-        move = content[0] - start
-        return tuple((max(a, start) + move, min(b, end) + move) for a, b in parts)
+        given, (start, end) = self._content(turn), self._cores[turn]
+        move = content[0] - start if content else -1
+        if move < 0 or not text.startswith(given, move):
+            # Space and reasoning before the content may be left out, but not written otherwise.
+            is_other = content is None or text[slice(*content)] != given[start:end]
+            has_reasoning = content is not None and text[first : content[0]].strip() != ""
+            if is_other or (
+                has_reasoning and any(given[a : min(b, start)].strip() for a, b in parts)
+            ):
+                raise RowError(
+                    self._index,
+                    f"message {turn} has parts that are not to be trained, but the chat template "
+                    "does not write its content as it is, so they cannot be found. Use a template "
+                    "that does, or one flag for the whole message.",
+                    "parts of a content cannot be found",
+                )
+            parts = tuple((max(a, start), min(b, end)) for a, b in parts)
+        moved = [(max(a + move, first), b + move) for a, b in parts]
+        return tuple((a, b) for a, b in moved if a < b)
 
     def _header_end(self, turn: int, text: str) -> int:
         """How far the text of a turn is known to be its header."""

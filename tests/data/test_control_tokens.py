@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from hf_sft_plugin.data.control_tokens import ControlTokenMarker
 from hf_sft_plugin.data.tokenization import make_options, tokenize_rows
@@ -302,6 +302,23 @@ def test_a_lossy_tokenizer_keeps_rows_with_control_tokens() -> None:
     outcome = outcome_of(chat(("user", "q"), ("assistant", " a</s>b")), tokenizer)
     assert outcome.error is None
     assert outcome.is_lossy
+
+
+def test_an_eos_token_that_is_not_marked_as_special_is_a_control_token_all_the_same() -> None:
+    """A slow tokenizer, which encodes in pieces between its control tokens."""
+    template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tokenizer: Any = ByT5Tokenizer(chat_template=template)
+    assert not tokenizer.added_tokens_decoder[1].special
+    outcome = outcome_of(chat(("user", "q</s>"), ("assistant", "</s>a")), tokenizer)
+    (example,) = outcome.examples
+    assert example["input_ids"].count(1) == 2
+    assert trained_ids(outcome) == [byte + 3 for byte in b"</s>a"] + [1]
+    # Its </s> swallows the space around it, which pieces do not show.
+    outcome = outcome_of(chat(("user", " </s>q "), ("assistant", "a")), tokenizer)
+    assert outcome.error.reason == "control tokens cannot be encoded as text"
 
 
 def test_a_token_across_half_a_character_is_seen_beside_control_tokens() -> None:

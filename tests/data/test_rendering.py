@@ -187,6 +187,40 @@ def test_reasoning_of_earlier_turns_stands_in_no_later_context_where_templates_d
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "parts", "expected"),
+    [
+        ("chatml", (("<think>why</think>", False), ("so", True)), "so" + IM),
+        ("chatml", (("<think>wh", False), ("y</think>so", True)), "y</think>so" + IM),
+        ("chatml", (("<think>why</think>", True), ("so", False)), "<think>why</think>" + IM),
+        ("chatml", (("  ", False), ("so", True), (" \n", False)), "so" + IM),
+        # Trimmed, moved behind the generation prompt, dropped, and written otherwise.
+        ("llama3", (("  ", False), ("so", True), (" \n", False)), "so<|eot|>"),
+        ("deepseek", (("<think>\nwhy</think>", False), ("so", True)), "so" + END),
+        ("deepseek_forgets", (("<think>\nwhy</think>", False), ("so", True)), "so" + END),
+        ("qwen3", (("<think>why</think>", False), ("so", True)), None),
+        ("qwen3", ((" ", False), ("so", True)), "<think>\n\n</think>\n\nso" + IM),
+    ],
+)
+def test_a_part_that_is_not_to_be_trained_is_not_even_where_it_is_reasoning_or_space(
+    name: str,
+    parts: tuple[tuple[str, bool], ...],
+    expected: str | None,
+    tokenize_with: Callable[..., Any],
+    tokenizer_of_family: Callable[[str], Any],
+) -> None:
+    content = [{"type": "text", "text": text, "train": train} for text, train in parts]
+    row = [{"role": "user", "content": "q"}, {"role": "assistant", "content": content}]
+    outcome = tokenize_with(name, row)
+    if expected is None:
+        assert outcome.error.reason == "parts of a content cannot be found"
+        return
+    (example,) = outcome.examples
+    pairs = zip(example["input_ids"], example["response_mask"], strict=True)
+    told = tokenizer_of_family(name).decode([token for token, mark in pairs if mark])
+    assert told == expected
+
+
 def test_reasoning_beside_the_content_is_trained(
     tokenize_with: Callable[..., Any], trained_of: Callable[..., Any]
 ) -> None:

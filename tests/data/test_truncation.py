@@ -8,8 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_sft_plugin import RowError
-from hf_sft_plugin.data.truncation import keep, mask_runs, plan_truncation
-from hf_sft_plugin.types import TrainedSpan
+from hf_sft_plugin.data.truncation import (
+    keep,
+    mask_runs,
+    plan_truncation,
+    without_oldest_exchange,
+)
+from hf_sft_plugin.types import Conversation, TrainedSpan, Turn
 
 # Two turns: tokens 3 and 4 are the first response, 8 and 9 the second; token 10 follows it.
 MASK = [0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 0]
@@ -163,3 +168,28 @@ def test_spans_and_mask_say_the_same_before_and_after(mask: list[int], data: st.
 )
 def test_runs_of_a_mask(mask: list[int], runs: list[tuple[int, int]]) -> None:
     assert mask_runs(mask) == runs
+
+
+@pytest.mark.parametrize(
+    ("roles", "left"),
+    [
+        ("suauAuA", "suAuA"),
+        ("uaatuA", "uA"),
+        ("suA", None),
+        ("suAu", None),
+        ("auA", "uA"),
+        ("s", None),
+    ],
+)
+def test_a_chat_loses_its_oldest_exchange_as_long_as_something_is_left_to_train(
+    roles: str, left: str | None
+) -> None:
+    """Upper case is trained."""
+    names = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    turns = tuple(
+        Turn({"role": names[role.lower()], "content": f"{role}{number}"}, role.isupper())
+        for number, role in enumerate(roles)
+    )
+    shorter = without_oldest_exchange(Conversation(turns))
+    told = shorter and "".join(turn.message["content"][0] for turn in shorter.turns)
+    assert told == left
