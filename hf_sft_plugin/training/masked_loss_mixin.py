@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +12,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_sft_plugin.loss.masked_loss import LossNormalization, token_weights, widest_float
+from hf_sft_plugin.loss.objective import LossObjective
 from hf_sft_plugin.loss.token_stats import shift_labels
 from hf_sft_plugin.training.checkpoint import load_totals, save_totals
 from hf_sft_plugin.training.lm_head import FusedHead, ResponseResult, find_transform, forward_full
@@ -110,6 +112,8 @@ class MaskedLossMixin(_TrainerBase):
     Attributes:
         loss_normalization: What the loss is divided by; see `LossNormalization`.
         normalize_constant: The divisor for `LossNormalization.CONSTANT`.
+        objective: The loss of a token in training, of which `loss` is the mean; evaluation reports
+            the negative log-likelihood. `label_smoothing_factor` of the `Trainer` goes into it.
         fused_head: `auto`, `on` or `off`; see `MaskedSFTConfig`.
 
     Raises:
@@ -119,6 +123,7 @@ class MaskedLossMixin(_TrainerBase):
     loss_is_scaled_for_ga: bool | None = True
     loss_normalization: LossNormalization = LossNormalization.TOKEN
     normalize_constant: float = 1.0
+    objective: LossObjective = LossObjective()
     fused_head: str = "auto"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -126,6 +131,9 @@ class MaskedLossMixin(_TrainerBase):
         _refuse_inexact_settings(self)
         # A subclass may give it as text, as the config does.
         self.loss_normalization = LossNormalization(self.loss_normalization)
+        if self.args.label_smoothing_factor:
+            smoothing = self.args.label_smoothing_factor
+            self.objective = replace(self.objective, label_smoothing=smoothing)
         self._train_totals = WindowedTotals()
         self._eval_rows: list[Tensor] = []
         self._num_microbatches = 1
@@ -184,7 +192,7 @@ class MaskedLossMixin(_TrainerBase):
         """
         batch = split_batch(inputs, self.loss_normalization)
         scaled = batch._replace(weights=batch.weights * self._scale(batch, num_items_in_batch))
-        result, outputs = self._forward(model, scaled, needs_outputs=return_outputs)
+        result, outputs = self._forward(model, scaled, self.objective, return_outputs)
         loss = result.loss + self._weighted_aux_loss(model, result)
         if model.training:
             self._train_totals.add(self._totals(batch, result))
@@ -206,10 +214,9 @@ class MaskedLossMixin(_TrainerBase):
         """
         batch = split_batch(self._prepare_inputs(inputs), self._eval_normalization)
         with torch.no_grad(), self.compute_loss_context_manager():
-            result, outputs = self._forward(model, batch, needs_outputs=not prediction_loss_only)
-        totals = row_totals(
-            result.stats, batch.targets, batch.weights, batch.divisors, batch.num_tokens
-        )
+            nll = LossObjective()
+            result, outputs = self._forward(model, batch, nll, not prediction_loss_only)
+        totals = _row_totals(batch, result, batch.divisors)
         if self.accelerator.num_processes > 1:
             # Leaves out the rows that were repeated to give every process as many.
             totals = self.accelerator.gather_for_metrics(totals)
@@ -246,13 +253,14 @@ class MaskedLossMixin(_TrainerBase):
         """As in `Trainer`, with the exact means of the window in place of its loss."""
         if "loss" in logs:
             del logs["loss"]
-            means = self._train_totals.close(self.accelerator).means()
+            means = self._train_totals.close(self.accelerator).means(not self.objective.is_nll)
             rest = dict(logs)
             logs.clear()
             logs.update({**means, **rest, **self._train_totals.run.counts()})
         elif "train_loss" in logs:
             self._train_totals.close(self.accelerator)
-            logs.update({f"train_{k}": v for k, v in self._train_totals.run.means().items()})
+            means = self._train_totals.run.means(not self.objective.is_nll)
+            logs.update({f"train_{name}": value for name, value in means.items()})
         super().log(logs, start_time)
 
     @property
@@ -263,14 +271,14 @@ class MaskedLossMixin(_TrainerBase):
         return self.loss_normalization
 
     def _forward(
-        self, model: nn.Module, batch: ResponseBatch, needs_outputs: bool
+        self, model: nn.Module, batch: ResponseBatch, objective: LossObjective, needs_outputs: bool
     ) -> tuple[ResponseResult, Any]:
         """Steps 6 and 7: the body and the head of the model."""
-        if not needs_outputs:
-            head = self._fused_head(model, batch)
-            if head is not None:
-                return head.forward(model, batch.model_inputs, batch.targets, batch.weights), None
-        return forward_full(model, batch.model_inputs, batch.targets, batch.weights)
+        arguments = batch.model_inputs, batch.targets, batch.weights, objective
+        head = None if needs_outputs else self._fused_head(model, batch)
+        if head is None:
+            return forward_full(model, *arguments)
+        return head.forward(model, *arguments), None
 
     def _fused_head(self, model: nn.Module, batch: ResponseBatch) -> FusedHead | None:
         """The fused head, where the model allows one; decided once per model."""
@@ -329,9 +337,7 @@ class MaskedLossMixin(_TrainerBase):
         if self.loss_normalization == LossNormalization.CONSTANT:
             parts = len(divisors) * self._num_microbatches * self.accelerator.num_processes
             divisors = torch.full_like(divisors, self.normalize_constant / parts)
-        return row_totals(
-            result.stats, batch.targets, batch.weights, divisors, batch.num_tokens
-        ).sum(0)
+        return _row_totals(batch, result, divisors).sum(0)
 
     def _no_totals(self) -> Tensor:
         device = self.args.device
@@ -358,6 +364,11 @@ class MaskedLossMixin(_TrainerBase):
             load_totals(checkpoint, self._train_totals, self.accelerator)
 
 
+def _row_totals(batch: ResponseBatch, result: ResponseResult, divisors: Tensor) -> Tensor:
+    values = result.token_losses, result.stats, batch.targets, batch.weights
+    return row_totals(*values, divisors, batch.num_tokens)
+
+
 def _refuse_inexact_settings(trainer: Trainer) -> None:
     """Raises on settings under which the promised numbers could not hold."""
     conflicts: Sequence[tuple[bool, str]] = (
@@ -371,11 +382,6 @@ def _refuse_inexact_settings(trainer: Trainer) -> None:
             trainer.compute_loss_func is not None,
             "compute_loss_func was given, but the masked loss would never call it. Leave it out, "
             "or use a Trainer without MaskedLossMixin.",
-        ),
-        (
-            trainer.args.label_smoothing_factor != 0,
-            "label_smoothing_factor is not 0, but the masked loss has no label smoothing. Set it "
-            "to 0.",
         ),
         (
             trainer.get_cp_size() * trainer.get_sp_size() > 1,

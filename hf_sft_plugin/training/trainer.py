@@ -128,6 +128,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         )
         self.loss_normalization = LossNormalization(args.loss_normalization)
         self.normalize_constant = args.normalize_constant or 1.0
+        self.objective = args.objective()
         self.fused_head = args.fused_head
 
     def generate_responses(
