@@ -100,6 +100,33 @@ def model_factory() -> Callable[..., Any]:
     return make_model
 
 
+def compute_reference_losses(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    loss_type: str = "nll",
+    focal_gamma: float = 2.0,
+    label_smoothing: float = 0.0,
+    z_loss_coef: float = 0.0,
+    entropy_coef: float = 0.0,
+) -> torch.Tensor:
+    """The loss of each token in float64, as the formulas say; autograd differentiates them."""
+    logits = logits.double()
+    log_z = logits.exp().sum(-1).log()
+    log_p = logits - log_z.unsqueeze(-1)
+    log_p_target = log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    p_target = log_p_target.exp()
+    modulation = {"nll": 1.0, "dft": p_target.detach(), "focal": (1 - p_target) ** focal_gamma}
+    loss = (1 - label_smoothing) * modulation[loss_type] * -log_p_target
+    loss = loss + label_smoothing * -log_p.sum(-1) / logits.shape[-1]
+    return loss + z_loss_coef * log_z**2 + entropy_coef * (log_p.exp() * log_p).sum(-1)
+
+
+@pytest.fixture(scope="session")
+def reference_losses() -> Callable[..., torch.Tensor]:
+    """See `compute_reference_losses`."""
+    return compute_reference_losses
+
+
 @pytest.fixture
 def make_config(tmp_path: Path) -> Callable[..., MaskedSFTConfig]:
     """Settings of a short, quiet run on the CPU that writes below the test's own folder."""

@@ -118,9 +118,9 @@ def sft_microbatch_train_step(
     return loss.detach(), {"num_tokens": num_tokens, "masked_sum": masked_sum.detach()}
 
 
-def weighted_nll(log_probs: Tensor, weights: Tensor) -> Tensor:
-    """Sum over tokens of weight * -log p, leaving out what has weight 0."""
-    return -masked_normalize(log_probs, weights.to(log_probs.dtype))
+def weighted_sum(token_losses: Tensor, weights: Tensor) -> Tensor:
+    """Sum over tokens of weight * loss, leaving out what has weight 0."""
+    return masked_normalize(token_losses, weights.to(token_losses.dtype))
 
 
 def token_weights(

@@ -27,6 +27,22 @@ class TokenStats(NamedTuple):
     is_top1: Tensor
 
 
+class TokenTerms(NamedTuple):
+    """What a `LossObjective` is made of; all of one shape, each differentiable once.
+
+    Attributes:
+        log_probs: log p(target).
+        token_entropy: Entropy of the prediction.
+        log_normalizer: log Z, the logarithm of the sum of the exponentiated logits.
+        mean_log_prob: Mean of log p over the vocabulary; -inf where a logit is.
+    """
+
+    log_probs: Tensor
+    token_entropy: Tensor
+    log_normalizer: Tensor
+    mean_log_prob: Tensor
+
+
 def shift_labels(labels: Tensor, fill: float = IGNORE_INDEX) -> Tensor:
     """Moves token-aligned values one step left, so that position t holds what t predicts.
 
@@ -71,7 +87,24 @@ def token_stats(logits: Tensor, targets: Tensor) -> TokenStats:
         >>> [round(value, 4) for value in stats.token_entropy.tolist()]
         [0.6931, 0.0]
     """
-    return TokenStats(*_TokenStatsFunction.apply(logits, targets))
+    return TokenStats(*_TokenStatsFunction.apply(logits, targets, False))
+
+
+def token_terms(logits: Tensor, targets: Tensor) -> tuple[TokenTerms, Tensor]:
+    """Like `token_stats`, with two more statistics of each prediction.
+
+    With p = softmax(z): d log Z / dz_v = p_v, and the mean m of log p over a vocabulary of V has
+    dm / dz_v = 1 / V - p_v.
+
+    Args:
+        logits: As in `token_stats`.
+        targets: As in `token_stats`.
+
+    Returns:
+        The terms, and `is_top1` as in `TokenStats`.
+    """
+    log_probs, entropy, is_top1, *more = _TokenStatsFunction.apply(logits, targets, True)
+    return TokenTerms(log_probs, entropy, *more), is_top1
 
 
 def compute_entropy(logits: Tensor) -> Tensor:
@@ -161,50 +194,66 @@ def _row_tiles(logits: Tensor, *per_row: Tensor) -> Iterator[tuple[Tensor, ...]]
         yield from zip(*(tensor.split(num_rows) for tensor in (logits, *per_row)), strict=True)
 
 
+def statistics_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which sums over the vocabulary are taken: float32, or float64 for float64."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def _log_softmax(logits: Tensor) -> Tensor:
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return torch.log_softmax(logits, dim=-1, dtype=dtype)
+    return torch.log_softmax(logits, dim=-1, dtype=statistics_dtype(logits))
 
 
 class _TokenStatsFunction(torch.autograd.Function):
-    """`token_stats`, tile by tile in both directions."""
+    """`token_stats` and `token_terms`, tile by tile in both directions."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, has_more: bool) -> tuple[Tensor, ...]:
         shape = logits.shape[:-1]
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        log_probs, entropy, is_top1 = (
-            torch.empty(shape, dtype=dtype, device=logits.device) for _ in range(3)
-        )
+        dtype = statistics_dtype(logits)
+        outputs = [
+            torch.empty(shape, dtype=dtype, device=logits.device)
+            for _ in range(5 if has_more else 3)
+        ]
         matrix = logits if logits.dim() > 1 else logits.unsqueeze(0)
-        per_row = [t.reshape(matrix.shape[:-1]) for t in (targets, log_probs, entropy, is_top1)]
-        for tile, target, *out in _row_tiles(matrix, *per_row):
+        per_row = [t.reshape(matrix.shape[:-1]) for t in (targets, *outputs)]
+        for tile, target, log_prob, entropy, is_top1, *more in _row_tiles(matrix, *per_row):
             log_p = _log_softmax(tile)
-            out[0].copy_(log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1))
-            out[2].copy_(tile.argmax(-1) == target)
+            top1 = tile.argmax(-1)
+            log_prob.copy_(log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1))
+            is_top1.copy_(top1 == target)
+            if more:
+                top1 = top1.unsqueeze(-1)
+                more[0].copy_((tile.gather(-1, top1) - log_p.gather(-1, top1)).squeeze(-1))
+                more[1].copy_(log_p.mean(-1))
             # A probability of 0 meets a logarithm of -inf: their product is 0 in the limit.
-            out[1].copy_(-(log_p.exp() * log_p.clamp_min(torch.finfo(dtype).min)).sum(-1))
-        ctx.save_for_backward(logits, targets, entropy)
-        ctx.mark_non_differentiable(is_top1)
-        return log_probs, entropy, is_top1
+            entropy.copy_(-(log_p.exp() * log_p.clamp_min(torch.finfo(dtype).min)).sum(-1))
+        ctx.save_for_backward(logits, targets, outputs[1])
+        ctx.mark_non_differentiable(outputs[2])
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor, _: Tensor) -> Any:
+    def backward(
+        ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor, _: Tensor, *grad_more: Tensor
+    ) -> Any:
         refuse_second_derivative("torch.log_softmax on the logits")
         logits, targets, entropy = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
         matrix, grad_matrix = (t if t.dim() > 1 else t.unsqueeze(0) for t in (logits, grad_logits))
         per_row = [
-            t.reshape(matrix.shape[:-1]) for t in (targets, entropy, grad_log_probs, grad_entropy)
+            t.reshape(matrix.shape[:-1])
+            for t in (targets, entropy, grad_log_probs, grad_entropy, *grad_more)
         ]
         tiles = _row_tiles(matrix, *per_row)
         outputs = _row_tiles(grad_matrix)
-        for (tile, target, h, g_log_prob, g_entropy), (out,) in zip(tiles, outputs, strict=True):
+        for (tile, *row_values), (out,) in zip(tiles, outputs, strict=True):
+            target, h, g_log_prob, g_entropy, *g_more = (t.unsqueeze(-1) for t in row_values)
             log_p = _log_softmax(tile)
-            target, h, g_log_prob, g_entropy = (
-                t.unsqueeze(-1) for t in (target, h, g_log_prob, g_entropy)
-            )
             p = log_p.exp()
             grad = log_p.clamp_min_(torch.finfo(log_p.dtype).min).add_(h).mul_(p).mul_(-g_entropy)
-            out.copy_(grad.sub_(p.mul_(g_log_prob)).scatter_add_(-1, target, g_log_prob))
-        return grad_logits, None
+            pulled = g_log_prob
+            if g_more:
+                g_log_normalizer, g_mean = g_more
+                pulled = g_log_prob - g_log_normalizer + g_mean
+                grad.add_(g_mean / tile.shape[-1])
+            out.copy_(grad.sub_(p.mul_(pulled)).scatter_add_(-1, target, g_log_prob))
+        return grad_logits, None, None

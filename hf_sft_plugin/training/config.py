@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_sft_plugin.loss.masked_loss import LossNormalization
+from hf_sft_plugin.loss.objective import LossObjective, LossType
 from hf_sft_plugin.types import DataOptions
 
 
@@ -40,6 +41,31 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
     normalize_constant: float | None = field(
         default=None,
         metadata={"help": "The divisor of loss_normalization='constant', in tokens."},
+    )
+    loss_type: str = field(
+        default=LossType.NLL.value,
+        metadata={
+            "help": "The loss of a token with probability p: -log p ('nll'), weighted with p as a "
+            "constant ('dft', Dynamic Fine-Tuning), or with (1 - p)^focal_gamma ('focal'). "
+            "label_smoothing_factor, z_loss_coef and entropy_coef go with each. The log's loss is "
+            "what is optimized, and nll is then beside it; eval_loss is -log p always.",
+            "choices": [choice.value for choice in LossType],
+        },
+    )
+    focal_gamma: float | None = field(
+        default=None,
+        metadata={"help": "The exponent of loss_type='focal'. None: 2."},
+    )
+    z_loss_coef: float = field(
+        default=0.0,
+        metadata={"help": "Adds this times the squared log-normalizer of the logits; try 1e-4."},
+    )
+    entropy_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Subtracts this times the entropy of each prediction: above 0 rewards "
+            "entropy, below 0 punishes it."
+        },
     )
     fused_head: str = field(
         default="auto",
@@ -145,6 +171,12 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
                 f"normalize_constant is {self.normalize_constant}; a divisor is positive and "
                 "finite."
             )
+        if self.focal_gamma is not None and self.loss_type != LossType.FOCAL:
+            raise ValueError(
+                f"focal_gamma is {self.focal_gamma}, but loss_type is {str(self.loss_type)!r}, "
+                "which has no such exponent. Set loss_type to 'focal', or leave focal_gamma out."
+            )
+        self.objective()
         for name in ("fused_head", "padding_free"):
             value = getattr(self, name)
             if value not in ("auto", "on", "off"):
@@ -170,6 +202,16 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
 
     # The one that a dataclass gets would show the Hub token, which `TrainingArguments` hides.
     __repr__ = TrainingArguments.__repr__
+
+    def objective(self) -> LossObjective:
+        """The loss of a token, as the functions of loss/ take it."""
+        return LossObjective(
+            loss_type=self.loss_type,
+            focal_gamma=2.0 if self.focal_gamma is None else self.focal_gamma,
+            label_smoothing=self.label_smoothing_factor,
+            z_loss_coef=self.z_loss_coef,
+            entropy_coef=self.entropy_coef,
+        )
 
     def data_options(self) -> dict[str, Any]:
         """The fields of `DataOptions`, as the functions of data/ take them."""

@@ -8,18 +8,18 @@ good.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from hf_sft_plugin.loss.fused_head import fused_head_loss
-from hf_sft_plugin.loss.masked_loss import weighted_nll
-from hf_sft_plugin.loss.token_stats import TokenStats, token_stats
+from hf_sft_plugin.loss.fused_head import HeadLoss, full_head_loss, fused_head_loss
+from hf_sft_plugin.loss.linear_head import is_plain_linear, linear_head_loss
+from hf_sft_plugin.loss.logit_tile import LogitTransform
+from hf_sft_plugin.loss.objective import LossObjective
+from hf_sft_plugin.loss.token_stats import TokenStats
 from hf_sft_plugin.types import IGNORE_INDEX
 
-LogitTransform = Callable[[Tensor], Tensor]
 _RESULT_KEY = "response_result"
 
 
@@ -27,18 +27,24 @@ class ResponseResult(NamedTuple):
     """What one forward pass gives for the N response positions of a batch.
 
     Attributes:
-        loss: Scalar, sum of weight * -log p(target).
+        loss: Scalar, sum of weight * loss of the token.
+        token_losses: `(N,)`, the loss of each token without its weight, detached.
         stats: Detached statistics of shape `(N,)`, in row-major order of the positions.
         aux_loss: The router loss of a mixture-of-experts model, where it computes one.
     """
 
     loss: Tensor
+    token_losses: Tensor
     stats: TokenStats
     aux_loss: Tensor | None
 
 
 def forward_full(
-    model: nn.Module, inputs: Mapping[str, Any], targets: Tensor, weights: Tensor
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    targets: Tensor,
+    weights: Tensor,
+    objective: LossObjective,
 ) -> tuple[ResponseResult, Any]:
     """The reference: the model's own logits at all positions, then the loss at response positions.
 
@@ -47,6 +53,7 @@ def forward_full(
         inputs: What its forward takes, without labels.
         targets: `(B, S)`, shifted labels.
         weights: `(B, S)`, what the loss at each position is multiplied with.
+        objective: The loss of one token.
 
     Returns:
         The result, and the model's own outputs with the logits.
@@ -55,10 +62,8 @@ def forward_full(
     keep = targets != IGNORE_INDEX
     # Virtual tokens of a prompt-learning adapter come first and have no labels.
     logits = outputs.logits[:, -targets.shape[1] :][keep]
-    stats = token_stats(logits, targets[keep])
-    loss = weighted_nll(stats.log_probs, weights[keep])
-    detached = TokenStats(*(stat.detach() for stat in stats))
-    return ResponseResult(loss, detached, outputs.get("aux_loss")), outputs
+    answer = full_head_loss(logits, targets[keep], weights[keep], objective)
+    return ResponseResult(*answer, outputs.get("aux_loss")), outputs
 
 
 class FusedHead:
@@ -77,23 +82,21 @@ class FusedHead:
         self.transform = transform
 
     def forward(
-        self, model: nn.Module, inputs: Mapping[str, Any], targets: Tensor, weights: Tensor
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        targets: Tensor,
+        weights: Tensor,
+        objective: LossObjective,
     ) -> ResponseResult:
         """Like `forward_full`, within rounding, in memory that does not grow with the batch."""
         keep = targets != IGNORE_INDEX
         head = self.lm_head.forward
-        parameters = [p for p in self.lm_head.parameters() if p.requires_grad]
-        answers: list[Any] = []
+        answers: list[HeadLoss] = []
 
         def answer_with_loss(hidden_states: Tensor) -> Tensor:
-            answer = fused_head_loss(
-                hidden_states[:, -targets.shape[1] :][keep],
-                targets[keep],
-                weights[keep],
-                head=lambda rows: self.transform(head(rows)),
-                parameters=parameters,
-                vocab_size=_vocab_size(self.lm_head),
-            )
+            rows = hidden_states[:, -targets.shape[1] :][keep]
+            answer = self._answer(head, rows, targets[keep], weights[keep], objective)
             answers.append(answer)
             # The model goes on with this as if it were logits; whatever it computes is discarded.
             return answer.loss.view(1, 1, 1)
@@ -101,8 +104,7 @@ class FusedHead:
         def attach_result(_: nn.Module, __: Any, outputs: Any) -> dict[str, Any]:
             # Wrappers such as DDP look at the outputs to find what the gradient will reach.
             (answer,) = answers
-            aux_loss = outputs.get("aux_loss")
-            return {_RESULT_KEY: ResponseResult(answer.loss, answer.stats, aux_loss)}
+            return {_RESULT_KEY: ResponseResult(*answer, outputs.get("aux_loss"))}
 
         hook = self.model.register_forward_hook(attach_result, prepend=True)
         try:
@@ -112,6 +114,30 @@ class FusedHead:
             hook.remove()
         assert isinstance(result, ResponseResult)
         return result
+
+    def _answer(
+        self,
+        head: Callable[..., Tensor],
+        rows: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        objective: LossObjective,
+    ) -> HeadLoss:
+        """The loss of some hidden states, the short way where the head is a plain linear layer."""
+        module = self.lm_head
+        if is_plain_linear(module, head, rows):
+            return linear_head_loss(
+                rows, targets, weights, module.weight, module.bias, self.transform, objective
+            )
+        return fused_head_loss(
+            rows,
+            targets,
+            weights,
+            head=lambda part: self.transform(head(part)),
+            parameters=[p for p in module.parameters() if p.requires_grad],
+            vocab_size=_vocab_size(module),
+            objective=objective,
+        )
 
 
 def find_transform(
@@ -175,15 +201,15 @@ def _known_logits(like: Tensor) -> Tensor:
 
 def _candidates(model: nn.Module) -> Iterator[LogitTransform]:
     config = cast(Any, model).config.get_text_config()
-    yield lambda logits: logits
+    yield LogitTransform()
     for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
         scale = getattr(config, name, None)
         if scale:
-            yield partial(torch.mul, other=scale)
-            yield partial(torch.div, other=scale)
+            yield LogitTransform(multiplier=scale)
+            yield LogitTransform(divisor=scale)
     cap = getattr(config, "final_logit_softcapping", None)
     if cap:
-        yield lambda logits: torch.tanh(logits / cap) * cap
+        yield LogitTransform(softcap=cap)
 
 
 def _lm_head(model: nn.Module) -> nn.Module | None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_sft_plugin.loss.masked_loss import LossNormalization, widest_float
+from hf_sft_plugin.loss.objective import LossObjective
 from hf_sft_plugin.training.attention_choice import AttentionChoice, choose_attention
 from hf_sft_plugin.training.checkpoint import load_totals, save_totals
 from hf_sft_plugin.training.lm_head import FusedHead, ResponseResult, find_transform, forward_full
@@ -53,6 +55,8 @@ class MaskedLossMixin(MicrobatchesMixin):
     Attributes:
         loss_normalization: What the loss is divided by; see `LossNormalization`.
         normalize_constant: The divisor for `LossNormalization.CONSTANT`.
+        objective: The loss of a token in training, of which `loss` is the mean; evaluation reports
+            the negative log-likelihood. `label_smoothing_factor` of the `Trainer` goes into it.
         fused_head: `auto`, `on` or `off`; see `MaskedSFTConfig`.
         padding_free: `auto`, `on` or `off`; see `MaskedSFTConfig`.
 
@@ -63,6 +67,7 @@ class MaskedLossMixin(MicrobatchesMixin):
     loss_is_scaled_for_ga: bool | None = True
     loss_normalization: LossNormalization = LossNormalization.TOKEN
     normalize_constant: float = 1.0
+    objective: LossObjective = LossObjective()
     fused_head: str = "auto"
     padding_free: str = "auto"
 
@@ -71,6 +76,9 @@ class MaskedLossMixin(MicrobatchesMixin):
         _refuse_inexact_settings(self)
         # A subclass may give it as text, as the config does.
         self.loss_normalization = LossNormalization(self.loss_normalization)
+        if self.args.label_smoothing_factor:
+            smoothing = self.args.label_smoothing_factor
+            self.objective = replace(self.objective, label_smoothing=smoothing)
         self._train_totals = WindowedTotals()
         self._eval_rows: list[Tensor] = []
         self._num_microbatches = 1
@@ -135,7 +143,7 @@ class MaskedLossMixin(MicrobatchesMixin):
         """
         batch = split_batch(inputs, self.loss_normalization)
         scaled = batch._replace(weights=batch.weights * self._scale(batch, num_items_in_batch))
-        result, outputs = self._forward(model, scaled, needs_outputs=return_outputs)
+        result, outputs = self._forward(model, scaled, self.objective, return_outputs)
         loss = result.loss + self._weighted_aux_loss(model, result)
         if model.training:
             self._train_totals.add(self._totals(batch, result))
@@ -157,10 +165,9 @@ class MaskedLossMixin(MicrobatchesMixin):
         """
         batch = split_batch(self._prepare_inputs(inputs), self._eval_normalization)
         with torch.no_grad(), self.compute_loss_context_manager():
-            result, outputs = self._forward(model, batch, needs_outputs=not prediction_loss_only)
-        totals = row_totals(
-            result.stats, batch.targets, batch.weights, batch.divisors, batch.num_tokens
-        )
+            nll = LossObjective()
+            result, outputs = self._forward(model, batch, nll, not prediction_loss_only)
+        totals = _row_totals(batch, result, batch.divisors)
         if self.accelerator.num_processes > 1:
             # Leaves out the rows that were repeated to give every process as many.
             totals = self.accelerator.gather_for_metrics(totals)
@@ -197,13 +204,14 @@ class MaskedLossMixin(MicrobatchesMixin):
         """As in `Trainer`, with the exact means of the window in place of its loss."""
         if "loss" in logs:
             del logs["loss"]
-            means = self._train_totals.close(self.accelerator).means()
+            means = self._train_totals.close(self.accelerator).means(not self.objective.is_nll)
             rest = dict(logs)
             logs.clear()
             logs.update({**means, **rest, **self._train_totals.run.counts()})
         elif "train_loss" in logs:
             self._train_totals.close(self.accelerator)
-            logs.update({f"train_{k}": v for k, v in self._train_totals.run.means().items()})
+            means = self._train_totals.run.means(not self.objective.is_nll)
+            logs.update({f"train_{name}": value for name, value in means.items()})
         super().log(logs, start_time)
 
     @property
@@ -214,17 +222,17 @@ class MaskedLossMixin(MicrobatchesMixin):
         return self.loss_normalization
 
     def _forward(
-        self, model: nn.Module, batch: ResponseBatch, needs_outputs: bool
+        self, model: nn.Module, batch: ResponseBatch, objective: LossObjective, needs_outputs: bool
     ) -> tuple[ResponseResult, Any]:
         """Steps 6 and 7: the body and the head of the model."""
         if needs_outputs:
             # Outputs have a row for each row of the batch.
-            return forward_full(model, batch.model_inputs, batch.targets, batch.weights)
+            return forward_full(model, batch.model_inputs, batch.targets, batch.weights, objective)
         head = self._fused_head(model, batch)
         attention = self._choose_attention(model)
         flat = without_padding(batch) if attention.is_padding_free else None
         batch = flat or batch
-        inputs = batch.model_inputs, batch.targets, batch.weights
+        inputs = batch.model_inputs, batch.targets, batch.weights, objective
         with nullcontext() if flat is None else attention.running():
             if head is None:
                 result, _ = forward_full(model, *inputs)
@@ -321,9 +329,7 @@ class MaskedLossMixin(MicrobatchesMixin):
         if self.loss_normalization == LossNormalization.CONSTANT:
             parts = len(divisors) * self._num_microbatches * self.accelerator.num_processes
             divisors = torch.full_like(divisors, self.normalize_constant / parts)
-        return row_totals(
-            result.stats, batch.targets, batch.weights, divisors, batch.num_tokens
-        ).sum(0)
+        return _row_totals(batch, result, divisors).sum(0)
 
     def _no_totals(self) -> Tensor:
         device = self.args.device
@@ -350,6 +356,11 @@ class MaskedLossMixin(MicrobatchesMixin):
             load_totals(checkpoint, self._train_totals, self.accelerator)
 
 
+def _row_totals(batch: ResponseBatch, result: ResponseResult, divisors: Tensor) -> Tensor:
+    values = result.token_losses, result.stats, batch.targets, batch.weights
+    return row_totals(*values, divisors, batch.num_tokens)
+
+
 def _refuse_inexact_settings(trainer: Trainer) -> None:
     """Raises on settings under which the promised numbers could not hold."""
     conflicts: Sequence[tuple[bool, str]] = (
@@ -363,11 +374,6 @@ def _refuse_inexact_settings(trainer: Trainer) -> None:
             trainer.compute_loss_func is not None,
             "compute_loss_func was given, but the masked loss would never call it. Leave it out, "
             "or use a Trainer without MaskedLossMixin.",
-        ),
-        (
-            trainer.args.label_smoothing_factor != 0,
-            "label_smoothing_factor is not 0, but the masked loss has no label smoothing. Set it "
-            "to 0.",
         ),
         (
             trainer.get_cp_size() * trainer.get_sp_size() > 1,

@@ -21,7 +21,7 @@ class Totals:
     """Sums and counts over any number of rows, from which every mean is made by one division.
 
     Attributes:
-        loss: Sum of the weighted negative log-likelihoods, in nats.
+        loss: Sum of the weighted losses of trained tokens, in nats.
         divisor: What the loss is divided by: see `LossNormalization`.
         nll: Sum of the unweighted negative log-likelihoods of trained tokens, in nats.
         token_entropy: Sum of the entropies at trained positions, in nats.
@@ -46,12 +46,17 @@ class Totals:
         """The values in the order of the fields."""
         return [getattr(self, f.name) for f in fields(self)]
 
-    def means(self) -> dict[str, float]:
-        """Loss, entropy and accuracy; empty where no token was trained."""
+    def means(self, with_nll: bool = False) -> dict[str, float]:
+        """Loss, entropy and accuracy; empty where no token was trained.
+
+        Args:
+            with_nll: Adds the negative log-likelihood per token, where the loss is another one.
+        """
         if self.num_response_tokens == 0 or self.divisor == 0:
             return {}
         return {
             "loss": self.loss / self.divisor,
+            **({"nll": self.nll / self.num_response_tokens} if with_nll else {}),
             "token_entropy": self.token_entropy / self.num_response_tokens,
             "token_accuracy": self.num_correct / self.num_response_tokens,
         }
@@ -73,11 +78,17 @@ NUM_TOTALS = len(fields(Totals))
 
 
 def row_totals(
-    stats: TokenStats, targets: Tensor, weights: Tensor, divisors: Tensor, num_tokens: Tensor
+    token_losses: Tensor,
+    stats: TokenStats,
+    targets: Tensor,
+    weights: Tensor,
+    divisors: Tensor,
+    num_tokens: Tensor,
 ) -> Tensor:
     """Sums what is known about the positions of each row; nothing leaves the device.
 
     Args:
+        token_losses: `(N,)`, the losses of the N trained positions, in row-major order.
         stats: Statistics of the N trained positions, in row-major order.
         targets: `(B, S)`, shifted labels with IGNORE_INDEX where nothing is trained.
         weights: `(B, S)`, as `token_weights` gave them.
@@ -89,8 +100,8 @@ def row_totals(
     """
     keep = targets != IGNORE_INDEX
     dtype = widest_float(targets.device)
-    log_probs, entropy, hits = (stat.to(dtype) for stat in stats)
-    per_token = torch.stack([-log_probs * weights[keep], -log_probs, entropy, hits], dim=-1)
+    losses, log_probs, entropy, hits = (value.to(dtype) for value in (token_losses, *stats))
+    per_token = torch.stack([losses * weights[keep], -log_probs, entropy, hits], dim=-1)
     sums = per_token.new_zeros(len(targets), 4)
     sums.index_add_(0, keep.nonzero()[:, 0], per_token)
     counts = torch.stack([keep.sum(-1), num_tokens], dim=-1).to(dtype)

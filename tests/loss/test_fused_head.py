@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_sft_plugin.loss.fused_head import fused_head_loss
-from hf_sft_plugin.loss.masked_loss import weighted_nll
+from hf_sft_plugin.loss.fused_head import full_head_loss, fused_head_loss
+from hf_sft_plugin.loss.objective import LossObjective
 from hf_sft_plugin.loss.token_stats import token_stats
 
 NUM_ROWS, HIDDEN, VOCAB = 23, 6, 17
+NLL = LossObjective()
 
 
 def make_inputs(dtype: torch.dtype, num_rows: int = NUM_ROWS) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,11 +30,11 @@ def make_head(dtype: torch.dtype, bias: bool = True) -> nn.Linear:
 
 def run_fused(hidden: Tensor, targets: Tensor, weights: Tensor, head: nn.Module) -> Tensor:
     parameters = [p for p in head.parameters() if p.requires_grad]
-    return fused_head_loss(hidden, targets, weights, head, parameters, VOCAB).loss
+    return fused_head_loss(hidden, targets, weights, head, parameters, VOCAB, NLL).loss
 
 
 def run_full(hidden: Tensor, targets: Tensor, weights: Tensor, head: nn.Module) -> Tensor:
-    return weighted_nll(token_stats(head(hidden), targets).log_probs, weights)
+    return full_head_loss(head(hidden), targets, weights, NLL).loss
 
 
 def gradients(loss: Tensor, hidden: Tensor, head: nn.Module) -> list[Tensor]:
@@ -63,7 +64,7 @@ def test_tiles_give_the_loss_and_gradient_of_full_logits(bias: bool, frozen: boo
 def test_the_statistics_are_those_of_full_logits() -> None:
     hidden, targets, weights = make_inputs(torch.float64)
     head = make_head(torch.float64)
-    stats = fused_head_loss(hidden, targets, weights, head, [], VOCAB).stats
+    stats = fused_head_loss(hidden, targets, weights, head, [], VOCAB, NLL).stats
     for fused, full in zip(stats, token_stats(head(hidden), targets), strict=True):
         torch.testing.assert_close(fused, full.detach(), rtol=1e-12, atol=1e-12)
         assert not fused.requires_grad
@@ -121,7 +122,7 @@ def test_the_gradient_is_that_of_finite_differences_and_scales_with_the_upstream
         def apply(rows: Tensor) -> Tensor:
             return rows @ weight.T
 
-        return 3 * fused_head_loss(hidden, targets, weights, apply, [weight], VOCAB).loss
+        return 3 * fused_head_loss(hidden, targets, weights, apply, [weight], VOCAB, NLL).loss
 
     assert torch.autograd.gradcheck(loss, (hidden, weight))
 
@@ -181,7 +182,7 @@ def test_no_more_than_a_tile_of_logits_exists_at_any_time(monkeypatch: pytest.Mo
         return logits
 
     loss = fused_head_loss(
-        hidden, targets, weights, counting_head, list(head.parameters()), VOCAB
+        hidden, targets, weights, counting_head, list(head.parameters()), VOCAB, NLL
     ).loss
     num_alive.append(sum(tile() is not None for tile in tiles))
     loss.backward()

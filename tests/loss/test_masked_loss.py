@@ -13,7 +13,7 @@ from hf_sft_plugin import (
     masked_normalize,
     sft_microbatch_train_step,
 )
-from hf_sft_plugin.loss.masked_loss import token_weights, weighted_nll
+from hf_sft_plugin.loss.masked_loss import token_weights, weighted_sum
 
 TENSOR = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
 MASK = torch.tensor([[1, 0, 1], [1, 1, 0]])
@@ -119,5 +119,5 @@ def test_each_normalization_weighs_tokens_and_counts_rows_as_it_says(
 
 
 def test_a_weight_of_zero_hides_an_impossible_token() -> None:
-    loss = weighted_nll(torch.tensor([-1.0, -torch.inf]), torch.tensor([2.0, 0.0]))
+    loss = weighted_sum(torch.tensor([1.0, torch.inf]), torch.tensor([2.0, 0.0]))
     assert loss.item() == 2.0

@@ -21,6 +21,10 @@ TOKEN = "hf_" + "s" * 34
 OWN_DEFAULTS = {
     "loss_normalization": "token",
     "normalize_constant": None,
+    "loss_type": "nll",
+    "focal_gamma": None,
+    "z_loss_coef": 0.0,
+    "entropy_coef": 0.0,
     "fused_head": "auto",
     "max_tokens_per_microbatch": None,
     "keep_freed_memory": True,
@@ -88,6 +92,10 @@ def test_every_setting_of_our_own_has_its_default_and_a_help_text() -> None:
             )
             for value in (0.0, -1.0, math.nan, math.inf)
         ),
+        ({"loss_type": "hinge"}, "loss_type is 'hinge'; choose one of nll, dft, focal"),
+        ({"focal_gamma": 2.0}, "focal_gamma is 2.0, but loss_type is 'nll'.*leave focal_gamma out"),
+        ({"loss_type": "focal", "focal_gamma": -1.0}, "focal_gamma is -1.0, but the exponent is"),
+        ({"label_smoothing_factor": 1.0}, "label_smoothing is 1.0; a share"),
         ({"fused_head": "yes"}, "fused_head is 'yes'; choose auto, on or off"),
         ({"fused_head": False}, "fused_head is False; choose auto, on or off. In YAML put quotes"),
         ({"padding_free": True}, "padding_free is True; choose auto, on or off. In YAML put"),

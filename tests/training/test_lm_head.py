@@ -8,8 +8,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from hf_sft_plugin.loss.logit_tile import LogitTransform
+from hf_sft_plugin.loss.objective import LossObjective
+from hf_sft_plugin.training import lm_head
 from hf_sft_plugin.training.lm_head import FusedHead, find_transform, forward_full
 
+NLL = LossObjective()
 GEMMA = {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 5.0}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 tied": ("qwen3", {}),
@@ -57,16 +61,16 @@ def run(
 def test_the_fused_head_equals_the_models_own_logits(
     name: str, model_factory: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_sft_plugin.loss.fused_head._TILE_SIZE", 3 * 300)
+    monkeypatch.setattr("hf_sft_plugin.loss.linear_head._CPU_TILE_BYTES", 3 * 300 * 8)
     model_type, fields = ARCHITECTURES[name]
     model = model_factory(model_type, **fields).double().eval()
     inputs, targets, weights = make_batch()
     transform = find_transform(model, model, inputs)
     assert transform is not None
     fused, fused_gradients, a = run(
-        FusedHead(model, transform).forward, model, inputs, targets, weights
+        FusedHead(model, transform).forward, model, inputs, targets, weights, NLL
     )
-    full, full_gradients, b = run(forward_full, model, inputs, targets, weights)
+    full, full_gradients, b = run(forward_full, model, inputs, targets, weights, NLL)
     torch.testing.assert_close(fused, full, rtol=1e-12, atol=1e-12)
     for one, other in zip(a.stats, b.stats, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
@@ -84,8 +88,8 @@ def test_scaling_and_soft_capping_are_measured_not_assumed(
     """With a wrong transformation the loss would differ; the measured one is the model's."""
     inputs, targets, weights = make_batch()
     model = model_factory("cohere", logit_scale=0.25).double().eval()
-    wrong = FusedHead(model, lambda logits: logits).forward(model, inputs, targets, weights)
-    right, _ = forward_full(model, inputs, targets, weights)
+    wrong = FusedHead(model, LogitTransform()).forward(model, inputs, targets, weights, NLL)
+    right, _ = forward_full(model, inputs, targets, weights, NLL)
     assert abs(wrong.loss.item() - right.loss.item()) > 1e-3
 
 
@@ -194,9 +198,9 @@ def test_the_model_is_left_as_it_was(model: Any) -> None:
     transform = find_transform(model, model, inputs)
     assert transform is not None
     head = FusedHead(model, transform)
-    head.forward(model, inputs, targets, weights)
+    head.forward(model, inputs, targets, weights, NLL)
     with pytest.raises(RuntimeError):
-        head.forward(model, {"input_ids": inputs["input_ids"].float()}, targets, weights)
+        head.forward(model, {"input_ids": inputs["input_ids"].float()}, targets, weights, NLL)
     after = (
         dict(model.lm_head.__dict__),
         len(model._forward_hooks),
@@ -210,7 +214,7 @@ def test_the_model_is_left_as_it_was(model: Any) -> None:
 def test_a_forward_of_its_own_on_the_head_is_used_and_comes_back(model: Any) -> None:
     """Accelerate's hooks replace the forward of a module instance, to move inputs for example."""
     inputs, targets, weights = make_batch()
-    plain, _ = forward_full(model, inputs, targets, weights)
+    plain, _ = forward_full(model, inputs, targets, weights, NLL)
     own = model.lm_head.forward
     calls = []
 
@@ -219,11 +223,67 @@ def test_a_forward_of_its_own_on_the_head_is_used_and_comes_back(model: Any) -> 
         return own(hidden_states)
 
     model.lm_head.forward = hooked
-    head = FusedHead(model, lambda logits: logits)
-    result = head.forward(model, inputs, targets, weights)
+    head = FusedHead(model, LogitTransform())
+    result = head.forward(model, inputs, targets, weights, NLL)
     assert calls == [(10, 32)]  # the response rows alone
     assert model.lm_head.forward is hooked
     torch.testing.assert_close(result.loss, plain.loss)
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_short"),
+    [
+        (None, True),
+        ({"target_modules": "all-linear"}, True),
+        ({"target_modules": ["q_proj", "lm_head"]}, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, False),
+    ],
+    ids=["no adapter", "all-linear", "lora on the head", "trained copy of the head"],
+)
+def test_a_head_that_is_a_linear_layer_goes_the_short_way_and_no_other(
+    settings: dict[str, Any] | None,
+    is_short: bool,
+    model_factory: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = model_factory(tie_word_embeddings=settings is None)
+    if settings is not None:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, **settings))
+    ways = []
+    for name in ("linear_head_loss", "fused_head_loss"):
+        original = getattr(lm_head, name)
+
+        def noted(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
+            ways.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(lm_head, name, noted)
+    inputs, targets, weights = make_batch()
+    transform = find_transform(model, model, inputs)
+    assert transform is not None
+    run(FusedHead(model, transform).forward, model, inputs, targets, weights, NLL)
+    assert ways == ["linear_head_loss" if is_short else "fused_head_loss"]
+
+
+OBJECTIVE = LossObjective("focal", label_smoothing=0.1, z_loss_coef=0.01, entropy_coef=0.2)
+
+
+@pytest.mark.parametrize("name", ["qwen3 tied", "gemma2 soft-capped", "phi biased head", "mixtral"])
+def test_an_objective_has_the_gradient_that_it_has_on_full_logits(
+    name: str, model_factory: Callable[..., Any]
+) -> None:
+    model_type, fields = ARCHITECTURES[name]
+    model = model_factory(model_type, **fields).double().eval()
+    inputs, targets, weights = make_batch()
+    transform = find_transform(model, model, inputs)
+    assert transform is not None
+    batch = inputs, targets, weights, OBJECTIVE
+    fused, fused_gradients, a = run(FusedHead(model, transform).forward, model, *batch)
+    full, full_gradients, b = run(forward_full, model, *batch)
+    torch.testing.assert_close(fused, full, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(a.token_losses, b.token_losses, rtol=1e-12, atol=1e-12)
+    for key, gradient in full_gradients.items():
+        torch.testing.assert_close(fused_gradients[key], gradient, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -249,9 +309,9 @@ def test_adapters_train_with_the_same_gradient_as_on_full_logits(
     transform = find_transform(model, model, inputs)
     assert transform is not None
     fused, fused_gradients, _ = run(
-        FusedHead(model, transform).forward, model, inputs, targets, weights
+        FusedHead(model, transform).forward, model, inputs, targets, weights, NLL
     )
-    full, full_gradients, _ = run(forward_full, model, inputs, targets, weights)
+    full, full_gradients, _ = run(forward_full, model, inputs, targets, weights, NLL)
     torch.testing.assert_close(fused, full, rtol=1e-12, atol=1e-12)
     assert fused_gradients.keys() == full_gradients.keys()
     assert all(gradient.any() for gradient in full_gradients.values())
@@ -268,7 +328,7 @@ def test_gradient_checkpointing_changes_nothing(model_factory: Callable[..., Any
         model = model_factory().double().train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        head = FusedHead(model, lambda logits: logits)
-        gradients.append(run(head.forward, model, inputs, targets, weights)[1])
+        head = FusedHead(model, LogitTransform())
+        gradients.append(run(head.forward, model, inputs, targets, weights, NLL)[1])
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-12, atol=1e-14)

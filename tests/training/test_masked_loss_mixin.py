@@ -495,11 +495,104 @@ def test_an_evaluation_without_response_tokens_is_refused(
         trainer.evaluate()
 
 
-def test_label_smoothing_that_would_have_no_effect_is_refused(
-    tokenizer: Any, model: Any, make_config: Callable[..., MaskedSFTConfig]
+@pytest.mark.parametrize("fused_head", ["on", "off"])
+@pytest.mark.parametrize("split", [(16, 1), (3, 6)])
+@pytest.mark.parametrize("normalization", ["token", "example"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"loss_type": "dft"},
+        {"loss_type": "focal", "focal_gamma": 1.5},
+        {"label_smoothing": 0.1},
+        {"z_loss_coef": 0.01},
+        {"entropy_coef": -0.2},
+        {"loss_type": "dft", "label_smoothing": 0.1, "z_loss_coef": 0.01, "entropy_coef": 0.1},
+    ],
+    ids=str,
+)
+def test_an_objective_is_optimized_and_logged_and_evaluation_stays_the_nll(
+    objective: dict[str, Any],
+    normalization: str,
+    split: tuple[int, int],
+    fused_head: str,
+    tokenizer: Any,
+    model_factory: Callable[..., Any],
+    make_config: Callable[..., MaskedSFTConfig],
+    reference_losses: Callable[..., Tensor],
 ) -> None:
-    with pytest.raises(ValueError, match="label_smoothing_factor is not 0"):
-        MaskedSFTTrainer(model, make_config(label_smoothing_factor=0.1), processing_class=tokenizer)
+    rows = make_rows(with_weights=True)
+    expected = truth(model_factory(), rows, normalization)
+    model = model_factory().double()
+    loss, divisor = torch.zeros((), dtype=torch.float64), 0.0
+    for row in rows:
+        ids, mask = (torch.tensor(row[name]) for name in ("input_ids", "response_mask"))
+        weights = torch.tensor(row["loss_weights"], dtype=torch.float64)[1:] * mask[1:]
+        divisor += 1 if normalization == "example" else weights.sum().item()
+        weights = weights / weights.sum() if normalization == "example" else weights
+        logits = model(ids[None]).logits[0, :-1]
+        loss = loss + (reference_losses(logits, ids[1:], **objective) * weights).sum()
+    (loss / divisor).backward()
+    keeper = GradientKeeper()
+    settings = {**objective, "label_smoothing_factor": objective.get("label_smoothing", 0.0)}
+    settings.pop("label_smoothing", None)
+    trainer = MaskedSFTTrainer(
+        model_factory().double(),
+        make_config(
+            per_device_train_batch_size=split[0],
+            gradient_accumulation_steps=split[1],
+            max_steps=1,
+            learning_rate=0.0,
+            max_grad_norm=0.0,
+            loss_normalization=normalization,
+            fused_head=fused_head,
+            **settings,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[keeper],
+    )
+    trainer.train()
+    log, summary = trainer.state.log_history
+    assert relative(keeper.gradient, flat_gradient(model)) < 1e-12
+    assert relative(log["loss"], loss.item() / divisor) < 1e-12
+    assert relative(log["nll"], math.log(expected["perplexity"])) < 1e-12
+    assert summary["train_loss"] == log["loss"]
+    assert summary["train_nll"] == log["nll"]
+    metrics = trainer.evaluate()
+    assert relative(metrics["eval_loss"], expected["loss"]) < 1e-12
+    assert relative(metrics["eval_perplexity"], expected["perplexity"]) < 1e-12
+    assert "eval_nll" not in metrics
+
+
+def test_label_smoothing_reaches_a_trainer_with_plain_arguments(
+    tokenizer: Any, model: Any, make_config: Callable[..., MaskedSFTConfig], tmp_path: Any
+) -> None:
+    losses = []
+    for factor in (0.0, 0.5):
+        arguments = TrainingArguments(
+            str(tmp_path),
+            label_smoothing_factor=factor,
+            per_device_train_batch_size=16,
+            max_steps=1,
+            logging_steps=1,
+            learning_rate=0.0,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = PlainTrainerWithMaskedLoss(
+            model,
+            arguments,
+            data_collator=DataCollatorForPromptResponse(tokenizer),
+            train_dataset=Dataset.from_list(make_rows()),
+        )
+        trainer.train()
+        losses.append(trainer.state.log_history[0])
+    assert "nll" not in losses[0]
+    assert losses[1]["nll"] == pytest.approx(losses[0]["loss"], rel=1e-6)
+    assert losses[1]["loss"] != pytest.approx(losses[0]["loss"], rel=1e-4)
 
 
 def test_a_loss_function_that_would_never_be_called_is_refused(

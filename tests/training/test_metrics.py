@@ -32,20 +32,26 @@ def test_the_totals_of_a_batch_are_sums_by_row() -> None:
         is_top1=torch.tensor([1.0, 0.0, 1.0]),
     )
     totals = row_totals(
-        stats, targets, weights, divisors=weights.sum(-1), num_tokens=torch.tensor([3, 2, 3])
+        torch.tensor([3.0, 4.0, 1.0]),
+        stats,
+        targets,
+        weights,
+        divisors=weights.sum(-1),
+        num_tokens=torch.tensor([3, 2, 3]),
     )
     rows = [Totals(*row) for row in totals.tolist()]
     assert rows == [
-        Totals(2.0, 1.5, 3.0, 0.75, 1.0, 2.0, 3.0),
+        Totals(5.0, 1.5, 3.0, 0.75, 1.0, 2.0, 3.0),
         Totals(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 2.0),
-        Totals(8.0, 2.0, 4.0, 0.125, 1.0, 1.0, 3.0),
+        Totals(2.0, 2.0, 4.0, 0.125, 1.0, 1.0, 3.0),
     ]
     whole = rows[0] + rows[1] + rows[2]
     assert whole.means() == {
-        "loss": 10.0 / 3.5,
+        "loss": 2.0,
         "token_entropy": 0.875 / 3,
         "token_accuracy": 2 / 3,
     }
+    assert whole.means(with_nll=True) == {**whole.means(), "nll": 7 / 3}
     assert whole.perplexity() == math.exp(7 / 3)
     assert whole.counts() == {"num_response_tokens": 3, "num_tokens": 8}
 

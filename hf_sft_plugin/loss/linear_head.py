@@ -1,0 +1,295 @@
+"""The fused head of a plain linear layer: three matrix products over the response rows, no more.
+
+Rows go through in tiles. A product fills one reused tile with logits; `LogitTile` overwrites them
+with their gradient; two more products carry it on. What is held beside the gradients does not grow
+with the number of rows.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from hf_sft_plugin.loss.fused_head import HeadLoss, refuse_row_gradients
+from hf_sft_plugin.loss.logit_tile import LogitTile, LogitTransform, RowValues
+from hf_sft_plugin.loss.masked_loss import weighted_sum, widest_float
+from hf_sft_plugin.loss.objective import LossObjective
+from hf_sft_plugin.loss.token_stats import (
+    TokenStats,
+    refuse_second_derivative,
+    statistics_dtype,
+)
+
+# Bytes of a tile: as large as the products need to run at full speed.
+_CPU_TILE_BYTES = 160 * 2**20
+_TILE_BYTES = 2**30
+# Numbers of the weight, or of its gradient, that are converted at a time.
+_PANEL_SIZE = 2**22
+_DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+# What nn.Linear does as long as nobody replaced it.
+_LINEAR_FORWARD = nn.Linear.forward
+
+
+def linear_head_loss(
+    hidden_states: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    objective: LossObjective,
+) -> HeadLoss:
+    """Like `fused_head_loss` for the head `transform(linear(hidden_states, weight, bias))`.
+
+    The products run in the dtype that autocast or the weight asks for, or in float32 on a
+    processor that has no instructions for that dtype, where it is both faster and closer to the
+    truth. Everything between the products is float32, or float64 for float64.
+
+    Args:
+        hidden_states: `(N, D)`.
+        targets: `(N,)`, int64, each in `[0, V)`.
+        weights: `(N,)`, what each row's loss is multiplied with.
+        weight: `(V, D)`.
+        bias: `(V,)`, or None.
+        transform: What the model does to the logits.
+        objective: The loss of one token.
+
+    Returns:
+        The loss and the statistics of the N rows.
+
+    Raises:
+        RuntimeError: If the gradient of each row is asked for; see `refuse_row_gradients`.
+    """
+    refuse_row_gradients(weights)
+    loss, token_losses, *stats = _LinearHeadFunction.apply(
+        hidden_states, weight, bias, targets, weights, transform, objective, torch.is_grad_enabled()
+    )
+    return HeadLoss(loss, token_losses, TokenStats(*stats))
+
+
+def is_plain_linear(
+    head: nn.Module, forward: Callable[..., Tensor], hidden_states: Tensor
+) -> TypeGuard[nn.Linear]:
+    """Whether a head is one for `linear_head_loss`: a linear layer that nobody has changed.
+
+    Adapters, quantized layers, hooks, parametrizations, weights that are sharded or elsewhere, and
+    a forward of the instance's own (Accelerate leaves one where it moves weights) are not.
+
+    Args:
+        head: The LM head.
+        forward: Its forward, as it was before anything of ours replaced it.
+        hidden_states: What it is called with.
+    """
+    if type(head) is not nn.Linear or getattr(forward, "__func__", None) is not _LINEAR_FORWARD:
+        return False
+    hooks = (
+        head._forward_pre_hooks,
+        head._forward_hooks,
+        head._backward_pre_hooks,
+        head._backward_hooks,
+    )
+    tensors = [hidden_states, *(t for t in (head.weight, head.bias) if t is not None)]
+    dtypes = {tensor.dtype for tensor in tensors}
+    # Under autocast they may differ, but it leaves float64 alone.
+    is_cast = torch.is_autocast_enabled(hidden_states.device.type) and torch.float64 not in dtypes
+    return (
+        not any(hooks)
+        and all(type(t) in (Tensor, nn.Parameter) and type(t.data) is Tensor for t in tensors)
+        and all(tensor.device == hidden_states.device for tensor in tensors)
+        and dtypes <= _DTYPES
+        and (is_cast or len(dtypes) == 1)
+    )
+
+
+class _LinearHeadFunction(torch.autograd.Function):
+    """Gradients in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        weights: Tensor,
+        transform: LogitTransform,
+        objective: LossObjective,
+        is_trained: bool,
+    ) -> tuple[Tensor, ...]:
+        needs = [is_trained and needed for needed in ctx.needs_input_grad[:3]]
+        matrix = _Weight(weight, _product_dtype(hidden_states.device.type, weight.dtype))
+        dtype = statistics_dtype(weight)
+        grad_hidden = torch.empty_like(hidden_states, dtype=dtype) if needs[0] else None
+        num_tiles = _num_tiles(len(targets), matrix)
+        grad_weight = _WeightGradient(weight, matrix.dtype, num_tiles) if needs[1] else None
+        float_bias = None if bias is None else bias.to(dtype)
+        grad_bias = (
+            torch.zeros_like(bias, dtype=widest_float(bias.device))
+            if bias is not None and needs[2]
+            else None
+        )
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            work = LogitTile(float_bias, transform, objective, dtype, any(needs), grad_bias)
+            values = _run_tiles(
+                hidden_states, matrix, targets, weights.to(dtype), work, grad_hidden, grad_weight
+            )
+        ctx.dtypes = hidden_states.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(
+            grad_hidden, None if grad_weight is None else grad_weight.total, grad_bias
+        )
+        outputs = values[:4]
+        ctx.mark_non_differentiable(*outputs)
+        return weighted_sum(values.token_losses, weights), *outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("torch.log_softmax on the full logits")
+        # Asking an accelerator would mean waiting for it.
+        is_one = grad_loss.device.type == "cpu" and grad_loss.item() == 1
+        grads = (
+            None if grad is None else (grad if is_one else grad * grad_loss).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *grads, None, None, None, None, None
+
+
+def _run_tiles(
+    hidden_states: Tensor,
+    matrix: "_Weight",
+    targets: Tensor,
+    weights: Tensor,
+    work: LogitTile,
+    grad_hidden: Tensor | None,
+    grad_weight: "_WeightGradient | None",
+) -> RowValues:
+    """Takes N rows through the head and back: their values, and the gradients filled in."""
+    count = len(hidden_states)
+    num_rows = -(-count // max(1, _num_tiles(count, matrix)))
+    values = RowValues.empty(count, like=hidden_states, dtype=weights.dtype)
+    tile = hidden_states.new_empty(num_rows, matrix.size, dtype=matrix.dtype)
+    for start in range(0, count, max(1, num_rows)):
+        rows = slice(start, start + num_rows)
+        hidden, part = hidden_states[rows], RowValues(*(value[rows] for value in values))
+        logits = tile[: len(hidden)]
+        matrix.apply(hidden.to(matrix.dtype), out=logits)
+        work.consume(logits, targets[rows], weights[rows], part)
+        coefficients = part.coefficients.unsqueeze(1)
+        if grad_hidden is not None:
+            torch.mul(matrix.apply_transposed(logits), coefficients, out=grad_hidden[rows])
+        if grad_weight is not None:
+            grad_weight.add(logits, hidden, coefficients)
+    return values
+
+
+def _num_tiles(count: int, matrix: "_Weight") -> int:
+    """Tiles for so many rows, all of one size: a small one would cost as much as a large one."""
+    size = _CPU_TILE_BYTES if matrix.device == "cpu" else _TILE_BYTES
+    return -(-count // max(1, size // max(1, matrix.size * matrix.dtype.itemsize)))
+
+
+class _Weight:
+    """A weight `(V, D)` in the dtype of the products.
+
+    Where that is wider than its own, it is converted a panel at a time, so that no second weight is
+    held; a sum over panels is then in float32 and loses nothing.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self.size, self.dtype, self.device = len(weight), dtype, weight.device.type
+        is_widened = dtype.itemsize > weight.dtype.itemsize
+        self._weight = weight if is_widened else weight.to(dtype)
+        num_rows = _panel_rows(weight) if is_widened else len(weight)
+        self._panels = [slice(start, start + num_rows) for start in range(0, self.size, num_rows)]
+
+    def apply(self, hidden_states: Tensor, out: Tensor) -> None:
+        """Writes the logits of `(n, D)` to `out`."""
+        for panel, matrix in self._converted():
+            torch.mm(hidden_states, matrix.T, out=out[:, panel])
+
+    def apply_transposed(self, grad_logits: Tensor) -> Tensor:
+        """The gradient of the hidden states, `(n, D)`."""
+        total = grad_logits.new_zeros(len(grad_logits), self._weight.shape[1])
+        for panel, matrix in self._converted():
+            total.addmm_(grad_logits[:, panel], matrix)
+        return total
+
+    def _converted(self) -> Iterator[tuple[slice, Tensor]]:
+        for panel in self._panels:
+            yield panel, self._weight[panel].to(self.dtype)
+
+
+class _WeightGradient:
+    """Sums the gradient of a weight over tiles, in at least float32.
+
+    A weight in float32 has its gradient summed in place. That of any other is summed in panels,
+    each of which is converted and dropped after the last tile.
+
+    Attributes:
+        total: `(V, D)` in the dtype of the weight; complete after the last tile.
+    """
+
+    def __init__(self, weight: Tensor, product_dtype: torch.dtype, num_tiles: int) -> None:
+        self.dtype, self.product_dtype = statistics_dtype(weight), product_dtype
+        new = torch.empty_like if num_tiles else torch.zeros_like
+        self.total = new(weight, memory_format=torch.contiguous_format)
+        is_direct = weight.dtype == product_dtype == self.dtype
+        num_rows = max(1, len(weight)) if is_direct else _panel_rows(weight)
+        self._panels = [slice(start, start + num_rows) for start in range(0, len(weight), num_rows)]
+        self._sums: list[Tensor | None] = [None] * len(self._panels)
+        self._num_left = num_tiles
+
+    def add(self, grad_logits: Tensor, hidden_states: Tensor, coefficients: Tensor) -> None:
+        """Adds a tile: the sum over its rows of coefficient * gradient * hidden state."""
+        self._num_left -= 1
+        scale = None
+        if self.product_dtype != self.dtype:
+            # Equal coefficients become 1, which costs no rounding; small ones do not vanish.
+            scale = coefficients.abs().max().clamp_min(torch.finfo(self.dtype).tiny)
+            coefficients = coefficients / scale
+        rows = (hidden_states * coefficients).to(self.product_dtype)
+        for index, panel in enumerate(self._panels):
+            factors = grad_logits[:, panel].T, rows
+            total, sums = self.total[panel], self._sums[index]
+            is_first = sums is None
+            if sums is None:
+                sums = (
+                    total
+                    if total.dtype == self.dtype
+                    else total.new_empty(total.shape, dtype=self.dtype)
+                )
+            if scale is None:
+                torch.addmm(sums, *factors, beta=0 if is_first else 1, out=sums)
+            else:
+                product = torch.mm(*factors).to(self.dtype).mul_(scale)
+                sums = sums.copy_(product) if is_first else sums.add_(product)
+            self._sums[index] = sums
+            if self._num_left == 0:
+                self._sums[index] = None
+                if total.dtype != self.dtype:
+                    total.copy_(sums)
+
+
+def _panel_rows(weight: Tensor) -> int:
+    return max(1, _PANEL_SIZE // max(1, weight.shape[1]))
+
+
+def _product_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the products: that of the weight or of autocast, where it is worth it."""
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    if is_half and device == "cpu" and not _has_instructions(dtype):
+        return torch.float32
+    return dtype
+
+
+@cache
+def _has_instructions(dtype: torch.dtype) -> bool:
+    """Whether the processor multiplies this dtype itself; imitating it is several times slower."""
+    capabilities = torch.cpu.get_capabilities()
+    if capabilities["architecture"] != "x86_64":
+        return True
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    return bool(capabilities[f"avx512_{name}"] or capabilities[f"amx_{name}"])
