@@ -14,15 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_sft_plugin.data.rendering import (
-    TEMPLATE_ERRORS,
-    Range,
-    RenderedText,
-    Span,
-    render_chat,
-    render_messages,
-    render_turns,
-)
+from hf_sft_plugin.data.chat_template import TEMPLATE_ERRORS, render_messages, render_turns
+from hf_sft_plugin.data.rendering import Range, RenderedText, Span, render_chat
 from hf_sft_plugin.types import Conversation, DataOptions, RowError
 
 # Contents that templates are known to look into: tags, control tokens, JSON.

@@ -7,23 +7,20 @@ it says independently where each content went.
 """
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from hf_sft_plugin.data.row_values import check_unicode
+from hf_sft_plugin.data.chat_template import render_turns
 from hf_sft_plugin.data.sentinels import Range, core_of, free_base, mark, unmark
 from hf_sft_plugin.types import Conversation, DataOptions, RowError, SpanKind
 
 # What a template may write between the point where a finished response parts from the generation
 # prompt and its content: an empty thought, but no role.
 _TAGS = re.compile(r"(\s|<[^<>]*>)*")
-# What a chat template may raise.
-TEMPLATE_ERRORS = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
 _OPEN_TAG = re.compile(r"(<[^<>]*)?\Z")
 
 
@@ -71,73 +68,6 @@ class RenderedText:
     contents: tuple[Range | None, ...]
     is_altered: bool = False
     is_unseen: bool = False
-
-
-def render_messages(
-    chats: Sequence[Sequence[dict[str, Any]]],
-    tokenizer: PreTrainedTokenizerBase,
-    options: DataOptions,
-    generation_prompt: bool = False,
-    tools: Sequence[dict[str, Any]] | None = None,
-) -> list[str]:
-    """Messages of many chats as texts, as the tokenizer's chat template writes them.
-
-    Raises:
-        Exception: One of `TEMPLATE_ERRORS`, if the template refuses any of them.
-    """
-    variables = _template_kwargs(options)
-    if tools:
-        variables = {**variables, "tools": list(tools)}
-    render: Callable[..., Any] = tokenizer.apply_chat_template
-    texts: list[str] = render(
-        chats, tokenize=False, add_generation_prompt=generation_prompt, **variables
-    )
-    return texts
-
-
-def render_turns(
-    conversation: Conversation,
-    num_turns: int,
-    tokenizer: PreTrainedTokenizerBase,
-    index: int,
-    options: DataOptions,
-    generation_prompt: bool = False,
-    messages: Sequence[dict[str, Any]] | None = None,
-) -> str:
-    """The first turns as text, as the tokenizer's chat template writes them.
-
-    Args:
-        conversation: A conversation with turns.
-        num_turns: How many of them.
-        tokenizer: Has a chat template.
-        index: Row of the dataset, for error messages.
-        options: `chat_template_kwargs` matter here.
-        generation_prompt: Whether what opens a response follows.
-        messages: Instead of those of the turns.
-
-    Raises:
-        RowError: If the template refuses the turns, or writes broken Unicode.
-        ValueError: If it is no template.
-    """
-    shown = conversation.messages if messages is None else messages
-    try:
-        (text,) = render_messages(
-            [shown[:num_turns]], tokenizer, options, generation_prompt, conversation.tools
-        )
-    except TemplateSyntaxError as error:
-        raise ValueError(
-            f"The chat template cannot be read: {error.message} (line {error.lineno} of it), so no "
-            "conversation can be rendered. Correct the template."
-        ) from error
-    except TEMPLATE_ERRORS as error:
-        raise RowError(
-            index,
-            f"the chat template refuses the conversation: {error}. Bring the roles and contents "
-            "into the form that the template expects, or remove the row.",
-            "refused by the chat template",
-        ) from error
-    check_unicode(text, index, "the rendered conversation")
-    return text
 
 
 def render_chat(
@@ -385,12 +315,6 @@ def _common_length(first: str, second: str) -> int:
     """Characters at the start that two texts share."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
-def _template_kwargs(options: DataOptions) -> dict[str, Any]:
-    kwargs = options.chat_template_kwargs or {}
-    assert isinstance(kwargs, dict)
-    return kwargs
 
 
 def _before_open_tag(text: str) -> int:

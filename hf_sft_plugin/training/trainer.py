@@ -135,9 +135,8 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         self.loss_normalization = LossNormalization(args.loss_normalization)
         self.normalize_constant = args.normalize_constant or 1.0
         self.objective = args.objective()
-        self.fused_head = args.fused_head
-        self.max_tokens_per_microbatch = args.max_tokens_per_microbatch
-        self.padding_free = args.padding_free
+        for name in ("fused_head", "padding_free", "max_tokens_per_microbatch"):
+            setattr(self, name, getattr(args, name))
 
     def generate_responses(
         self, dataset: Dataset | None = None, num_rows: int | None = None
