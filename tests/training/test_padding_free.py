@@ -393,10 +393,11 @@ def test_other_forward_passes_of_the_same_step_are_the_models_own(
 
 
 def test_layers_that_are_run_again_with_another_attention_are_refused(
-    make_trainer: Callable[..., OwnTrainer],
+    make_trainer: Callable[..., OwnTrainer], model: Any
 ) -> None:
     with pytest.raises(ValueError, match="Set padding_free to 'off' where a model is run in other"):
         make_trainer("on", cls=WithPenaltyFirst, settings=CHECKPOINTING).train()
+    assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize(
