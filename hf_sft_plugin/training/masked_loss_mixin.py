@@ -89,7 +89,12 @@ class MaskedLossMixin(MicrobatchesMixin):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`; the counts begin at 0, or where the checkpoint stopped."""
-        output = super().train(*args, **kwargs)
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            # A backward pass that was broken off has left it set.
+            if self._attention is not None and self._attention.switch is not None:
+                self._attention.switch.give_back()
         if self.state.global_step == 0 and self.state.max_steps > 0:
             raise ValueError(
                 "Nothing was trained: the training data gave no batch. A stream whose rows are all "

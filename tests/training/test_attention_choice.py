@@ -13,6 +13,7 @@ from transformers.masking_utils import sdpa_mask
 
 from hf_sft_plugin.training.attention import document_attention
 from hf_sft_plugin.training.attention_choice import AttentionChoice, choose_attention
+from hf_sft_plugin.training.response_batch import find_layout
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 SUPPORTED: dict[str, dict[str, Any]] = {
@@ -69,6 +70,37 @@ def test_models_whose_rows_see_themselves_alone_need_no_padding(
     choice = choose(model_factory(model_type, **SUPPORTED[model_type]).to(dtype))
     assert choice.summary == "per-document SDPA, no padding"
     assert choice.is_padding_free
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_a_token_moves_no_logit_of_another_row_by_a_bit(
+    model_type: str, model_factory: Make
+) -> None:
+    model = model_factory(model_type, **SUPPORTED[model_type]).eval()
+    choice = choose(model)
+    lengths = [9, 5, 20, 6]
+    batch = {
+        "input_ids": torch.arange(3, 83).view(4, 20) * 7 % 300,
+        "attention_mask": torch.arange(20).expand(4, 20) < torch.tensor(lengths).unsqueeze(-1),
+    }
+    layout = find_layout(batch)
+    assert layout is not None
+    ids = layout.flatten(batch["input_ids"])
+    changed = ids.clone()
+    # In the middle of the third document.
+    changed[0, 20] = 1
+    with torch.no_grad(), choice.running():
+        logits, moved = (
+            model(input_ids=x, use_cache=False, **layout.model_inputs()).logits[0]
+            for x in (ids, changed)
+        )
+    same = (logits == moved).all(dim=-1)
+    assert not same[20:24].any()
+    assert same[14:20].all()
+    # Experts are given other numbers of tokens, which may round otherwise.
+    others = [*range(14), *range(34, 40)]
+    bound = 1e-6 if "num_local_experts" in SUPPORTED[model_type] else 0
+    torch.testing.assert_close(moved[others], logits[others], rtol=bound, atol=bound)
 
 
 @pytest.mark.parametrize("model_type", UNSUPPORTED)
