@@ -23,7 +23,7 @@ from hf_sft_plugin.loss.token_stats import (
 )
 
 # Bytes of a tile: as large as the products need to run at full speed.
-_CPU_TILE_BYTES = 160 * 2**20
+_CPU_TILE_BYTES = 184 * 2**20
 _TILE_BYTES = 2**30
 # Numbers of the weight, or of its gradient, that are converted at a time.
 _PANEL_SIZE = 2**22

@@ -94,6 +94,8 @@ class FusedHead:
         head = self.lm_head.forward
         answers: list[HeadLoss] = []
 
+        # The compiler of the model would compile the tiles anew for every number of rows.
+        @torch.compiler.disable
         def answer_with_loss(hidden_states: Tensor) -> Tensor:
             rows = hidden_states[:, -targets.shape[1] :][keep]
             answer = self._answer(head, rows, targets[keep], weights[keep], objective)

@@ -332,3 +332,26 @@ def test_gradient_checkpointing_changes_nothing(model_factory: Callable[..., Any
         gradients.append(run(head.forward, model, inputs, targets, weights, NLL)[1])
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-12, atol=1e-14)
+
+
+def test_a_compiled_model_is_not_compiled_again_for_another_number_of_rows(model: Any) -> None:
+    graphs = []
+
+    def compile_nothing(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    inputs, targets, weights = make_batch()
+    head = FusedHead(model, LogitTransform())
+    plain = run(head.forward, model, inputs, targets, weights, NLL)[0]
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=compile_nothing)
+    torch.testing.assert_close(head.forward(compiled, inputs, targets, weights, NLL).loss, plain)
+    num_graphs = len(graphs)
+    assert num_graphs > 0
+    for num_left_out in (1, 2, 3):
+        targets[0, -num_left_out:] = -100
+        expected = head.forward(model, inputs, targets, weights, NLL).loss
+        found = head.forward(compiled, inputs, targets, weights, NLL).loss
+        torch.testing.assert_close(found, expected)
+    assert len(graphs) == num_graphs
