@@ -63,8 +63,10 @@ def linear_head_loss(
         RuntimeError: If the gradient of each row is asked for; see `refuse_row_gradients`.
     """
     refuse_row_gradients(weights)
+    # Inside, all gradients seem needed, even under no_grad.
+    is_trained = torch.is_grad_enabled()
     loss, token_losses, *stats = _LinearHeadFunction.apply(
-        hidden_states, weight, bias, targets, weights, transform, objective, torch.is_grad_enabled()
+        hidden_states, weight, bias, targets, weights, transform, objective, is_trained
     )
     return HeadLoss(loss, token_losses, TokenStats(*stats))
 

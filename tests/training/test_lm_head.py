@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from hf_sft_plugin.loss import head as head_module
 from hf_sft_plugin.loss.logit_tile import LogitTransform
 from hf_sft_plugin.loss.objective import LossObjective
-from hf_sft_plugin.training import lm_head
 from hf_sft_plugin.training.lm_head import FusedHead, find_transform, forward_full
 
 NLL = LossObjective()
@@ -251,13 +251,13 @@ def test_a_head_that_is_a_linear_layer_goes_the_short_way_and_no_other(
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, **settings))
     ways = []
     for name in ("linear_head_loss", "fused_head_loss"):
-        original = getattr(lm_head, name)
+        original = getattr(head_module, name)
 
         def noted(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
             ways.append(name)
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(lm_head, name, noted)
+        monkeypatch.setattr(head_module, name, noted)
     inputs, targets, weights = make_batch()
     transform = find_transform(model, model, inputs)
     assert transform is not None
