@@ -23,11 +23,15 @@ from hf_sft_plugin.data.shard_writer import check_shard_destination, write_shard
 from hf_sft_plugin.data.shards import ShardDataset, check_tokenizer, verify_shards
 from hf_sft_plugin.data.streaming import prepare_stream
 from hf_sft_plugin.data.tokenization import tokenize_example, tokenize_prompt_and_output
+from hf_sft_plugin.loss.fused_head import HeadLoss
+from hf_sft_plugin.loss.head import head_loss
+from hf_sft_plugin.loss.logit_tile import LogitTransform
 from hf_sft_plugin.loss.masked_loss import (
     LossNormalization,
     masked_normalize,
     sft_microbatch_train_step,
 )
+from hf_sft_plugin.loss.objective import LossObjective, LossType
 from hf_sft_plugin.loss.token_stats import compute_entropy, get_response_log_probs
 from hf_sft_plugin.training.allocator import keep_freed_memory
 from hf_sft_plugin.training.config import MaskedSFTConfig
@@ -43,8 +47,12 @@ __all__ = [
     "Diff",
     "ExactMatch",
     "GeneratedResponse",
+    "HeadLoss",
     "Ledger",
+    "LogitTransform",
     "LossNormalization",
+    "LossObjective",
+    "LossType",
     "MaskedLossMixin",
     "MaskedSFTConfig",
     "MaskedSFTTrainer",
@@ -60,6 +68,7 @@ __all__ = [
     "compute_entropy",
     "diff_rows",
     "get_response_log_probs",
+    "head_loss",
     "keep_freed_memory",
     "make_tokenization_setup",
     "masked_normalize",

@@ -97,8 +97,10 @@ def fused_head_loss(
         RuntimeError: If the gradient of each row is asked for; see `refuse_row_gradients`.
     """
     refuse_row_gradients(weights)
+    # Inside, all gradients seem needed, even under no_grad.
+    is_trained = torch.is_grad_enabled()
     loss, token_losses, *stats = _FusedHeadFunction.apply(
-        head, vocab_size, objective, targets, weights, hidden_states, *parameters
+        head, vocab_size, objective, is_trained, targets, weights, hidden_states, *parameters
     )
     return HeadLoss(loss, token_losses, TokenStats(*stats))
 
@@ -126,12 +128,13 @@ class _FusedHeadFunction(torch.autograd.Function):
         head: Callable[[Tensor], Tensor],
         vocab_size: int,
         objective: LossObjective,
+        is_trained: bool,
         targets: Tensor,
         weights: Tensor,
         hidden_states: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
-        needs_hidden, *needs_parameters = ctx.needs_input_grad[5:]
+        needs_hidden, *needs_parameters = (is_trained and n for n in ctx.needs_input_grad[6:])
         trained = [p for p, needed in zip(parameters, needs_parameters, strict=True) if needed]
         grad_hidden = torch.zeros_like(hidden_states) if needs_hidden else None
         sums = [torch.zeros_like(p, dtype=statistics_dtype(p)) for p in trained]
@@ -148,7 +151,12 @@ class _FusedHeadFunction(torch.autograd.Function):
             for whole, of_tile in zip(values, (part.token_losses, *part.stats), strict=True):
                 whole[rows] = of_tile
             inputs = [*([tile] if needs_hidden else []), *trained]
-            grads = list(torch.autograd.grad(part.loss, inputs)) if inputs else []
+            # An adapter that is switched off has parameters that nothing depends on.
+            grads = (
+                list(torch.autograd.grad(part.loss, inputs, materialize_grads=True))
+                if inputs
+                else []
+            )
             if grad_hidden is not None:
                 grad_hidden[rows] = grads.pop(0)
             for total, grad in zip(sums, grads, strict=True):
@@ -165,6 +173,6 @@ class _FusedHeadFunction(torch.autograd.Function):
         refuse_second_derivative("torch.log_softmax on the full logits")
         saved = iter(ctx.saved_tensors)
         return tuple(
-            next(saved) * grad_loss if needed and position >= 5 else None
+            next(saved) * grad_loss if needed and position >= 6 else None
             for position, needed in enumerate(ctx.needs_input_grad)
         )

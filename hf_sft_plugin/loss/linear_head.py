@@ -23,7 +23,7 @@ from hf_sft_plugin.loss.token_stats import (
 )
 
 # Bytes of a tile: as large as the products need to run at full speed.
-_CPU_TILE_BYTES = 160 * 2**20
+_CPU_TILE_BYTES = 184 * 2**20
 _TILE_BYTES = 2**30
 # Numbers of the weight, or of its gradient, that are converted at a time.
 _PANEL_SIZE = 2**22
@@ -63,8 +63,10 @@ def linear_head_loss(
         RuntimeError: If the gradient of each row is asked for; see `refuse_row_gradients`.
     """
     refuse_row_gradients(weights)
+    # Inside, all gradients seem needed, even under no_grad.
+    is_trained = torch.is_grad_enabled()
     loss, token_losses, *stats = _LinearHeadFunction.apply(
-        hidden_states, weight, bias, targets, weights, transform, objective, torch.is_grad_enabled()
+        hidden_states, weight, bias, targets, weights, transform, objective, is_trained
     )
     return HeadLoss(loss, token_losses, TokenStats(*stats))
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from hf_sft_plugin.loss.fused_head import HeadLoss, full_head_loss, fused_head_loss
-from hf_sft_plugin.loss.linear_head import is_plain_linear, linear_head_loss
+from hf_sft_plugin.loss.fused_head import HeadLoss, full_head_loss
+from hf_sft_plugin.loss.head import head_loss
 from hf_sft_plugin.loss.logit_tile import LogitTransform
 from hf_sft_plugin.loss.objective import LossObjective
 from hf_sft_plugin.loss.token_stats import TokenStats
@@ -91,12 +91,22 @@ class FusedHead:
     ) -> ResponseResult:
         """Like `forward_full`, within rounding, in memory that does not grow with the batch."""
         keep = targets != IGNORE_INDEX
-        head = self.lm_head.forward
+        own_forward = self.lm_head.forward
         answers: list[HeadLoss] = []
 
+        # The compiler of the model would compile the tiles anew for every number of rows.
+        @torch.compiler.disable
         def answer_with_loss(hidden_states: Tensor) -> Tensor:
             rows = hidden_states[:, -targets.shape[1] :][keep]
-            answer = self._answer(head, rows, targets[keep], weights[keep], objective)
+            answer = head_loss(
+                self.lm_head,
+                rows,
+                targets[keep],
+                weights[keep],
+                transform=self.transform,
+                objective=objective,
+                forward=own_forward,
+            )
             answers.append(answer)
             # The model goes on with this as if it were logits; whatever it computes is discarded.
             return answer.loss.view(1, 1, 1)
@@ -114,30 +124,6 @@ class FusedHead:
             hook.remove()
         assert isinstance(result, ResponseResult)
         return result
-
-    def _answer(
-        self,
-        head: Callable[..., Tensor],
-        rows: Tensor,
-        targets: Tensor,
-        weights: Tensor,
-        objective: LossObjective,
-    ) -> HeadLoss:
-        """The loss of some hidden states, the short way where the head is a plain linear layer."""
-        module = self.lm_head
-        if is_plain_linear(module, head, rows):
-            return linear_head_loss(
-                rows, targets, weights, module.weight, module.bias, self.transform, objective
-            )
-        return fused_head_loss(
-            rows,
-            targets,
-            weights,
-            head=lambda part: self.transform(head(part)),
-            parameters=[p for p in module.parameters() if p.requires_grad],
-            vocab_size=_vocab_size(module),
-            objective=objective,
-        )
 
 
 def find_transform(
@@ -215,11 +201,6 @@ def _candidates(model: nn.Module) -> Iterator[LogitTransform]:
 def _lm_head(model: nn.Module) -> nn.Module | None:
     head = cast(Any, model).get_output_embeddings()
     return head if isinstance(head, nn.Module) else None
-
-
-def _vocab_size(lm_head: nn.Module) -> int:
-    """Rows of the head's weight; only sets how many rows of hidden states make a tile."""
-    return max((p.shape[0] for p in lm_head.parameters()), default=2**17)
 
 
 @contextmanager

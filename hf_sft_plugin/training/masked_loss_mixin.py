@@ -1,7 +1,7 @@
 """The loss, the counts and the logs, for any `Trainer`: steps 6 to 9 of the walk."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_sft_plugin.loss.masked_loss import LossNormalization, widest_float
 from hf_sft_plugin.loss.objective import LossObjective
 from hf_sft_plugin.training.attention_choice import AttentionChoice, choose_attention
 from hf_sft_plugin.training.checkpoint import load_totals, save_totals
+from hf_sft_plugin.training.exact_settings import refuse_inexact_settings
 from hf_sft_plugin.training.lm_head import FusedHead, ResponseResult, find_transform, forward_full
 from hf_sft_plugin.training.metrics import (
     NUM_TOTALS,
@@ -73,7 +73,7 @@ class MaskedLossMixin(MicrobatchesMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _refuse_inexact_settings(self)
+        refuse_inexact_settings(self)
         # A subclass may give it as text, as the config does.
         self.loss_normalization = LossNormalization(self.loss_normalization)
         if self.args.label_smoothing_factor:
@@ -364,33 +364,3 @@ class MaskedLossMixin(MicrobatchesMixin):
 def _row_totals(batch: ResponseBatch, result: ResponseResult, divisors: Tensor) -> Tensor:
     values = result.token_losses, result.stats, batch.targets, batch.weights
     return row_totals(*values, divisors, batch.num_tokens)
-
-
-def _refuse_inexact_settings(trainer: Trainer) -> None:
-    """Raises on settings under which the promised numbers could not hold."""
-    conflicts: Sequence[tuple[bool, str]] = (
-        (
-            trainer.args.n_gpu > 1,
-            "Several GPUs are visible to one process, which DataParallel would split each batch "
-            f"over. Start one process per GPU: accelerate launch --num_processes "
-            f"{trainer.args.n_gpu} your_script.py",
-        ),
-        (
-            trainer.compute_loss_func is not None,
-            "compute_loss_func was given, but the masked loss would never call it. Leave it out, "
-            "or use a Trainer without MaskedLossMixin.",
-        ),
-        (
-            trainer.get_cp_size() * trainer.get_sp_size() > 1,
-            "Context or sequence parallelism splits rows between processes, and the label of a "
-            "split's last token would be lost. Use data or fully sharded parallelism.",
-        ),
-        (
-            trainer.get_tp_size() > 1,
-            "Under tensor parallelism several processes see the same rows, which would be counted "
-            "several times. Use data or fully sharded parallelism.",
-        ),
-    )
-    for is_conflict, message in conflicts:
-        if is_conflict:
-            raise ValueError(message)

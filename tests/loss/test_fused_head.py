@@ -139,12 +139,15 @@ def test_no_rows_give_a_zero_that_is_connected_to_everything() -> None:
     assert all(p.grad is not None and not p.grad.any() for p in head.parameters())
 
 
-def test_without_gradients_only_the_numbers_are_worked_out() -> None:
+def test_without_gradients_only_the_numbers_are_worked_out(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, targets, weights = make_inputs(torch.float64)
     head = make_head(torch.float64)
+    gradients_asked: list[Any] = []
+    monkeypatch.setattr("torch.autograd.grad", lambda *args, **_: gradients_asked.append(args))
     with torch.no_grad():
         loss = run_fused(hidden, targets, weights, head)
     assert not loss.requires_grad
+    assert gradients_asked == []
     torch.testing.assert_close(loss, run_full(hidden, targets, weights, head).detach())
 
 
@@ -190,3 +193,12 @@ def test_no_more_than_a_tile_of_logits_exists_at_any_time(monkeypatch: pytest.Mo
     # The tile before may live until the next one is assigned to its name; after the last, none.
     assert max(num_alive) <= 2
     assert num_alive[-1] == 0
+
+
+def test_a_parameter_that_nothing_depends_on_gets_a_gradient_of_zero() -> None:
+    hidden, targets, weights = make_inputs(torch.float64)
+    head, unused = make_head(torch.float64), torch.ones(3, requires_grad=True)
+    parameters = [*head.parameters(), unused]
+    loss = fused_head_loss(hidden, targets, weights, head, parameters, VOCAB, NLL).loss
+    *_, found = torch.autograd.grad(loss, parameters)
+    assert found.tolist() == [0.0, 0.0, 0.0]

@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from hf_sft_plugin.loss import head as head_module
 from hf_sft_plugin.loss.logit_tile import LogitTransform
 from hf_sft_plugin.loss.objective import LossObjective
-from hf_sft_plugin.training import lm_head
 from hf_sft_plugin.training.lm_head import FusedHead, find_transform, forward_full
 
 NLL = LossObjective()
@@ -251,13 +251,13 @@ def test_a_head_that_is_a_linear_layer_goes_the_short_way_and_no_other(
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, **settings))
     ways = []
     for name in ("linear_head_loss", "fused_head_loss"):
-        original = getattr(lm_head, name)
+        original = getattr(head_module, name)
 
         def noted(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
             ways.append(name)
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(lm_head, name, noted)
+        monkeypatch.setattr(head_module, name, noted)
     inputs, targets, weights = make_batch()
     transform = find_transform(model, model, inputs)
     assert transform is not None
@@ -332,3 +332,26 @@ def test_gradient_checkpointing_changes_nothing(model_factory: Callable[..., Any
         gradients.append(run(head.forward, model, inputs, targets, weights, NLL)[1])
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-12, atol=1e-14)
+
+
+def test_a_compiled_model_is_not_compiled_again_for_another_number_of_rows(model: Any) -> None:
+    graphs = []
+
+    def compile_nothing(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    inputs, targets, weights = make_batch()
+    head = FusedHead(model, LogitTransform())
+    plain = run(head.forward, model, inputs, targets, weights, NLL)[0]
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=compile_nothing)
+    torch.testing.assert_close(head.forward(compiled, inputs, targets, weights, NLL).loss, plain)
+    num_graphs = len(graphs)
+    assert num_graphs > 0
+    for num_left_out in (1, 2, 3):
+        targets[0, -num_left_out:] = -100
+        expected = head.forward(model, inputs, targets, weights, NLL).loss
+        found = head.forward(compiled, inputs, targets, weights, NLL).loss
+        torch.testing.assert_close(found, expected)
+    assert len(graphs) == num_graphs

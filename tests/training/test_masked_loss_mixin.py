@@ -595,24 +595,6 @@ def test_label_smoothing_reaches_a_trainer_with_plain_arguments(
     assert losses[1]["loss"] != pytest.approx(losses[0]["loss"], rel=1e-4)
 
 
-def test_a_loss_function_that_would_never_be_called_is_refused(
-    model: Any, make_config: Callable[..., MaskedSFTConfig]
-) -> None:
-    with pytest.raises(ValueError, match="compute_loss_func was given"):
-        PlainTrainerWithMaskedLoss(
-            model=model, args=make_config(), compute_loss_func=lambda *args, **kwargs: None
-        )
-
-
-def test_several_gpus_in_one_process_are_refused_with_the_command_to_use(
-    model: Any, make_config: Callable[..., MaskedSFTConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    args = make_config()
-    monkeypatch.setattr(type(args), "n_gpu", property(lambda self: 4))
-    with pytest.raises(ValueError, match="accelerate launch --num_processes 4"):
-        PlainTrainerWithMaskedLoss(model=model, args=args)
-
-
 def test_the_normalization_can_be_set_on_a_class(
     tokenizer: Any, model_factory: Callable[..., Any], make_config: Callable[..., MaskedSFTConfig]
 ) -> None:
