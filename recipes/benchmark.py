@@ -2,6 +2,7 @@
 
     python recipes/benchmark.py step
     python recipes/benchmark.py step --shape qwen3-0.6b --rows train.jsonl --contestants ours plain
+    python recipes/benchmark.py head
     python recipes/benchmark.py prepare --rows train.jsonl
     python recipes/benchmark.py masks
 
@@ -11,12 +12,10 @@ all of them. The others need the extra `bench`: pip install "hf_sft_plugin[bench
 """
 
 import argparse
-import importlib.metadata
 import importlib.resources
 import json
 import multiprocessing
 import os
-import platform
 import signal
 import statistics
 import sys
@@ -32,6 +31,8 @@ from typing import Any
 import torch
 from contestants import CONTESTANTS, SHAPES, Setup, make_model, make_rows
 from datasets import disable_progress_bars
+from heads import HEADS, PRECISIONS, HeadSetup, head_table, measure_heads
+from measuring import device_name, peak_memory, reset_peak_memory, version
 from preparation import measure_preparation, preparation_table
 from rich.console import Console
 from rich.progress import track
@@ -70,6 +71,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command == "prepare":
         measured = measure_preparation(options["rows"], options["repetitions"])
         console.print(preparation_table(measured))
+    elif command == "head":
+        contestants, precisions = options.pop("contestants"), options.pop("precisions")
+        torch.set_num_threads(options["threads"])
+        for precision in precisions:
+            setup = HeadSetup(precision=precision, **options)
+            console.print(head_table(setup, measure_heads(setup, contestants)))
     elif command == "masks":
         folder = options["templates"] or Path(str(importlib.resources.files("trl"))) / _TEMPLATES
         console.print(proof_table(prove_templates(folder)))
@@ -99,9 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
         default="bf16" if torch.cuda.is_available() else "float32",
         help="bf16 is autocast, which few CPUs do well",
     )
-    step.add_argument(
-        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads of each"
-    )
+    step.add_argument("--threads", type=int, default=_num_cpus(), help="CPU threads of each")
     step.add_argument(
         "--contestants",
         nargs="+",
@@ -115,6 +120,29 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_other_commands(commands: Any) -> None:
+    head = commands.add_parser(
+        "head",
+        help="time and transient memory of the LM head with its loss and gradients",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    head.add_argument("--shape", choices=SHAPES, default="qwen3-0.6b", help="size of the head")
+    head.add_argument("--num_rows", type=int, default=512, help="response tokens")
+    head.add_argument("--repetitions", type=int, default=5, help="measured passes")
+    head.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=PRECISIONS,
+        default=list(PRECISIONS),
+        help="dtype of all tensors; autocast: products in bf16, the rest in float32",
+    )
+    head.add_argument("--threads", type=int, default=_num_cpus(), help="CPU threads")
+    head.add_argument(
+        "--contestants",
+        nargs="+",
+        choices=HEADS,
+        default=list(HEADS),
+        help="who takes part; ratios are over the first",
+    )
     prepare = commands.add_parser(
         "prepare",
         help="rows per second from raw rows to tokens and masks, against TRL",
@@ -130,6 +158,10 @@ def _add_other_commands(commands: Any) -> None:
     masks.add_argument(
         "--templates", type=Path, help="folder with *.jinja files; none: those of TRL"
     )
+
+
+def _num_cpus() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def _run_step(options: dict[str, Any], console: Console) -> None:
@@ -241,30 +273,11 @@ class TakingTurns(TrainerCallback):
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
 
-def reset_peak_memory() -> None:
-    """Begins a new measurement of `peak_memory`."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        # Writing 5 makes Linux forget the highest resident size so far.
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> int:
-    """Bytes at the highest point since `reset_peak_memory`."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
-
-
 def result_table(setup: Setup, records: dict[str, list[StepRecord]]) -> Table:
     """Medians, and the ratio of each contestant over the first, step by step."""
     title = (
         f"One optimizer step of {setup.accumulation} x {setup.batch_size} rows, "
-        f"{setup.shape}, {setup.precision}, {device_name(setup)}, medians of "
+        f"{setup.shape}, {setup.precision}, {device_name(setup.threads)}, medians of "
         f"{setup.repetitions}"
     )
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
@@ -287,21 +300,6 @@ def result_table(setup: Setup, records: dict[str, list[StepRecord]]) -> Table:
             f"{unmeasured.loss:.4f}",
         )
     return table
-
-
-def device_name(setup: Setup) -> str:
-    """What the measurements were taken on."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU with {setup.threads} threads"
-
-
-def version(library: str) -> str:
-    """Version of a library that may not be there."""
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from hf_sft_plugin.loss.token_stats import (
 _CPU_TILE_BYTES = 184 * 2**20
 _TILE_BYTES = 2**30
 # Numbers of the weight, or of its gradient, that are converted at a time.
-_PANEL_SIZE = 2**22
+_PANEL_SIZE = 2**21
 _DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 # What nn.Linear does as long as nobody replaced it.
 _LINEAR_FORWARD = nn.Linear.forward
@@ -204,6 +204,10 @@ class _Weight:
         self._weight = weight if is_widened else weight.to(dtype)
         num_rows = _panel_rows(weight) if is_widened else len(weight)
         self._panels = [slice(start, start + num_rows) for start in range(0, self.size, num_rows)]
+        # Used again for every panel: new memory costs as much as what is done with it.
+        self._room = (
+            weight.new_empty(num_rows, weight.shape[1], dtype=dtype) if is_widened else None
+        )
 
     def apply(self, hidden_states: Tensor, out: Tensor) -> None:
         """Writes the logits of `(n, D)` to `out`."""
@@ -219,7 +223,8 @@ class _Weight:
 
     def _converted(self) -> Iterator[tuple[slice, Tensor]]:
         for panel in self._panels:
-            yield panel, self._weight[panel].to(self.dtype)
+            part = self._weight[panel]
+            yield panel, part if self._room is None else self._room[: len(part)].copy_(part)
 
 
 class _WeightGradient:
@@ -240,6 +245,9 @@ class _WeightGradient:
         num_rows = max(1, len(weight)) if is_direct else _panel_rows(weight)
         self._panels = [slice(start, start + num_rows) for start in range(0, len(weight), num_rows)]
         self._sums: list[Tensor | None] = [None] * len(self._panels)
+        self._room = weight.new_empty(
+            num_rows if num_tiles == 1 and not is_direct else 0, weight.shape[1], dtype=self.dtype
+        )
         self._num_left = num_tiles
 
     def add(self, grad_logits: Tensor, hidden_states: Tensor, coefficients: Tensor) -> None:
@@ -256,11 +264,7 @@ class _WeightGradient:
             total, sums = self.total[panel], self._sums[index]
             is_first = sums is None
             if sums is None:
-                sums = (
-                    total
-                    if total.dtype == self.dtype
-                    else total.new_empty(total.shape, dtype=self.dtype)
-                )
+                sums = self._room_for(total)
             if scale is None:
                 torch.addmm(sums, *factors, beta=0 if is_first else 1, out=sums)
             else:
@@ -271,6 +275,14 @@ class _WeightGradient:
                 self._sums[index] = None
                 if total.dtype != self.dtype:
                     total.copy_(sums)
+
+    def _room_for(self, total: Tensor) -> Tensor:
+        """Where a panel is summed: in place, or in room that the last tile gives back at once."""
+        if total.dtype == self.dtype:
+            return total
+        if self._num_left:
+            return total.new_empty(total.shape, dtype=self.dtype)
+        return self._room[: len(total)]
 
 
 def _panel_rows(weight: Tensor) -> int:

@@ -1,8 +1,6 @@
 """The benchmark runs, lets everyone take turns, and computes the ratios it prints."""
 
 import json
-import subprocess
-import sys
 from io import StringIO
 from pathlib import Path
 
@@ -46,26 +44,6 @@ def test_ratios_are_medians_of_steps_taken_side_by_side() -> None:
     line = next(line for line in printed.getvalue().splitlines() if "other" in line)
     cells = [cell.strip() for cell in line.strip("\u2502").split("\u2502")]
     assert cells == ["other", "4.000", "3.00", "2.00-5.00", "2.00", "2.00", "2.00", "5.0000"]
-
-
-# In a process of its own: one that has trained on a CPU keeps the memory that it frees.
-SEE_PEAK = """
-from benchmark import peak_memory, reset_peak_memory
-reset_peak_memory()
-before = peak_memory()
-block = bytearray(2**28)
-block[:: 2**12] = b"x" * len(block[:: 2**12])
-with_block = peak_memory()
-del block
-assert with_block - before > 2**27
-reset_peak_memory()
-assert peak_memory() < with_block - 2**27
-"""
-
-
-def test_the_peak_of_memory_is_seen_and_forgotten() -> None:
-    folder = Path(benchmark.__file__).parent
-    subprocess.run([sys.executable, "-c", SEE_PEAK], cwd=folder, check=True)
 
 
 def test_a_contestant_that_cannot_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,34 @@
+"""What a benchmark reads of the machine is right."""
+
+import subprocess
+import sys
+from importlib.metadata import version as installed_version
+from pathlib import Path
+
+import measuring
+from measuring import device_name, version
+
+# In a process of its own: one that has trained on a CPU keeps the memory that it frees.
+SEE_PEAK = """
+from measuring import peak_memory, reset_peak_memory
+reset_peak_memory()
+before = peak_memory()
+block = bytearray(2**28)
+block[:: 2**12] = b"x" * len(block[:: 2**12])
+with_block = peak_memory()
+del block
+assert with_block - before > 2**27
+reset_peak_memory()
+assert peak_memory() < with_block - 2**27
+"""
+
+
+def test_the_peak_of_memory_is_seen_and_forgotten() -> None:
+    folder = Path(measuring.__file__).parent
+    subprocess.run([sys.executable, "-c", SEE_PEAK], cwd=folder, check=True)
+
+
+def test_libraries_and_devices_have_names() -> None:
+    assert version("torch") == installed_version("torch")
+    assert version("no-such-library") == "not installed"
+    assert device_name(3)
