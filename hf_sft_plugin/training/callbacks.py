@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,16 @@ class RunRecorder(TrainerCallback):
 
     Args:
         ledgers: Accounts of the prepared datasets by name; `train` is the training data.
+        describe_speed: Gives lines for the summary, by their titles, once a run begins.
     """
 
-    def __init__(self, ledgers: Mapping[str, Ledger]) -> None:
+    def __init__(
+        self,
+        ledgers: Mapping[str, Ledger],
+        describe_speed: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
         self.ledgers = ledgers
+        self.describe_speed = describe_speed
         self._has_log = False
         self._has_trained = False
         self._is_foreign: bool | None = None
@@ -74,7 +80,8 @@ class RunRecorder(TrainerCallback):
         for name, ledger in self.ledgers.items():
             ledger.save(_output_dir(args) / f"data_ledger_{name}.json")
             write_certificate(_output_dir(args) / f"mask_certificate_{name}.json", ledger)
-        Console().print(summarize_run(args, state, kwargs["model"], self.ledgers.get("train")))
+        data, speed = self.ledgers.get("train"), self.describe_speed()
+        Console().print(summarize_run(args, state, kwargs["model"], data, speed))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -269,7 +276,11 @@ def warn_of_rounding(optimizer: torch.optim.Optimizer | None) -> None:
 
 
 def summarize_run(
-    args: TrainingArguments, state: TrainerState, model: nn.Module, ledger: Ledger | None
+    args: TrainingArguments,
+    state: TrainerState,
+    model: nn.Module,
+    ledger: Ledger | None,
+    speed: Mapping[str, str] | None = None,
 ) -> Table:
     """A table of what a run is about to do.
 
@@ -278,6 +289,7 @@ def summarize_run(
         state: Knows the number of steps.
         model: The model to train.
         ledger: Account of the training data; None where the data came prepared elsewhere.
+        speed: What spares time and memory, by its title.
     """
     table = Table(show_header=False, title="About to train", title_justify="left", box=None)
     table.add_column(style="bold")
@@ -307,6 +319,8 @@ def summarize_run(
     )
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     table.add_row("device", f"{device}, weights {dtype}, mixed precision {args.mixed_precision}")
+    for title, description in (speed or {}).items():
+        table.add_row(title, Text(description))
     table.add_row("output", Text(str(args.output_dir)))
     return table
 
