@@ -46,13 +46,13 @@ class RunRecorder(TrainerCallback):
 
     Args:
         ledgers: Accounts of the prepared datasets by name; `train` is the training data.
-        describe_speed: Gives lines for the summary, by their titles, once a run begins.
+        describe_speed: Says what spares time and memory, once a run begins; None says nothing.
     """
 
     def __init__(
         self,
         ledgers: Mapping[str, Ledger],
-        describe_speed: Callable[[], Mapping[str, str]] = dict,
+        describe_speed: Callable[[], str] | None = None,
     ) -> None:
         self.ledgers = ledgers
         self.describe_speed = describe_speed
@@ -80,7 +80,8 @@ class RunRecorder(TrainerCallback):
         for name, ledger in self.ledgers.items():
             ledger.save(_output_dir(args) / f"data_ledger_{name}.json")
             write_certificate(_output_dir(args) / f"mask_certificate_{name}.json", ledger)
-        data, speed = self.ledgers.get("train"), self.describe_speed()
+        data = self.ledgers.get("train")
+        speed = None if self.describe_speed is None else self.describe_speed()
         Console().print(summarize_run(args, state, kwargs["model"], data, speed))
 
     def on_log(
@@ -280,7 +281,7 @@ def summarize_run(
     state: TrainerState,
     model: nn.Module,
     ledger: Ledger | None,
-    speed: Mapping[str, str] | None = None,
+    speed: str | None = None,
 ) -> Table:
     """A table of what a run is about to do.
 
@@ -289,7 +290,7 @@ def summarize_run(
         state: Knows the number of steps.
         model: The model to train.
         ledger: Account of the training data; None where the data came prepared elsewhere.
-        speed: What spares time and memory, by its title.
+        speed: What spares time and memory.
     """
     table = Table(show_header=False, title="About to train", title_justify="left", box=None)
     table.add_column(style="bold")
@@ -319,8 +320,8 @@ def summarize_run(
     )
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     table.add_row("device", f"{device}, weights {dtype}, mixed precision {args.mixed_precision}")
-    for title, description in (speed or {}).items():
-        table.add_row(title, Text(description))
+    if speed is not None:
+        table.add_row("speed", Text(speed))
     table.add_row("output", Text(str(args.output_dir)))
     return table
 

@@ -219,8 +219,8 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
                 card.write_bytes(old_card)
             self.create_model_card()
 
-    def _describe_speed(self) -> dict[str, str]:
-        return {"attention": self.attention_summary or "chosen with the first batch"}
+    def _describe_speed(self) -> str:
+        return f"attention: {self.attention_summary}"
 
     def _examples_to_answer(self, rows: Any, num_rows: int | None) -> list[TokenizedExample]:
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
