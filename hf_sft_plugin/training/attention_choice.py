@@ -6,6 +6,7 @@ document may reach another; and every mask that the model asks for has to be cau
 the size that its layer asks for, at the lengths that training will meet as well.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
@@ -19,6 +20,8 @@ from transformers.masking_utils import sdpa_mask
 
 from hf_sft_plugin.training.attention import IMPLEMENTATION, document_attention
 from hf_sft_plugin.training.response_batch import find_layout
+
+logger = logging.getLogger(__name__)
 
 _PROBE = "document_attention_probe"
 # Documents of the probe; the one in the middle is disturbed, and the others must not notice.
@@ -103,14 +106,61 @@ class AttentionChoice(NamedTuple):
                 loss.register_hook(lambda _: switch.set_until_gradients_are_there())
 
 
+class AttentionChooser:
+    """Chooses once for each model, and says once where rows have to be padded.
+
+    Attributes:
+        choice: The last choice; None before the first.
+    """
+
+    def __init__(self) -> None:
+        self.choice: AttentionChoice | None = None
+        self._asked: tuple[nn.Module, str] | None = None
+
+    def choose(self, wrapped: nn.Module, model: nn.Module, padding_free: str) -> AttentionChoice:
+        """Chooses how a model attends.
+
+        Args:
+            wrapped: The model as Accelerate prepared it.
+            model: The same model, unwrapped from Accelerate.
+            padding_free: `auto`, `on` or `off`; see `MaskedSFTConfig`.
+
+        Raises:
+            ValueError: If it is `on`, and rows have to be padded.
+        """
+        if self.choice is not None and self._asked == (model, padding_free):
+            return self.choice
+        if padding_free == "off":
+            choice = AttentionChoice(False, "padded, because padding_free is 'off'", None)
+        else:
+            choice = choose_attention(wrapped, model)
+            if not choice.is_padding_free and padding_free == "on":
+                raise ValueError(
+                    f"padding_free is 'on', but rows have to be {choice.summary}. Set it to 'auto' "
+                    "to allow that."
+                )
+            if not choice.is_padding_free:
+                logger.warning("Rows are %s.", choice.summary)
+        self.choice, self._asked = choice, (model, padding_free)
+        return choice
+
+    def give_back(self) -> None:
+        """Leaves the model with the attention that it came with, whatever was broken off."""
+        if self.choice is not None and self.choice.switch is not None:
+            self.choice.switch.give_back()
+
+
 def choose_attention(wrapped: nn.Module, model: nn.Module) -> AttentionChoice:
-    """Chooses how a model attends, and says why; costs a few forward passes of 19 tokens.
+    """Chooses how a model attends, and says why; costs a few forward passes of 19 tokens or less.
 
     Args:
         wrapped: The model as Accelerate prepared it.
         model: The same model, unwrapped from Accelerate.
     """
-    config = cast(Any, model).config.get_text_config()
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return AttentionChoice(False, "padded, because it is not a model of transformers", None)
+    config = config.get_text_config()
     own = config._attn_implementation
     switch = AttentionSwitch(model) if own in ("sdpa", "eager") else None
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
@@ -140,7 +190,7 @@ class _Witness:
     """Stands between a model and `document_attention`, and keeps what is asked for."""
 
     def __init__(self) -> None:
-        self.dtypes: set[torch.dtype] = set()
+        self.dtype = torch.float64
         self._masks: list[tuple[Tensor, Callable[..., Tensor]]] = []
         self._calls: list[tuple[Tensor | None, int | None]] = []
         AttentionInterface.register(_PROBE, self._attend)
@@ -164,7 +214,7 @@ class _Witness:
         if options.get("document_lengths") is None:
             raise _UnsupportedError("its layers do not hand on what the model is told")
         self._calls.append((attention_mask, options.get("sliding_window")))
-        self.dtypes.add(value.dtype)
+        self.dtype = min(self.dtype, value.dtype, key=lambda dtype: torch.finfo(dtype).bits)
         return document_attention(module, query, key, value, attention_mask, **options)
 
     def problem(self, num_positions: int) -> str | None:
@@ -228,7 +278,7 @@ def _run_probe(wrapped: nn.Module, model: nn.Module, switch: AttentionSwitch | N
         with set_or_not:
             return wrapped(**batch, use_cache=False).logits
 
-    tolerance = _TOLERANCE_OF_HALVES
+    tolerance = None
     if switch is not None:
         # A single document: its masks can be asked about positions that it does not have.
         witness = _Witness()
@@ -237,29 +287,30 @@ def _run_probe(wrapped: nn.Module, model: nn.Module, switch: AttentionSwitch | N
         problem = witness.problem(min(limit, _MAX_POSITIONS))
         if problem is not None:
             return problem
-        (dtype,) = witness.dtypes
-        tolerance = _TOLERANCES.get(dtype, _TOLERANCE_OF_HALVES)
-    padded_rows = logits(_padded(rows))
-    padded = torch.cat([row[: len(ids)] for row, ids in zip(padded_rows, rows, strict=True)])
-    alone = torch.cat([logits({"input_ids": ids.unsqueeze(0)})[0] for ids in rows])
+        tolerance = _TOLERANCES.get(witness.dtype)
     flat = logits(_end_to_end(rows), IMPLEMENTATION)[0]
     with _disturbance(unwrapped.get_input_embeddings()):
         disturbed = logits(_end_to_end(rows), IMPLEMENTATION)[0]
-    changed_rows = [rows[0], rows[1].flip(0), rows[2]]
-    changed = logits(_end_to_end(changed_rows), IMPLEMENTATION)[0]
     others = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
     others[_DISTURBED] = False
+    if disturbed[~others].isfinite().any():
+        return "its embeddings cannot be disturbed, so that leaks would go unseen"
     # Whatever is computed from NaN is NaN, however little it counts. Only kernels that multiply
     # what they mask by 0 are judged by the tokens: not a bit may change with those of another.
     is_apart = bool(disturbed[others].isfinite().all())
     if switch is None:
+        changed = logits(_end_to_end([rows[0], rows[1].flip(0), rows[2]]))[0]
         is_apart = is_apart or torch.equal(changed[others], flat[others])
     if not is_apart:
         return "tokens of one row reach another, as in recurrent or convolutional layers"
-    if disturbed[~others].isfinite().any() or torch.equal(changed[~others], flat[~others]):
-        return "its embeddings cannot be disturbed, so that leaks would go unseen"
-    # In half precision padding itself may change a result, as where experts are chosen.
-    error, bound = _largest_error(flat, alone), tolerance + 2 * _largest_error(padded, alone)
+    padded_rows = logits(_padded(rows))
+    padded = torch.cat([row[: len(ids)] for row, ids in zip(padded_rows, rows, strict=True)])
+    error, noise = _largest_error(flat, padded), 0.0
+    if tolerance is None:
+        # In half precision padding itself changes results, as where experts are chosen.
+        alone = torch.cat([logits({"input_ids": ids.unsqueeze(0)})[0] for ids in rows])
+        error, noise = _largest_error(flat, alone), _largest_error(padded, alone)
+    bound = (tolerance or _TOLERANCE_OF_HALVES) + 2 * noise
     if not error <= bound:
         return f"without padding its logits differ by {error:.1e}, and {bound:.1e} is rounding"
     return None
@@ -286,7 +337,9 @@ def _end_to_end(rows: list[Tensor]) -> dict[str, Any]:
 
 
 def _largest_error(logits: Tensor, reference: Tensor) -> float:
-    errors = (logits - reference).norm(dim=-1) / reference.norm(dim=-1)
+    # A head that begins with zeros gives no size to compare with.
+    sizes = reference.norm(dim=-1).clamp(min=torch.finfo(reference.dtype).tiny)
+    errors = (logits - reference).norm(dim=-1) / sizes
     return errors.max().item()
 
 

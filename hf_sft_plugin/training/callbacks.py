@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,16 @@ class RunRecorder(TrainerCallback):
 
     Args:
         ledgers: Accounts of the prepared datasets by name; `train` is the training data.
+        describe_speed: Says what spares time and memory, once a run begins; None says nothing.
     """
 
-    def __init__(self, ledgers: Mapping[str, Ledger]) -> None:
+    def __init__(
+        self,
+        ledgers: Mapping[str, Ledger],
+        describe_speed: Callable[[], str] | None = None,
+    ) -> None:
         self.ledgers = ledgers
+        self.describe_speed = describe_speed
         self._has_log = False
         self._has_trained = False
         self._is_foreign: bool | None = None
@@ -74,7 +80,9 @@ class RunRecorder(TrainerCallback):
         for name, ledger in self.ledgers.items():
             ledger.save(_output_dir(args) / f"data_ledger_{name}.json")
             write_certificate(_output_dir(args) / f"mask_certificate_{name}.json", ledger)
-        Console().print(summarize_run(args, state, kwargs["model"], self.ledgers.get("train")))
+        data = self.ledgers.get("train")
+        speed = None if self.describe_speed is None else self.describe_speed()
+        Console().print(summarize_run(args, state, kwargs["model"], data, speed))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -270,7 +278,11 @@ def warn_of_rounding(optimizer: torch.optim.Optimizer | None) -> None:
 
 
 def summarize_run(
-    args: TrainingArguments, state: TrainerState, model: nn.Module, ledger: Ledger | None
+    args: TrainingArguments,
+    state: TrainerState,
+    model: nn.Module,
+    ledger: Ledger | None,
+    speed: str | None = None,
 ) -> Table:
     """A table of what a run is about to do.
 
@@ -279,6 +291,7 @@ def summarize_run(
         state: Knows the number of steps.
         model: The model to train.
         ledger: Account of the training data; None where the data came prepared elsewhere.
+        speed: What spares time and memory.
     """
     table = Table(show_header=False, title="About to train", title_justify="left", box=None)
     table.add_column(style="bold")
@@ -308,6 +321,8 @@ def summarize_run(
     )
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     table.add_row("device", f"{device}, weights {dtype}, mixed precision {args.mixed_precision}")
+    if speed is not None:
+        table.add_row("speed", Text(speed))
     table.add_row("output", Text(str(args.output_dir)))
     return table
 

@@ -14,7 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_sft_plugin.loss.masked_loss import LossNormalization, widest_float
 from hf_sft_plugin.loss.objective import LossObjective
-from hf_sft_plugin.training.attention_choice import AttentionChoice, choose_attention
+from hf_sft_plugin.training.attention_choice import AttentionChoice, AttentionChooser
 from hf_sft_plugin.training.checkpoint import load_totals, save_totals
 from hf_sft_plugin.training.exact_settings import refuse_inexact_settings
 from hf_sft_plugin.training.lm_head import FusedHead, ResponseResult, find_transform, forward_full
@@ -84,8 +84,7 @@ class MaskedLossMixin(MicrobatchesMixin):
         self._num_microbatches = 1
         self._head: FusedHead | None = None
         self._model_of_head: nn.Module | None = None
-        self._attention: AttentionChoice | None = None
-        self._model_of_attention: nn.Module | None = None
+        self._attention = AttentionChooser()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`; the counts begin at 0, or where the checkpoint stopped."""
@@ -93,8 +92,7 @@ class MaskedLossMixin(MicrobatchesMixin):
             output = super().train(*args, **kwargs)
         finally:
             # A backward pass that was broken off has left it set.
-            if self._attention is not None and self._attention.switch is not None:
-                self._attention.switch.give_back()
+            self._attention.give_back()
         if self.state.global_step == 0 and self.state.max_steps > 0:
             raise ValueError(
                 "Nothing was trained: the training data gave no batch. A stream whose rows are all "
@@ -220,6 +218,11 @@ class MaskedLossMixin(MicrobatchesMixin):
         super().log(logs, start_time)
 
     @property
+    def attention_summary(self) -> str | None:
+        """How rows are attended to, in a few words; None before the model was first run."""
+        return None if self._attention.choice is None else self._attention.choice.summary
+
+    @property
     def _eval_normalization(self) -> LossNormalization:
         # A constant divisor belongs to an optimizer step; an evaluation has a mean per token.
         if self.loss_normalization == LossNormalization.CONSTANT:
@@ -248,21 +251,8 @@ class MaskedLossMixin(MicrobatchesMixin):
         return result, None
 
     def _choose_attention(self, model: nn.Module) -> AttentionChoice:
-        """How rows are attended to; decided once per model."""
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        if self.padding_free == "off":
-            return AttentionChoice(False, "padded, because padding_free is 'off'", None)
-        if self._attention is None or unwrapped is not self._model_of_attention:
-            self._model_of_attention = unwrapped
-            self._attention = choose_attention(model, unwrapped)
-            if not self._attention.is_padding_free:
-                if self.padding_free == "on":
-                    raise ValueError(
-                        f"padding_free is 'on', but rows have to be {self._attention.summary}. Set "
-                        "it to 'auto' to allow that."
-                    )
-                logger.warning("Rows are %s.", self._attention.summary)
-        return self._attention
+        return self._attention.choose(model, unwrapped, self.padding_free)
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         # Lengths are found where the batch is made, before it is on a device.
@@ -345,6 +335,12 @@ class MaskedLossMixin(MicrobatchesMixin):
         trainer: Any = self
         known = trainer._signature_columns or []
         trainer._signature_columns = [*known, "response_mask", "loss_weights"]
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        # Before the run begins, so that what is said about it can say how rows are attended to.
+        self._choose_attention(prepared[0])
+        return prepared
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         # Here a run begins, and begins anew where the Trainer looks for a batch size that fits.

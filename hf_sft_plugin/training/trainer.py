@@ -115,7 +115,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             "stop_token_ids": self.stop_token_ids,
         }
         prepare = partial(self._prepare, tokenizer=tokenizer, args=args, options=options)
-        self._recorder = RunRecorder(self.ledgers)
+        self._recorder = RunRecorder(self.ledgers, self._describe_speed)
         super().__init__(
             model=model,
             args=args,
@@ -231,6 +231,9 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             if old_card is not None:
                 card.write_bytes(old_card)
             self.create_model_card()
+
+    def _describe_speed(self) -> str:
+        return f"attention: {self.attention_summary}"
 
     def _examples_to_answer(self, rows: Any, num_rows: int | None) -> list[TokenizedExample]:
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)

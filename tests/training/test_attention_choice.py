@@ -12,7 +12,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hf_sft_plugin.training.attention import document_attention
-from hf_sft_plugin.training.attention_choice import AttentionChoice, choose_attention
+from hf_sft_plugin.training.attention_choice import (
+    AttentionChoice,
+    AttentionChooser,
+    choose_attention,
+)
 from hf_sft_plugin.training.response_batch import find_layout
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -144,6 +148,12 @@ def test_a_window_that_a_layer_does_not_tell_of_is_found(model_factory: Make) ->
     assert "not the causal one without a window" in choose(model).summary
 
 
+def test_a_head_of_zeros_is_no_obstacle(model_factory: Make) -> None:
+    model = model_factory(tie_word_embeddings=False)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    assert choose(model).is_padding_free
+
+
 def test_embeddings_that_cannot_be_disturbed_prove_nothing(model: Any) -> None:
     elsewhere = torch.nn.Identity()
     model.get_input_embeddings = lambda: elsewhere
@@ -161,6 +171,27 @@ def test_attention_weights_that_are_asked_for_need_the_models_own_attention(
     model = model_factory(attn_implementation="eager")
     model.config.output_attentions = True
     assert "asks for attention weights" in choose(model).summary
+
+
+def test_a_module_of_ones_own_is_padded() -> None:
+    assert "not a model of transformers" in choose(torch.nn.Linear(2, 2)).summary
+
+
+def test_a_choice_is_made_once_for_each_model(
+    model: Any, model_factory: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    chooser = AttentionChooser()
+    assert chooser.choice is None
+    bloom = model_factory("bloom")
+    assert chooser.choose(model, model, "on") is chooser.choose(model, model, "on")
+    assert "'off'" in chooser.choose(model, model, "off").summary
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"padding_free is 'on', but .* Set it to 'auto'"):
+            chooser.choose(bloom, bloom, "on")
+    assert not caplog.records
+    for _ in range(2):
+        chooser.choose(bloom, bloom, "auto")
+    assert len(caplog.records) == 1
 
 
 def flash(keeps_apart: bool) -> Callable[..., Any]:

@@ -92,6 +92,12 @@ def test_the_summary_tells_how_much_an_adapter_trains(model: Any, make_config: M
     )
 
 
+def test_the_summary_says_what_spares_time(model: Any, make_config: Make) -> None:
+    speed = "attention: padded, because of [this]"
+    text = render(summarize_run(make_config(), make_state(), model, None, speed))
+    assert f"speed   {speed}" in text
+
+
 def test_the_summary_tells_the_precision(model: Any, make_config: Make) -> None:
     text = render(summarize_run(make_config(bf16=True), make_state(), model.bfloat16(), None))
     assert "weights bfloat16, mixed precision bf16" in text

@@ -185,6 +185,7 @@ def test_no_argument_at_all_gives_the_defaults() -> None:
             {"loss_normalization": "constant", "normalize_constant": 4096.0},
         ),
         (["--fused_head", "off"], {"fused_head": "off"}),
+        (["--padding_free", "off"], {"padding_free": "off"}),
         (["--max_dropped_share", "0.5"], {"max_dropped_share": 0.5}),
         (["--max_length", "128", "--overflow", "drop"], {"max_length": 128, "overflow": "drop"}),
         (["--stop_token", "<|im_end|>"], {"stop_token": "<|im_end|>"}),

@@ -314,6 +314,31 @@ def test_the_fused_loss_stays_the_models_own_while_its_logits_grow(
     assert fused == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "attention: per-document SDPA, no padding"),
+        ({"padding_free": "off"}, "attention: padded, because padding_free is 'off'"),
+    ],
+)
+def test_the_summary_of_a_run_says_how_rows_are_attended_to(
+    settings: dict[str, Any],
+    expected: str,
+    dataset: Dataset,
+    model: Any,
+    tokenizer: Any,
+    make_config: Make,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trainer = MaskedSFTTrainer(
+        model, make_config(**settings), train_dataset=dataset, processing_class=tokenizer
+    )
+    assert trainer.attention_summary is None
+    trainer.train()
+    assert expected in " ".join(capsys.readouterr().out.split())
+    assert f"attention: {trainer.attention_summary}" == expected
+
+
 def test_a_metric_of_ones_own_judges_along(
     dataset: Dataset, model: Any, tokenizer: Any, make_config: Make
 ) -> None:
