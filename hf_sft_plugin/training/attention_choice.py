@@ -24,6 +24,7 @@ from hf_sft_plugin.training.response_batch import find_layout
 logger = logging.getLogger(__name__)
 
 _PROBE = "document_attention_probe"
+_OURS = (IMPLEMENTATION, _PROBE)
 # Documents of the probe; the one in the middle is disturbed, and the others must not notice.
 _LENGTHS = (6, 4, 9)
 _DISTURBED = slice(6, 10)
@@ -45,7 +46,8 @@ class AttentionSwitch:
     def __init__(self, model: nn.Module) -> None:
         configs = [getattr(module, "config", None) for module in model.modules()]
         found = {id(c): c for c in configs if isinstance(c, PreTrainedConfig)}
-        self._own = [(config, config._attn_implementation) for config in found.values()]
+        self._configs = list(found.values())
+        self._own = [config._attn_implementation for config in self._configs]
 
     @contextmanager
     def set_to(self, name: str) -> Iterator[None]:
@@ -64,11 +66,15 @@ class AttentionSwitch:
 
     def give_back(self) -> None:
         """Sets what the model came with."""
-        for config, own in self._own:
-            config._attn_implementation_internal = own
+        for config, own in zip(self._configs, self._own, strict=True):
+            if config._attn_implementation in _OURS:
+                config._attn_implementation_internal = own
 
     def _set(self, name: str) -> None:
-        for config, _ in self._own:
+        for index, config in enumerate(self._configs):
+            # It may have been changed in between.
+            if config._attn_implementation not in _OURS:
+                self._own[index] = config._attn_implementation
             # Not by the property, which would set the configs inside this one as well.
             config._attn_implementation_internal = name
 

@@ -259,3 +259,11 @@ def test_the_implementation_is_set_for_the_forward_and_for_the_backward_pass(mod
     product.backward()
     look()
     assert seen == ["document_attention", "sdpa", "document_attention", "sdpa"]
+
+
+def test_an_implementation_that_was_chosen_in_between_is_given_back(model: Any) -> None:
+    choice = choose(model)
+    model.set_attn_implementation("eager")
+    with choice.running():
+        assert model.config._attn_implementation == "document_attention"
+    assert model.config._attn_implementation == "eager"
