@@ -133,14 +133,19 @@ class WordEncoder:
         """Has the tokenizer encode words that were not seen before; says which not to keep."""
         new = [*words]
         for word, encoding in zip(new, self._encode(new), strict=True):
-            is_known = not word.isascii() or set(encoding.word_ids) == {0}
-            advances = _advances(word, encoding.tokens)
-            # An ASCII word is one word to the tokenizer too, and every byte is one of a token.
-            if is_known and sum(advances) == len(word):
-                self._ids[word], self._advances[word] = encoding.ids, advances
+            # An ASCII word is one word to the tokenizer too; others may have another normal form.
+            is_known = set(encoding.word_ids) == {0} if word.isascii() else self._is_normal(word)
+            # Every byte is one of a token.
+            if is_known and sum(map(len, encoding.tokens)) == len(word.encode()):
+                self._ids[word] = encoding.ids
+                self._advances[word] = _advances(word, encoding.tokens)
         is_full = len(self._ids) > _MAX_WORDS
         known = (word for word in new if word in self._ids)
         return [word for word in known if is_full or len(word) > _MAX_WORD_LENGTH]
+
+    def _is_normal(self, text: str) -> bool:
+        normalizer = self._backend.normalizer
+        return normalizer is None or bool(normalizer.normalize_str(text) == text)
 
     def _encode(self, texts: list[str]) -> Any:
         return self._backend.encode_batch(texts, add_special_tokens=False)
