@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from hf_sft_plugin.training.attention import IMPLEMENTATION, document_attention
 from hf_sft_plugin.training.response_batch import find_layout
+from hf_sft_plugin.training.shared_prompts import find_shared_prompts
 
 _PROBE = "document_attention_probe"
 # Documents of the probe; the one in the middle is disturbed, and the others must not notice.
@@ -77,11 +79,13 @@ class AttentionChoice(NamedTuple):
         is_padding_free: Whether rows are laid end to end.
         summary: One line for the user.
         switch: Where `document_attention` takes the place of the model's own attention.
+        shares_prompts: Whether what rows begin with in common may run once.
     """
 
     is_padding_free: bool
     summary: str
     switch: AttentionSwitch | None
+    shares_prompts: bool = False
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -104,7 +108,7 @@ class AttentionChoice(NamedTuple):
 
 
 def choose_attention(wrapped: nn.Module, model: nn.Module) -> AttentionChoice:
-    """Chooses how a model attends, and says why; costs a few forward passes of 19 tokens.
+    """Chooses how a model attends, and says why; costs a few forward passes of 20 tokens.
 
     Args:
         wrapped: The model as Accelerate prepared it.
@@ -129,7 +133,11 @@ def choose_attention(wrapped: nn.Module, model: nn.Module) -> AttentionChoice:
     kernel = (
         "varlen_attn in half precision, else per-document SDPA" if is_half else "per-document SDPA"
     )
-    return AttentionChoice(True, f"{kernel}, no padding", switch)
+    problem = _find_problem(wrapped, model, switch, shares_prompts=True)
+    if problem is not None:
+        summary = f"{kernel}, no padding, prompts once per row, because {problem}"
+        return AttentionChoice(True, summary, switch)
+    return AttentionChoice(True, f"{kernel}, no padding, shared prompts once", switch, True)
 
 
 class _UnsupportedError(Exception):
@@ -195,20 +203,26 @@ def _is_causal(
 
 
 def _find_problem(
-    wrapped: nn.Module, model: nn.Module, switch: AttentionSwitch | None
+    wrapped: nn.Module,
+    model: nn.Module,
+    switch: AttentionSwitch | None,
+    shares_prompts: bool = False,
 ) -> str | None:
-    """Why rows of a model have to be padded; None where they need not be.
+    """Why rows of a model have to be padded, or cannot share prompts; None where they need not.
 
     Args:
         wrapped: The model as Accelerate prepared it.
         model: The same model, unwrapped from Accelerate.
         switch: Where `document_attention` would be used; None where the model's own attention.
+        shares_prompts: Asks about prompts that are shared, where rows need no padding.
     """
     was_training = wrapped.training
     wrapped.eval()
     try:
         # Compiling would take longer than the probe, for shapes that do not come again.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            if shares_prompts:
+                return _run_probe_of_sharing(wrapped, model, switch)
             return _run_probe(wrapped, model, switch)
     except _UnsupportedError as error:
         return str(error)
@@ -243,7 +257,7 @@ def _run_probe(wrapped: nn.Module, model: nn.Module, switch: AttentionSwitch | N
     padded = torch.cat([row[: len(ids)] for row, ids in zip(padded_rows, rows, strict=True)])
     alone = torch.cat([logits({"input_ids": ids.unsqueeze(0)})[0] for ids in rows])
     flat = logits(_end_to_end(rows), IMPLEMENTATION)[0]
-    with _disturbance(unwrapped.get_input_embeddings()):
+    with _disturbance(unwrapped.get_input_embeddings(), _DISTURBED):
         disturbed = logits(_end_to_end(rows), IMPLEMENTATION)[0]
     changed_rows = [rows[0], rows[1].flip(0), rows[2]]
     changed = logits(_end_to_end(changed_rows), IMPLEMENTATION)[0]
@@ -262,6 +276,36 @@ def _run_probe(wrapped: nn.Module, model: nn.Module, switch: AttentionSwitch | N
     error, bound = _largest_error(flat, alone), tolerance + 2 * _largest_error(padded, alone)
     if not error <= bound:
         return f"without padding its logits differ by {error:.1e}, and {bound:.1e} is rounding"
+    return None
+
+
+def _run_probe_of_sharing(
+    wrapped: nn.Module, model: nn.Module, switch: AttentionSwitch | None
+) -> str | None:
+    """The same with two rows that begin alike, and end in more tokens than that and in fewer."""
+    assert switch is not None, "nothing else attends to documents that go on from others"
+    unwrapped = cast(Any, model)
+    prompt, one, other = _probe_rows(unwrapped.config.get_text_config().vocab_size, model.device)
+    rows = [torch.cat([prompt, ending]) for ending in (one, other)]
+    shared = find_shared_prompts([row.cpu().numpy().astype(np.int64) for row in rows], at_least=1)
+    assert shared is not None, "they begin alike"
+    shared = shared.with_tensors(lambda tensor: tensor.to(prompt.device))
+    ids = torch.cat(rows)[shared.index].unsqueeze(0)
+    alone = [wrapped(input_ids=row.unsqueeze(0), use_cache=False) for row in rows]
+    if any(getattr(output, "aux_loss", None) is not None for output in alone):
+        return "the loss of its router counts every token that runs"
+    expected = torch.cat([output.logits[0] for output in alone])
+    last = slice(len(ids[0]) - shared.document_lengths[-1], len(ids[0]))
+    with switch.set_to(IMPLEMENTATION):
+        flat = wrapped(input_ids=ids, use_cache=False, **shared.model_inputs()).logits[0]
+        with _disturbance(unwrapped.get_input_embeddings(), last):
+            disturbed = wrapped(input_ids=ids, use_cache=False, **shared.model_inputs()).logits[0]
+    if not disturbed[: last.start].isfinite().all() or disturbed[last].isfinite().any():
+        return "tokens of one response reach another"
+    tolerance = _TOLERANCES.get(flat.dtype, _TOLERANCE_OF_HALVES)
+    error = _largest_error(flat[shared.places], expected)
+    if not error <= tolerance:
+        return f"with a shared prompt its logits differ by {error:.1e}, and {tolerance:.1e} is rounding"
     return None
 
 
@@ -291,12 +335,12 @@ def _largest_error(logits: Tensor, reference: Tensor) -> float:
 
 
 @contextmanager
-def _disturbance(embeddings: nn.Module) -> Iterator[None]:
-    """Makes NaN of what the middle document reads, for a while."""
+def _disturbance(embeddings: nn.Module, where: slice) -> Iterator[None]:
+    """Makes NaN of what is read at some positions, for a while."""
 
     def disturb(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         output = output.clone()
-        output[:, _DISTURBED] = torch.nan
+        output[:, where] = torch.nan
         return output
 
     hook = embeddings.register_forward_hook(disturb)
