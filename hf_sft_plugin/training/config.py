@@ -93,6 +93,14 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
             "choices": ["auto", "off"],
         },
     )
+    group_by_prompt: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether rows with the same prompt follow each other, groups of them in random "
+            "order, so that they share a batch. Which rows share an optimizer step is then another "
+            "choice."
+        },
+    )
     max_tokens_per_microbatch: int | None = field(
         default=None,
         metadata={

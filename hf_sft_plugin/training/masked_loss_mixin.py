@@ -26,6 +26,7 @@ from hf_sft_plugin.training.metrics import (
     row_totals,
 )
 from hf_sft_plugin.training.microbatches import MicrobatchesMixin, count_microbatches
+from hf_sft_plugin.training.prompt_sampler import GroupedSampler, group_prompts
 from hf_sft_plugin.training.response_batch import (
     CollatorWithLayout,
     ResponseBatch,
@@ -60,6 +61,7 @@ class MaskedLossMixin(MicrobatchesMixin):
         fused_head: `auto`, `on` or `off`; see `MaskedSFTConfig`.
         padding_free: `auto`, `on` or `off`; see `MaskedSFTConfig`.
         shared_prompts: `auto` or `off`; see `MaskedSFTConfig`.
+        group_by_prompt: See `MaskedSFTConfig`.
 
     Raises:
         ValueError: From the constructor, if a setting would make the numbers inexact.
@@ -72,6 +74,7 @@ class MaskedLossMixin(MicrobatchesMixin):
     fused_head: str = "auto"
     padding_free: str = "auto"
     shared_prompts: str = "auto"
+    group_by_prompt: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -280,6 +283,13 @@ class MaskedLossMixin(MicrobatchesMixin):
             return super()._get_dataloader(dataset, *args, **kwargs)
         finally:
             self.data_collator = own
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.group_by_prompt:
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return GroupedSampler(group_prompts(rows), seed)
 
     def _fused_head(self, model: nn.Module, batch: ResponseBatch) -> FusedHead | None:
         """The fused head, where the model allows one; decided once per model."""
