@@ -36,9 +36,16 @@ def document_attention(
     position_bias: Tensor | None = None,
     document_lengths: Sequence[int] | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    document_contexts: Sequence[Sequence[int]] | None = None,
+    key_index: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_k: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of each document to itself, as transformers' layers call it.
+
+    A document may go on from others, which several do where a prompt has several responses. Its
+    tokens see those of its context as well, which stand before them.
 
     Args:
         module: The layer that asks.
@@ -54,6 +61,11 @@ def document_attention(
         position_bias: Must be None: scores that depend on positions are not provided for.
         document_lengths: Lengths of the documents, in order; their sum is T.
         cu_seq_lens_q: The same as running totals from 0, int32, on the device of the query.
+        document_contexts: For each document those that it goes on from, in order; None where no
+            document does.
+        key_index: Tokens that each document sees, one document after another.
+        cu_seq_lens_k: How many they are, as running totals.
+        max_length_k: The largest number of them.
 
     Returns:
         `(1, T, H, e)`, and None in place of the attention weights.
@@ -67,13 +79,25 @@ def document_attention(
     dtype = value.dtype
     query, key, value = _in_one_dtype(query, key, value)
     longest = max(document_lengths)
-    window = sliding_window if sliding_window and sliding_window < longest else None
+    most_keys = longest
+    if document_contexts is not None:
+        assert max_length_k is not None, "it comes together with the contexts"
+        most_keys = max_length_k
+    window = sliding_window if sliding_window and sliding_window < most_keys else None
     is_plain = softcap is None and s_aux is None
     if is_plain and _takes_varlen(query, value, dropout):
-        return _attend_varlen(query, key, value, cu_seq_lens_q, longest, scaling, window), None
+        boundaries = cu_seq_lens_q, cu_seq_lens_q
+        if document_contexts is not None:
+            assert key_index is not None, "it comes together with the contexts"
+            assert cu_seq_lens_k is not None, "it comes together with the contexts"
+            boundaries = cu_seq_lens_q, cu_seq_lens_k
+            key, value = (tensor.index_select(2, key_index) for tensor in (key, value))
+        options = boundaries, (longest, most_keys), scaling, window
+        return _attend_varlen(query, key, value, *options), None
     attend = _attend_fused if is_plain else partial(_attend_plainly, softcap=softcap, sinks=s_aux)
     attend = partial(attend, scaling=scaling, dropout=dropout)
-    output = _attend_per_document(query, key, value, document_lengths, window, attend)
+    contexts = document_contexts or [[]] * len(document_lengths)
+    output = _attend_per_document(query, key, value, document_lengths, contexts, window, attend)
     return output.to(dtype), None
 
 
@@ -137,8 +161,8 @@ def _attend_varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    boundaries: Tensor,
-    longest: int,
+    boundaries: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
@@ -146,10 +170,8 @@ def _attend_varlen(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        boundaries,
-        boundaries,
-        longest,
-        longest,
+        *boundaries,
+        *longest,
         scale=scaling,
         # The token itself is not counted.
         window_size=(-1 if window is None else window - 1, 0),
@@ -164,37 +186,54 @@ def _attend_per_document(
     key: Tensor,
     value: Tensor,
     lengths: Sequence[int],
+    contexts: Sequence[Sequence[int]],
     window: int | None,
     attend: Callable[..., Tensor],
 ) -> Tensor:
     # One split and one concatenation: the gradient of a slice would be as long as all documents.
-    parts = (tensor.split(list(lengths), dim=2) for tensor in (query, key, value))
+    queries, keys, values = (tensor.split(list(lengths), dim=2) for tensor in (query, key, value))
+    outputs = []
     # Autocast would undo the choice of `_in_one_dtype`.
     with torch.autocast(query.device.type, enabled=False):
-        outputs = [
-            part.transpose(1, 2)
-            for q, k, v in zip(*parts, strict=True)
-            for part in _attend_in_blocks(q, k, v, window, attend)
-        ]
+        for own, context in enumerate(contexts):
+            seen = [*context, own]
+            k, v = (
+                torch.cat([parts[number] for number in seen], dim=2) if context else parts[own]
+                for parts in (keys, values)
+            )
+            blocks = _attend_in_blocks(queries[own], k, v, window, attend)
+            outputs += [block.transpose(1, 2) for block in blocks]
     return torch.cat(outputs, dim=1)
 
 
 def _attend_in_blocks(
     query: Tensor, key: Tensor, value: Tensor, window: int | None, attend: Callable[..., Tensor]
 ) -> list[Tensor]:
-    """One document; in a sliding window, blocks of queries with the keys that they reach."""
-    length = query.shape[2]
-    if window is None or length <= window:
-        return [attend(query, key, value, allowed=None)]
-    size = max(window, _MIN_BLOCK)
+    """One document; in a sliding window, blocks of queries with the keys that they reach.
+
+    Queries belong to the last of the keys; before them are those of the document's context.
+    """
+    length, num_keys = query.shape[2], key.shape[2]
+    num_before = num_keys - length
+    size = length
+    if window is None or num_keys <= window:
+        if num_before == 0:
+            return [attend(query, key, value, allowed=None)]
+        if num_before <= length:
+            # A triangle is cheaper than a masked rectangle, even with queries that nobody asked.
+            query = F.pad(query, (0, 0, num_before, 0))
+            return [attend(query, key, value, allowed=None)[:, :, num_before:]]
+        window = num_keys
+    else:
+        size = max(window, _MIN_BLOCK)
     outputs = []
-    for start in range(0, length, size):
-        end, first = min(start + size, length), max(0, start - window + 1)
+    for start in range(num_before, num_keys, size):
+        end, first = min(start + size, num_keys), max(0, start - window + 1)
         rows = torch.arange(start, end, device=query.device).unsqueeze(-1)
         columns = torch.arange(first, end, device=query.device)
         allowed = (columns <= rows) & (columns > rows - window)
-        seen = slice(first, end)
-        part = query[:, :, start:end], key[:, :, seen], value[:, :, seen]
+        asked, seen = slice(start - num_before, end - num_before), slice(first, end)
+        part = query[:, :, asked], key[:, :, seen], value[:, :, seen]
         outputs.append(attend(*part, allowed=allowed))
     return outputs
 

@@ -1,82 +1,22 @@
 """Whether rows can be trained without padding: chosen by a proof on the model itself.
 
-A list of models would be out of date tomorrow. What is run instead are a few documents of a handful
-of tokens: in a padded batch as ever, and end to end. The logits have to be the same; nothing of one
-document may reach another; and every mask that the model asks for has to be causal, in a window of
-the size that its layer asks for, at the lengths that training will meet as well.
+A list of models would be out of date tomorrow.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedConfig
 
-from hf_sft_plugin.training.attention import IMPLEMENTATION, document_attention
-from hf_sft_plugin.training.response_batch import find_layout
+from hf_sft_plugin.training.attention import IMPLEMENTATION
+from hf_sft_plugin.training.attention_probe import AttentionSwitch, find_problem
 
 logger = logging.getLogger(__name__)
-
-_PROBE = "document_attention_probe"
-_OURS = (IMPLEMENTATION, _PROBE)
-# Documents of the probe; the one in the middle is disturbed, and the others must not notice.
-_LENGTHS = (6, 4, 9)
-_DISTURBED = slice(6, 10)
-# Largest relative difference between the logits of a token with and without padding.
-_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
-_TOLERANCE_OF_HALVES = 5e-2
-# Positions up to which masks are looked at, where a model names no limit of its own.
-_NUM_POSITIONS = 2**17
-_MAX_POSITIONS = 2**20
-
-
-class AttentionSwitch:
-    """Runs a model with another attention implementation, and gives back its own.
-
-    Args:
-        model: The model, unwrapped from Accelerate.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        configs = [getattr(module, "config", None) for module in model.modules()]
-        found = {id(c): c for c in configs if isinstance(c, PreTrainedConfig)}
-        self._configs = list(found.values())
-        self._own = [config._attn_implementation for config in self._configs]
-
-    @contextmanager
-    def set_to(self, name: str) -> Iterator[None]:
-        """Sets the implementation for a while."""
-        self._set(name)
-        try:
-            yield
-        finally:
-            self.give_back()
-
-    def set_until_gradients_are_there(self) -> None:
-        """Sets `document_attention` up to the end of the backward pass that is going on."""
-        self._set(IMPLEMENTATION)
-        engine: Any = torch.autograd.Variable._execution_engine
-        engine.queue_callback(self.give_back)
-
-    def give_back(self) -> None:
-        """Sets what the model came with."""
-        for config, own in zip(self._configs, self._own, strict=True):
-            if config._attn_implementation in _OURS:
-                config._attn_implementation_internal = own
-
-    def _set(self, name: str) -> None:
-        for index, config in enumerate(self._configs):
-            # It may have been changed in between.
-            if config._attn_implementation not in _OURS:
-                self._own[index] = config._attn_implementation
-            # Not by the property, which would set the configs inside this one as well.
-            config._attn_implementation_internal = name
 
 
 class AttentionChoice(NamedTuple):
@@ -86,11 +26,13 @@ class AttentionChoice(NamedTuple):
         is_padding_free: Whether rows are laid end to end.
         summary: One line for the user.
         switch: Where `document_attention` takes the place of the model's own attention.
+        shares_prompts: Whether what rows begin with in common may run once.
     """
 
     is_padding_free: bool
     summary: str
     switch: AttentionSwitch | None
+    shares_prompts: bool = False
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -157,7 +99,7 @@ class AttentionChooser:
 
 
 def choose_attention(wrapped: nn.Module, model: nn.Module) -> AttentionChoice:
-    """Chooses how a model attends, and says why; costs a few forward passes of 19 tokens or less.
+    """Chooses how a model attends, and says why; costs a few forward passes of 20 tokens or less.
 
     Args:
         wrapped: The model as Accelerate prepared it.
@@ -176,7 +118,7 @@ def choose_attention(wrapped: nn.Module, model: nn.Module) -> AttentionChoice:
     elif switch is None and not ("flash" in str(own) or own == "flex_attention"):
         problem = f"nothing is known about the attention implementation {own!r}"
     else:
-        problem = _find_problem(wrapped, model, switch)
+        problem = find_problem(wrapped, model, switch)
     if problem is not None:
         return AttentionChoice(False, f"padded, because {problem}", None)
     if switch is None:
@@ -185,181 +127,8 @@ def choose_attention(wrapped: nn.Module, model: nn.Module) -> AttentionChoice:
     kernel = (
         "varlen_attn in half precision, else per-document SDPA" if is_half else "per-document SDPA"
     )
-    return AttentionChoice(True, f"{kernel}, no padding", switch)
-
-
-class _UnsupportedError(Exception):
-    """A model attends in a way that allows no proof."""
-
-
-class _Witness:
-    """Stands between a model and `document_attention`, and keeps what is asked for."""
-
-    def __init__(self) -> None:
-        self.dtype = torch.float64
-        self._masks: list[tuple[Tensor, Callable[..., Tensor]]] = []
-        self._calls: list[tuple[Tensor | None, int | None]] = []
-        AttentionInterface.register(_PROBE, self._attend)
-        AttentionMaskInterface.register(_PROBE, self._make_mask)
-
-    def _make_mask(self, **arguments: Any) -> Tensor:
-        mask = sdpa_mask(**{**arguments, "allow_is_causal_skip": False})
-        assert mask is not None, "it is only left out where that is allowed"
-        self._masks.append((mask, arguments["mask_function"]))
-        return mask
-
-    def _attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        **options: Any,
-    ) -> tuple[Tensor, None]:
-        if options.get("document_lengths") is None:
-            raise _UnsupportedError("its layers do not hand on what the model is told")
-        self._calls.append((attention_mask, options.get("sliding_window")))
-        self.dtype = min(self.dtype, value.dtype, key=lambda dtype: torch.finfo(dtype).bits)
-        return document_attention(module, query, key, value, attention_mask, **options)
-
-    def problem(self, num_positions: int) -> str | None:
-        """What `document_attention` would do otherwise than the model's masks say, if anything."""
-        if not self._calls:
-            return "its layers do not attend through the interface of transformers"
-        for mask, window in self._calls:
-            predicate = next((p for known, p in self._masks if known is mask), None)
-            if mask is None or predicate is None:
-                return "its layers do not use the masks of transformers as they are"
-            if not _is_causal(predicate, window, num_positions, mask.device):
-                size = "without a window" if window is None else f"in a window of {window} tokens"
-                return f"it has a layer whose mask is not the causal one {size}"
-        return None
-
-
-def _is_causal(
-    predicate: Callable[..., Tensor], window: int | None, num_positions: int, device: torch.device
-) -> bool:
-    # A window is as wide in each row; chunks and prefixes are not.
-    rows = torch.tensor([0, num_positions // 2, num_positions - 1], device=device).unsqueeze(-1)
-    columns = torch.arange(num_positions, device=device)
-    expected = columns <= rows
-    if window is not None:
-        expected &= columns > rows - window
-    zero = torch.zeros((), dtype=torch.long, device=device)
-    return bool((predicate(zero, zero, rows, columns) == expected).all())
-
-
-def _find_problem(
-    wrapped: nn.Module, model: nn.Module, switch: AttentionSwitch | None
-) -> str | None:
-    """Why rows of a model have to be padded; None where they need not be.
-
-    Args:
-        wrapped: The model as Accelerate prepared it.
-        model: The same model, unwrapped from Accelerate.
-        switch: Where `document_attention` would be used; None where the model's own attention.
-    """
-    was_training = wrapped.training
-    wrapped.eval()
-    try:
-        # Compiling would take longer than the probe, for shapes that do not come again.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            return _run_probe(wrapped, model, switch)
-    except _UnsupportedError as error:
-        return str(error)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        return f"a run without padding failed ({type(error).__name__}: {error})"
-    finally:
-        wrapped.train(was_training)
-
-
-def _run_probe(wrapped: nn.Module, model: nn.Module, switch: AttentionSwitch | None) -> str | None:
-    unwrapped = cast(Any, model)
-    config = unwrapped.config.get_text_config()
-    rows = _probe_rows(config.vocab_size, unwrapped.device)
-
-    def logits(batch: Mapping[str, Any], implementation: str | None = None) -> Tensor:
-        set_or_not = switch.set_to(implementation) if switch and implementation else nullcontext()
-        with set_or_not:
-            return wrapped(**batch, use_cache=False).logits
-
-    tolerance = None
-    if switch is not None:
-        # A single document: its masks can be asked about positions that it does not have.
-        witness = _Witness()
-        logits(_end_to_end(rows[-1:]), _PROBE)
-        limit = getattr(config, "max_position_embeddings", None) or _NUM_POSITIONS
-        problem = witness.problem(min(limit, _MAX_POSITIONS))
-        if problem is not None:
-            return problem
-        tolerance = _TOLERANCES.get(witness.dtype)
-    flat = logits(_end_to_end(rows), IMPLEMENTATION)[0]
-    with _disturbance(unwrapped.get_input_embeddings()):
-        disturbed = logits(_end_to_end(rows), IMPLEMENTATION)[0]
-    others = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
-    others[_DISTURBED] = False
-    if disturbed[~others].isfinite().any():
-        return "its embeddings cannot be disturbed, so that leaks would go unseen"
-    # Whatever is computed from NaN is NaN, however little it counts. Only kernels that multiply
-    # what they mask by 0 are judged by the tokens: not a bit may change with those of another.
-    is_apart = bool(disturbed[others].isfinite().all())
-    if switch is None:
-        changed = logits(_end_to_end([rows[0], rows[1].flip(0), rows[2]]))[0]
-        is_apart = is_apart or torch.equal(changed[others], flat[others])
-    if not is_apart:
-        return "tokens of one row reach another, as in recurrent or convolutional layers"
-    padded_rows = logits(_padded(rows))
-    padded = torch.cat([row[: len(ids)] for row, ids in zip(padded_rows, rows, strict=True)])
-    error, noise = _largest_error(flat, padded), 0.0
-    if tolerance is None:
-        # In half precision padding itself changes results, as where experts are chosen.
-        alone = torch.cat([logits({"input_ids": ids.unsqueeze(0)})[0] for ids in rows])
-        error, noise = _largest_error(flat, alone), _largest_error(padded, alone)
-    bound = (tolerance or _TOLERANCE_OF_HALVES) + 2 * noise
-    if not error <= bound:
-        return f"without padding its logits differ by {error:.1e}, and {bound:.1e} is rounding"
-    return None
-
-
-def _probe_rows(vocab_size: int, device: torch.device) -> list[Tensor]:
-    ids = (torch.arange(sum(_LENGTHS), device=device) * 7 + 3) % vocab_size
-    return list(ids.split(list(_LENGTHS)))
-
-
-def _padded(rows: list[Tensor]) -> dict[str, Tensor]:
-    return {
-        "input_ids": pad_sequence(rows, batch_first=True),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
-    }
-
-
-def _end_to_end(rows: list[Tensor]) -> dict[str, Any]:
-    batch = _padded(rows)
-    layout = find_layout(batch)
-    assert layout is not None, "rows padded on the right have one"
-    layout = layout.to(batch["input_ids"].device)
-    return {"input_ids": layout.flatten(batch["input_ids"]), **layout.model_inputs()}
-
-
-def _largest_error(logits: Tensor, reference: Tensor) -> float:
-    # A head that begins with zeros gives no size to compare with.
-    sizes = reference.norm(dim=-1).clamp(min=torch.finfo(reference.dtype).tiny)
-    errors = (logits - reference).norm(dim=-1) / sizes
-    return errors.max().item()
-
-
-@contextmanager
-def _disturbance(embeddings: nn.Module) -> Iterator[None]:
-    """Makes NaN of what the middle document reads, for a while."""
-
-    def disturb(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        output = output.clone()
-        output[:, _DISTURBED] = torch.nan
-        return output
-
-    hook = embeddings.register_forward_hook(disturb)
-    try:
-        yield
-    finally:
-        hook.remove()
+    problem = find_problem(wrapped, model, switch, shares_prompts=True)
+    if problem is not None:
+        summary = f"{kernel}, no padding, prompts once per row, because {problem}"
+        return AttentionChoice(True, summary, switch)
+    return AttentionChoice(True, f"{kernel}, no padding, shared prompts once", switch, True)

@@ -84,6 +84,23 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
             "choices": ["auto", "on", "off"],
         },
     )
+    shared_prompts: str = field(
+        default="auto",
+        metadata={
+            "help": "Whether rows of a micro-batch that begin with the same tokens, as several "
+            "responses to one prompt do, run them once: 'auto' without padding, where a test run "
+            "proves that nothing changes; 'off' never. See group_by_prompt.",
+            "choices": ["auto", "off"],
+        },
+    )
+    group_by_prompt: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether rows with the same prompt follow each other, groups of them in random "
+            "order, so that they share a batch. Which rows share an optimizer step is then another "
+            "choice."
+        },
+    )
     max_tokens_per_microbatch: int | None = field(
         default=None,
         metadata={
@@ -177,11 +194,12 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
                 "which has no such exponent. Set loss_type to 'focal', or leave focal_gamma out."
             )
         self.objective()
-        for name in ("fused_head", "padding_free"):
+        switches = {"fused_head": "auto, on", "padding_free": "auto, on", "shared_prompts": "auto"}
+        for name, others in switches.items():
             value = getattr(self, name)
-            if value not in ("auto", "on", "off"):
+            if value not in (*others.split(", "), "off"):
                 raise ValueError(
-                    f"{name} is {value!r}; choose auto, on or off. In YAML put quotes around on "
+                    f"{name} is {value!r}; choose {others} or off. In YAML put quotes around on "
                     "and off, which it otherwise reads as true and false."
                 )
         if not 0 <= self.max_dropped_share <= 1:

@@ -45,6 +45,7 @@ def forward_full(
     targets: Tensor,
     weights: Tensor,
     objective: LossObjective,
+    places: Tensor | None = None,
 ) -> tuple[ResponseResult, Any]:
     """The reference: the model's own logits at all positions, then the loss at response positions.
 
@@ -54,16 +55,24 @@ def forward_full(
         targets: `(B, S)`, shifted labels.
         weights: `(B, S)`, what the loss at each position is multiplied with.
         objective: The loss of one token.
+        places: See `ResponseBatch`.
 
     Returns:
         The result, and the model's own outputs with the logits.
     """
     outputs = model(**inputs, use_cache=False)
     keep = targets != IGNORE_INDEX
-    # Virtual tokens of a prompt-learning adapter come first and have no labels.
-    logits = outputs.logits[:, -targets.shape[1] :][keep]
+    logits = _choose(outputs.logits, keep, places)
     answer = full_head_loss(logits, targets[keep], weights[keep], objective)
     return ResponseResult(*answer, outputs.get("aux_loss")), outputs
+
+
+def _choose(values: Tensor, keep: Tensor, places: Tensor | None) -> Tensor:
+    """What a model says at the positions to keep, in their order."""
+    if places is not None:
+        return values[0].index_select(0, places[keep[0]])
+    # Virtual tokens of a prompt-learning adapter come first and have no labels.
+    return values[:, -keep.shape[1] :][keep]
 
 
 class FusedHead:
@@ -88,6 +97,7 @@ class FusedHead:
         targets: Tensor,
         weights: Tensor,
         objective: LossObjective,
+        places: Tensor | None = None,
     ) -> ResponseResult:
         """Like `forward_full`, within rounding, in memory that does not grow with the batch."""
         keep = targets != IGNORE_INDEX
@@ -97,7 +107,7 @@ class FusedHead:
         # The compiler of the model would compile the tiles anew for every number of rows.
         @torch.compiler.disable
         def answer_with_loss(hidden_states: Tensor) -> Tensor:
-            rows = hidden_states[:, -targets.shape[1] :][keep]
+            rows = _choose(hidden_states, keep, places)
             answer = head_loss(
                 self.lm_head,
                 rows,

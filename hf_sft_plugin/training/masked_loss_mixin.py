@@ -26,6 +26,7 @@ from hf_sft_plugin.training.metrics import (
     row_totals,
 )
 from hf_sft_plugin.training.microbatches import MicrobatchesMixin, count_microbatches
+from hf_sft_plugin.training.prompt_sampler import GroupedSampler, group_prompts
 from hf_sft_plugin.training.response_batch import (
     CollatorWithLayout,
     ResponseBatch,
@@ -59,6 +60,8 @@ class MaskedLossMixin(MicrobatchesMixin):
             the negative log-likelihood. `label_smoothing_factor` of the `Trainer` goes into it.
         fused_head: `auto`, `on` or `off`; see `MaskedSFTConfig`.
         padding_free: `auto`, `on` or `off`; see `MaskedSFTConfig`.
+        shared_prompts: `auto` or `off`; see `MaskedSFTConfig`.
+        group_by_prompt: See `MaskedSFTConfig`.
 
     Raises:
         ValueError: From the constructor, if a setting would make the numbers inexact.
@@ -70,6 +73,8 @@ class MaskedLossMixin(MicrobatchesMixin):
     objective: LossObjective = LossObjective()
     fused_head: str = "auto"
     padding_free: str = "auto"
+    shared_prompts: str = "auto"
+    group_by_prompt: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -121,8 +126,9 @@ class MaskedLossMixin(MicrobatchesMixin):
             if self.accelerator.num_processes > 1:
                 count = self.accelerator.reduce(count, reduction="sum")
         if self.max_tokens_per_microbatch is not None:
-            is_padded = not self._choose_attention(self.model_wrapped).is_padding_free
-            batches = self.regroup_step(batches, is_padded)
+            attention = self._choose_attention(self.model_wrapped)
+            shares_prompts = attention.shares_prompts and self.shared_prompts != "off"
+            batches = self.regroup_step(batches, not attention.is_padding_free, shares_prompts)
         self._num_microbatches = max(count_microbatches(batches), 1)
         return batches, count
 
@@ -238,9 +244,10 @@ class MaskedLossMixin(MicrobatchesMixin):
             return forward_full(model, batch.model_inputs, batch.targets, batch.weights, objective)
         head = self._fused_head(model, batch)
         attention = self._choose_attention(model)
-        flat = without_padding(batch) if attention.is_padding_free else None
+        shares_prompts = attention.shares_prompts and self.shared_prompts != "off"
+        flat = without_padding(batch, shares_prompts) if attention.is_padding_free else None
         batch = flat or batch
-        inputs = batch.model_inputs, batch.targets, batch.weights, objective
+        inputs = batch.model_inputs, batch.targets, batch.weights, objective, batch.places
         with nullcontext() if flat is None else attention.running():
             if head is None:
                 result, _ = forward_full(model, *inputs)
@@ -261,11 +268,18 @@ class MaskedLossMixin(MicrobatchesMixin):
             dispatches = isinstance(dataset, IterableDataset)
         own = self.data_collator
         if self.padding_free != "off" and not dispatches:
-            self.data_collator = CollatorWithLayout(own)
+            self.data_collator = CollatorWithLayout(own, self.shared_prompts != "off")
         try:
             return super()._get_dataloader(dataset, *args, **kwargs)
         finally:
             self.data_collator = own
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.group_by_prompt:
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return GroupedSampler(group_prompts(rows), seed)
 
     def _fused_head(self, model: nn.Module, batch: ResponseBatch) -> FusedHead | None:
         """The fused head, where the model allows one; decided once per model."""

@@ -8,13 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate.utils import DistributedType
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import Trainer
 
 from hf_sft_plugin.training.response_batch import ROW_LAYOUT, layout_of_rows
+from hf_sft_plugin.training.shared_prompts import bundle_rows
 from hf_sft_plugin.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -131,6 +134,7 @@ def regroup(
     """
     places = [(number, row) for number, b in enumerate(batches) for row in range(len(b["labels"]))]
     has_layout = ROW_LAYOUT in batches[0]
+    documents = _documents(batches)
     names = [name for name in batches[0] if name != ROW_LAYOUT]
     masks = [torch.ones_like(batch["input_ids"]) for batch in batches]
     if "attention_mask" not in names:
@@ -148,9 +152,19 @@ def regroup(
         }
         if has_layout:
             layout = layout_of_rows([extents[row] for row in rows])
+            if documents is not None:
+                layout = layout.with_documents([documents[row] for row in rows])
             microbatch[ROW_LAYOUT] = layout.to(microbatch["labels"].device, non_blocking=True)
         made.append(microbatch)
     return made
+
+
+def _documents(batches: Sequence[Mapping[str, Any]]) -> list[NDArray[np.int64]] | None:
+    """The tokens of every row, where all batches came with them."""
+    found = [getattr(batch.get(ROW_LAYOUT), "documents", None) for batch in batches]
+    if any(documents is None for documents in found):
+        return None
+    return [document for documents in found for document in documents or ()]
 
 
 def _cut_row(
@@ -178,6 +192,20 @@ def share_out(microbatches: Sequence[dict[str, Any]], num_slots: int) -> list[Mi
     ]
 
 
+def _keep_prompts_together(
+    plan: list[list[int]], batches: Sequence[Mapping[str, Any]], max_tokens: int
+) -> list[list[int]]:
+    """A plan whose rows share prompts within micro-batches, unless that would need more of them."""
+    documents = _documents(batches)
+    if documents is None:
+        return plan
+    bundles, costs = bundle_rows(documents, max_tokens)
+    bundled = plan_microbatches(costs, max_tokens)
+    if len(bundled) > len(plan):
+        return plan
+    return [sorted(row for number in numbers for row in bundles[number]) for numbers in bundled]
+
+
 class MicrobatchesMixin(_TrainerBase):
     """Lets a `Trainer` run the rows of an optimizer step in other micro-batches than they came in.
 
@@ -190,12 +218,15 @@ class MicrobatchesMixin(_TrainerBase):
 
     max_tokens_per_microbatch: int | None = None
 
-    def regroup_step(self, batches: list[Any], is_padded: bool) -> list[Any]:
+    def regroup_step(
+        self, batches: list[Any], is_padded: bool, shares_prompts: bool = False
+    ) -> list[Any]:
         """Distributes the rows of one optimizer step anew, within the budget.
 
         Args:
             batches: What the data loader gave for it.
             is_padded: See `plan_microbatches`.
+            shares_prompts: Whether what rows begin with in common runs once.
 
         Returns:
             As many as there were: the batches, or `Microbatches`.
@@ -214,6 +245,8 @@ class MicrobatchesMixin(_TrainerBase):
             count = torch.tensor(len(plan), device=self.accelerator.device)
             most = int(self.accelerator.gather(count).max())
             plan = plan_microbatches(*arguments, num_at_least=most)
+        elif shares_prompts:
+            plan = _keep_prompts_together(plan, batches, self.max_tokens_per_microbatch)
         return share_out(regroup(batches, plan, extents), len(batches))
 
     def training_step(

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_sft_plugin.loss.masked_loss import LossNormalization, token_weights
 from hf_sft_plugin.loss.token_stats import shift_labels
+from hf_sft_plugin.training.shared_prompts import SharedPrompts, find_shared_prompts
 from hf_sft_plugin.types import IGNORE_INDEX
 
 # The name under which a batch carries its `RowLayout`.
@@ -33,6 +35,9 @@ class RowLayout:
         position_ids: `(1, T)`, the position of each token in its document.
         boundaries: `(len(document_lengths) + 1,)`, int32, where documents begin and end.
         are_rows: Whether every row is one document, from its first position on.
+        documents: The tokens of each document, which stay on the host; None where nobody asked
+            for `shared`.
+        shared: What documents begin with in common; None where that is nothing.
     """
 
     shape: tuple[int, int]
@@ -41,6 +46,8 @@ class RowLayout:
     position_ids: Tensor
     boundaries: Tensor
     are_rows: bool = False
+    documents: list[NDArray[np.int64]] | None = None
+    shared: SharedPrompts | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "RowLayout":
         """A copy on a device; Accelerate calls this on what a batch holds."""
@@ -66,22 +73,32 @@ class RowLayout:
             "max_length_k": longest,
         }
 
+    def with_documents(self, documents: list[NDArray[np.int64]]) -> "RowLayout":
+        """A copy that knows its tokens, and what its documents begin with in common."""
+        positions = [np.arange(length) for length in self.document_lengths]
+        # Other positions are for the model to know.
+        is_usual = np.array_equal(self.position_ids.numpy()[0], np.concatenate(positions))
+        shared = find_shared_prompts(documents) if is_usual else None
+        return replace(self, documents=documents, shared=shared)
+
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> "RowLayout":
         return replace(
             self,
+            shared=None if self.shared is None else self.shared.with_tensors(change),
             index=change(self.index),
             position_ids=change(self.position_ids),
             boundaries=change(self.boundaries),
         )
 
 
-def find_layout(batch: Mapping[str, Any]) -> RowLayout | None:
+def find_layout(batch: Mapping[str, Any], share_prompts: bool = False) -> RowLayout | None:
     """Finds the tokens of a batch, where its rows can be laid end to end without a difference.
 
     Args:
         batch: A collated batch. Its `attention_mask` says where tokens are; without one every
             position holds a token, and `position_ids` that do not go on begin a new document, as
             they do in transformers.
+        share_prompts: Whether to look for what documents begin with in common.
 
     Returns:
         None where the batch has neither; where a tensor does not hold one value per token; where
@@ -115,7 +132,7 @@ def find_layout(batch: Mapping[str, Any]) -> RowLayout | None:
         starts[:, 1:] |= np.diff(values, axis=-1) != 1
     index = np.flatnonzero(real)
     boundaries = np.append(np.flatnonzero(starts[real]), len(index))
-    return RowLayout(
+    layout = RowLayout(
         shape=(ids.shape[0], ids.shape[1]),
         document_lengths=np.diff(boundaries).tolist(),
         index=torch.from_numpy(index),
@@ -123,6 +140,10 @@ def find_layout(batch: Mapping[str, Any]) -> RowLayout | None:
         boundaries=torch.from_numpy(boundaries.astype(np.int32)),
         are_rows=len(boundaries) == len(ids) + 1 and not first.any(),
     )
+    if not share_prompts:
+        return layout
+    tokens = ids.cpu().numpy()[real]
+    return layout.with_documents(np.split(tokens, boundaries[1:-1]))
 
 
 def layout_of_rows(lengths: Sequence[int]) -> RowLayout:
@@ -146,15 +167,18 @@ class CollatorWithLayout:
 
     Args:
         collate: Any collator.
+        share_prompts: See `find_layout`.
     """
 
-    def __init__(self, collate: Callable[[Any], Any]) -> None:
+    def __init__(self, collate: Callable[[Any], Any], share_prompts: bool = False) -> None:
         self.collate = collate
+        self.share_prompts = share_prompts
 
     def __call__(self, rows: Any) -> Any:
         """The batch, with one entry more where its rows can be laid end to end."""
         batch = self.collate(rows)
-        layout = find_layout(batch) if isinstance(batch, MutableMapping) else None
+        is_batch = isinstance(batch, MutableMapping)
+        layout = find_layout(batch, self.share_prompts) if is_batch else None
         if layout is not None:
             batch[ROW_LAYOUT] = layout
         return batch
@@ -171,6 +195,8 @@ class ResponseBatch(NamedTuple):
         divisors: `(B,)`, the share of each row in the global divisor.
         num_tokens: `(B,)`, tokens without padding.
         layout: Where the tokens are; None where that was not worked out with the batch.
+        places: `(S,)`, for a single row: which of the model's hidden states predicts each target;
+            None where each target has its own.
     """
 
     model_inputs: dict[str, Any]
@@ -180,6 +206,7 @@ class ResponseBatch(NamedTuple):
     divisors: Tensor
     num_tokens: Tensor
     layout: RowLayout | None = None
+    places: Tensor | None = None
 
 
 def split_batch(inputs: Mapping[str, Any], normalization: LossNormalization) -> ResponseBatch:
@@ -219,28 +246,32 @@ def split_batch(inputs: Mapping[str, Any], normalization: LossNormalization) -> 
     )
 
 
-def without_padding(batch: ResponseBatch) -> ResponseBatch | None:
+def without_padding(batch: ResponseBatch, share_prompts: bool = False) -> ResponseBatch | None:
     """Lays the rows of a batch end to end.
 
     Args:
         batch: As `split_batch` gave it.
+        share_prompts: Whether what rows begin with in common runs once.
 
     Returns:
-        The batch with one row of T tokens for the model, and `targets` and `weights` of shape
+        The batch with one row of tokens for the model, and `targets` and `weights` of shape
         `(1, T)` in the order of the rows; None where `find_layout` finds no layout.
     """
     layout = batch.layout
     # A process that was sent its part of a larger batch got the layout of the whole.
     if layout is None or layout.shape != batch.labels.shape:
-        layout = find_layout({**batch.model_inputs, "labels": batch.labels})
+        layout = find_layout({**batch.model_inputs, "labels": batch.labels}, share_prompts)
     if layout is None:
         return None
     layout = layout.to(batch.labels.device)
+    shared = layout.shared if share_prompts else None
     inputs = {k: value for k, value in batch.model_inputs.items() if k != "attention_mask"}
-    inputs["input_ids"] = layout.flatten(inputs["input_ids"])
+    ids = layout.flatten(inputs["input_ids"])
+    inputs["input_ids"] = ids if shared is None else ids.index_select(1, shared.index)
     return batch._replace(
-        model_inputs={**inputs, **layout.model_inputs()},
+        model_inputs={**inputs, **(shared or layout).model_inputs()},
         targets=layout.flatten(batch.targets),
         weights=layout.flatten(batch.weights),
         layout=layout,
+        places=None if shared is None else shared.places,
     )

@@ -135,7 +135,8 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         self.loss_normalization = LossNormalization(args.loss_normalization)
         self.normalize_constant = args.normalize_constant or 1.0
         self.objective = args.objective()
-        for name in ("fused_head", "padding_free", "max_tokens_per_microbatch"):
+        self.group_by_prompt = args.group_by_prompt
+        for name in ("fused_head", "padding_free", "shared_prompts", "max_tokens_per_microbatch"):
             setattr(self, name, getattr(args, name))
 
     def generate_responses(
