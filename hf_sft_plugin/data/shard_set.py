@@ -158,6 +158,11 @@ class ShardSet:
         return "\n".join(lines)
 
 
+def is_shard_set(folder: str | Path) -> bool:
+    """Whether a folder holds shards, whole or damaged."""
+    return Path(folder, METADATA).is_file()
+
+
 def read_metadata(folder: str | Path) -> ShardSet:
     """Reads what a folder of shards holds, without a look at the shards themselves.
 
