@@ -230,7 +230,7 @@ def preview_outcome(
         num_tokens=outcome.num_tokens,
         num_lost=outcome.num_lost,
         error=outcome.error,
-        source=source if isinstance(source, str) else None,
+        source=str(source) if isinstance(source, str | int) else None,
         raw=json.dumps(dict(row), ensure_ascii=False, default=str)[:_RAW_LENGTH],
         remarks=tuple(remarks_of(outcome)),
     )
@@ -303,7 +303,7 @@ def batches_of(
     passing = (
         (index, row)
         for index, row in enumerate(rows)
-        if (source is None or row.get("source") == source)
+        if (source is None or str(row.get("source")) == source)
         and (containing is None or _holds(row, containing, tokenizer))
     )
     while batch := list(islice(passing, _BATCH_SIZE)):

@@ -335,3 +335,9 @@ def test_of_several_datasets_one_has_to_be_named(tokenizer: PreTrainedTokenizerF
     several = DatasetDict({"train": rows, "test": rows})
     with pytest.raises(ValueError, match=r"several datasets, train, test, .*dataset\['train'\]"):
         preview_rows(several, tokenizer)
+
+
+def test_a_source_may_be_a_number(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": "hello", "response": "world", "source": number} for number in (3, 4)]
+    (row,) = preview_rows(Dataset.from_list(rows), tokenizer, source="4")
+    assert (row.row, row.source) == (1, "4")
