@@ -18,7 +18,7 @@ from hf_sft_plugin.data.preview_terminal import (
     show_preview,
 )
 from hf_sft_plugin.data.row_files import read_chat_template, read_rows
-from hf_sft_plugin.data.shard_set import ShardSet
+from hf_sft_plugin.data.shard_set import ShardSet, is_shard_set
 from hf_sft_plugin.data.shard_writer import check_shard_destination, write_shards
 from hf_sft_plugin.data.shards import ShardDataset, check_tokenizer, verify_shards
 from hf_sft_plugin.data.streaming import prepare_stream
@@ -69,6 +69,7 @@ __all__ = [
     "diff_rows",
     "get_response_log_probs",
     "head_loss",
+    "is_shard_set",
     "keep_freed_memory",
     "make_tokenization_setup",
     "masked_normalize",

@@ -19,7 +19,8 @@ from hf_sft_plugin.data.preview_terminal import (
     show_preview,
 )
 from hf_sft_plugin.data.row_files import read_chat_template, read_rows
-from hf_sft_plugin.data.shards import verify_shards
+from hf_sft_plugin.data.shard_set import is_shard_set
+from hf_sft_plugin.data.shards import ShardDataset, verify_shards
 from hf_sft_plugin.reporting.report import REPORT_FOLDER, write_report
 from hf_sft_plugin.reporting.run_log import METRICS_FILE
 from hf_sft_plugin.types import DataOptions
@@ -101,7 +102,8 @@ def preview(argv: Sequence[str]) -> None:
     against = None
     if arguments.against is not None:
         against = _load_setup(*_read_settings(Path(arguments.against), row_args))
-    rows = read_rows(row_args.train_file, row_args.train_split)
+    path, split = row_args.train_file, row_args.train_split
+    rows = ShardDataset(path, split) if is_shard_set(path) else read_rows(path, split)
     show_preview(rows, setup, arguments, against=against)
 
 

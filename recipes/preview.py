@@ -20,7 +20,6 @@ from typing import Any
 import sft
 from arguments import parse_arguments
 from datasets import Dataset
-from quickstart import train_tokenizer
 from rows import DataArguments, load_rows
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -41,14 +40,21 @@ _TOKENIZER_SETTINGS = (
     "tokenizer_vocab_size",
     "chat_template_path",
 )
-_ROW_SETTINGS = ("train_file", "dataset_name", "dataset_config", "train_split", "max_train_rows")
+_ROW_SETTINGS = (
+    "train_file",
+    "dataset_name",
+    "dataset_config",
+    "train_split",
+    "block_size",
+    "max_train_rows",
+)
 
 
 def main() -> None:
     """Runs the recipe."""
     model_args, data_args, options, training, arguments = _parse(sys.argv[1:])
     try:
-        rows, _ = load_rows(data_args, seed=int(training.seed or 42))
+        rows, _ = load_rows(data_args, int(training.seed or 42), options.use_loss_mask)
         tokenizer = load_tokenizer(model_args, rows)
         setup = make_tokenization_setup(tokenizer, options, _model(model_args))
         against = None
@@ -71,8 +77,7 @@ def load_tokenizer(model_args: sft.ModelArguments, rows: Dataset) -> PreTrainedT
     if name is not None:
         tokenizer = AutoTokenizer.from_pretrained(name)
     elif model_args.model_config is not None:
-        texts = list(sft.texts_of(rows))
-        tokenizer = train_tokenizer(texts, model_args.tokenizer_vocab_size)
+        tokenizer = sft.make_tokenizer(model_args, rows)
     else:
         raise ValueError(
             "Name the model to fine-tune with model_name_or_path, or only a tokenizer with "

@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from quickstart import make_tasks
 
-from hf_sft_plugin import read_rows
+from hf_sft_plugin import ShardDataset, is_shard_set, read_rows
 
 
 @dataclass
@@ -21,7 +21,10 @@ class DataArguments:
 
     train_file: str | None = field(
         default=None,
-        metadata={"help": "Rows as .json, .jsonl, .csv or .parquet, or a folder of `datasets`."},
+        metadata={
+            "help": "Rows as .json, .jsonl, .csv or .parquet, a folder of `datasets`, or one of "
+            "shards that prepare_dataset.py wrote."
+        },
     )
     eval_file: str | None = field(
         default=None, metadata={"help": "Held-out rows, in any of the same forms."}
@@ -36,6 +39,12 @@ class DataArguments:
     eval_share: float = field(
         default=0.0,
         metadata={"help": "Share of the training rows, 0 to 1, held out where none are named."},
+    )
+    block_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Reads shards as one stream, in blocks of so many tokens. None: by documents."
+        },
     )
     max_train_rows: int | None = field(
         default=None, metadata={"help": "Trains on the first rows only."}
@@ -99,31 +108,63 @@ class DataArguments:
             )
 
 
-def load_rows(data_args: DataArguments, seed: int) -> tuple[Dataset, Dataset | None]:
+def load_rows(data_args: DataArguments, seed: int, use_loss_mask: bool = True) -> tuple[Any, Any]:
     """Loads the training rows and, where there are any, the held-out rows.
+
+    Args:
+        data_args: Which rows.
+        seed: Decides which rows a share holds out.
+        use_loss_mask: Whether shards are read with their masks.
+
+    Returns:
+        A `Dataset` each, or a `ShardDataset`; None where nothing is held out.
 
     Raises:
         ValueError: If a file, dataset or split is not there, or cannot be read.
     """
+    files = (data_args.train_file, data_args.eval_file)
+    if data_args.block_size and not any(path and is_shard_set(path) for path in files):
+        raise ValueError(
+            f"block_size is {data_args.block_size}, but no folder of shards is named, so it would "
+            "have no effect. Write one with prepare_dataset.py, or leave it out."
+        )
+
+    def read(path: str, split: str | None, setting: str) -> Any:
+        if is_shard_set(path):
+            return ShardDataset(path, split or "val", data_args.block_size, use_loss_mask)
+        return read_rows(path, split, setting)
+
     evaluation = None
     if data_args.train_file:
-        train = read_rows(data_args.train_file, data_args.train_split, "train_split")
+        train = read(data_args.train_file, data_args.train_split, "train_split")
     elif data_args.dataset_name:
         train = _load_named(data_args, data_args.train_split)
     else:
         train, evaluation = make_tasks()
     if data_args.eval_file:
-        evaluation = read_rows(data_args.eval_file, data_args.eval_split, "eval_split")
+        evaluation = read(data_args.eval_file, data_args.eval_split, "eval_split")
     elif data_args.eval_split and data_args.train_file:
-        evaluation = read_rows(data_args.train_file, data_args.eval_split, "eval_split")
+        evaluation = read(data_args.train_file, data_args.eval_split, "eval_split")
     elif data_args.eval_split:
         evaluation = _load_named(data_args, data_args.eval_split)
     elif data_args.eval_share > 0:
+        _require_rows(train, "eval_share", "--val_share, and name them with eval_split: val")
         parts = train.train_test_split(test_size=data_args.eval_share, seed=seed)
         train, evaluation = parts["train"], parts["test"]
+    for dataset, setting in ((train, "max_train_rows"), (evaluation, "max_eval_rows")):
+        if getattr(data_args, setting) is not None:
+            _require_rows(dataset, setting, "only the rows that are wanted")
     return first_rows(train, data_args.max_train_rows), first_rows(
         evaluation, data_args.max_eval_rows
     )
+
+
+def _require_rows(dataset: Any, setting: str, cure: str) -> None:
+    if isinstance(dataset, ShardDataset):
+        raise ValueError(
+            f"{setting} is set, but '{dataset.folder}' holds shards, which are read as they were "
+            f"written. Leave it out, or write them again with {cure}."
+        )
 
 
 def first_rows(dataset: Dataset | None, count: int | None) -> Any:

@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer, read_chat_template
+from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer, ShardDataset, read_chat_template
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -55,8 +55,8 @@ class ModelArguments:
     tokenizer_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Tokenizer. None: that of the model; for an untrained model a new one, "
-            "trained on the training texts."
+            "help": "Tokenizer. None: that of the model; for an untrained model that of the shards "
+            "it is trained on, or a new one, trained on the training texts."
         },
     )
     tokenizer_vocab_size: int = field(
@@ -119,7 +119,7 @@ def make_trainer(
         ValueError: If settings, data and model do not fit each other.
     """
     require_metrics(args)
-    train_rows, eval_rows = load_rows(data_args, seed=args.seed)
+    train_rows, eval_rows = load_rows(data_args, args.seed, args.use_loss_mask)
     model, tokenizer = load_model_and_tokenizer(model_args, train_rows)
     try:
         return MaskedSFTTrainer(
@@ -191,7 +191,7 @@ def use_all_cores(args: MaskedSFTConfig, num_threads: int | None) -> None:
 
 
 def load_model_and_tokenizer(
-    model_args: ModelArguments, train_rows: Dataset
+    model_args: ModelArguments, train_rows: Dataset | ShardDataset
 ) -> tuple[Any, PreTrainedTokenizerBase | None]:
     """The model, or its name for the trainer to load, and its tokenizer where it is not its own."""
     model: Any = model_args.model_name_or_path
@@ -207,13 +207,22 @@ def load_model_and_tokenizer(
     if model_args.model_config is not None:
         config = read_model_config(model_args.model_config)
         if tokenizer is None:
-            tokenizer = train_tokenizer(list(texts_of(train_rows)), model_args.tokenizer_vocab_size)
+            tokenizer = make_tokenizer(model_args, train_rows)
         model = build_model(config, tokenizer)
     if template is not None:
         if tokenizer is None:
             tokenizer = load_tokenizer("model_name_or_path", model)
         tokenizer.chat_template = template
     return model, tokenizer
+
+
+def make_tokenizer(
+    model_args: ModelArguments, train_rows: Dataset | ShardDataset
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of an untrained model: that of its shards, or a new one of its texts."""
+    if isinstance(train_rows, ShardDataset):
+        return load_tokenizer("train_file", str(train_rows.folder / "tokenizer"))
+    return train_tokenizer(list(texts_of(train_rows)), model_args.tokenizer_vocab_size)
 
 
 def load_tokenizer(setting: str, name: str) -> PreTrainedTokenizerBase:

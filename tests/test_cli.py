@@ -86,6 +86,8 @@ def test_rows_are_prepared_as_the_recipe_does(
     assert (folder / "shards" / "dataset_metadata.json").read_text() == metadata
     main(["prepare", "--verify", "shards"])
     assert "Every file is as it was written." in capsys.readouterr().out
+    main(["preview", *FLAGS[:2], "--train_file", "shards"])
+    assert "given: the row came tokenized, with this mask" in capsys.readouterr().out
 
 
 def test_report_draws_the_curves_anew(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,6 +49,7 @@ SIGNATURES = {
     "preview_rows": "dataset, tokenizer, *, num_rows=5, only=None, containing=None, source=None, "
     "stop_token_ids=None, **options",
     "show_preview": "dataset, setup, arguments, *, against=None, console=None",
+    "is_shard_set": "folder",
     "verify_shards": "folder",
     "write_preview_page": "path, rows, *, diff=None, show_ids=False, title='What is trained'",
     "write_shards": "folder, splits, tokenizer, *, ledgers=None, certificates=None, "

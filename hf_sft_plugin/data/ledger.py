@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +216,17 @@ class Ledger:
         for drop in account["drops"].values():
             del drop["example"]
         return account
+
+    @classmethod
+    def from_record(cls, record: Any, certificate: Any) -> "Ledger | None":
+        """The account that a set of shards holds; None where what it holds is no such account."""
+        if not isinstance(record, Mapping):
+            return None
+        names = {each.name for each in fields(cls)} - {"certificate"}
+        if record.keys() != names:
+            return None
+        drops = {reason: Drop(**drop) for reason, drop in record["drops"].items()}
+        return cls(**{**record, "drops": drops, "certificate": certificate or {}})
 
     def save(self, path: Path) -> None:
         """Writes the account as JSON."""

@@ -34,6 +34,18 @@ def mix_datasets(
     """
     if not datasets:
         raise ValueError("There are no datasets to mix: name at least one.")
+    if not isinstance(datasets, Mapping):
+        raise ValueError(
+            f"datasets is a {type(datasets).__name__}, but a mapping is needed, whose names become "
+            "the column `source`: {'name': dataset, ...}."
+        )
+    for name, dataset in datasets.items():
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                f"The dataset {name!r} is a {type(dataset).__name__}, but a datasets.Dataset is "
+                "needed: of a DatasetDict one split; streams are mixed with "
+                "datasets.interleave_datasets."
+            )
     empty = [name for name, dataset in datasets.items() if len(dataset) == 0]
     if empty:
         raise ValueError(f"The dataset {empty[0]!r} is empty: it needs at least one row.")

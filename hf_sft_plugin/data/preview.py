@@ -230,7 +230,7 @@ def preview_outcome(
         num_tokens=outcome.num_tokens,
         num_lost=outcome.num_lost,
         error=outcome.error,
-        source=source if isinstance(source, str) else None,
+        source=str(source) if isinstance(source, str | int) else None,
         raw=json.dumps(dict(row), ensure_ascii=False, default=str)[:_RAW_LENGTH],
         remarks=tuple(remarks_of(outcome)),
     )
@@ -294,11 +294,16 @@ def batches_of(
     dataset: Rows, tokenizer: PreTrainedTokenizerBase, containing: str | None, source: str | None
 ) -> Iterator[tuple[list[Mapping[str, Any]], list[int]]]:
     """The rows that pass the filters on what they say, with their positions, some at a time."""
+    if isinstance(dataset, Mapping):
+        raise ValueError(
+            f"There are several datasets, {', '.join(map(str, dataset))}, but the rows of one are "
+            f"shown. Pass one of them, such as dataset[{next(iter(dataset), 'train')!r}]."
+        )
     rows = dataset.with_format(None) if isinstance(dataset, Dataset) else dataset
     passing = (
         (index, row)
         for index, row in enumerate(rows)
-        if (source is None or row.get("source") == source)
+        if (source is None or str(row.get("source")) == source)
         and (containing is None or _holds(row, containing, tokenizer))
     )
     while batch := list(islice(passing, _BATCH_SIZE)):
@@ -369,15 +374,8 @@ def _reason(span: TrainedSpan, example: TokenizedExample, stops: frozenset[int])
         parts.append("ends with its stop token")
     elif span.kind not in ("text", "given"):
         parts.append("cut off before its stop token")
-    weights = {
-        weight
-        for weight, trained in zip(
-            example.get("loss_weights", [])[span.start : span.end],
-            example["response_mask"][span.start : span.end],
-            strict=False,
-        )
-        if trained
-    }
+    weighed = [*zip(example.get("loss_weights", []), example["response_mask"], strict=False)]
+    weights = {weight for weight, trained in weighed[span.start : span.end] if trained}
     if weights - {1.0}:
         low, high = min(weights), max(weights)
         parts.append(f"each token counts {low:g}" + (f" to {high:g}" if low < high else ""))

@@ -145,9 +145,9 @@ class RowTokenizer:
         for row, outcome in zip(rows, outcomes, strict=True):
             if outcome.error is None:
                 self._finish(outcome)
-            if outcome.error is None and isinstance(row.get("source"), str):
+            if outcome.error is None and isinstance(row.get("source"), str | int):
                 for example in outcome.examples:
-                    example["source"] = row["source"]
+                    example["source"] = str(row["source"])
         return outcomes
 
     def _tokenize_chats(self, chats: Sequence[tuple[RowOutcome, Conversation]]) -> list[Proof]:
@@ -365,7 +365,7 @@ def _nothing_left(row: int, limit: int | None, longest: int) -> RowError:
     return RowError(
         row,
         "no token of the row is trained: its response_mask is 0 everywhere (or its labels are all "
-        "ignored). Mark the response, or remove the row.",
+        "ignored, or its weight is 0). Mark the response, or remove the row.",
         "no trained token",
     )
 

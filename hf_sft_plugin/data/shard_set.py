@@ -158,6 +158,11 @@ class ShardSet:
         return "\n".join(lines)
 
 
+def is_shard_set(folder: str | Path) -> bool:
+    """Whether a folder holds shards, whole or damaged."""
+    return Path(folder, METADATA).is_file()
+
+
 def read_metadata(folder: str | Path) -> ShardSet:
     """Reads what a folder of shards holds, without a look at the shards themselves.
 
@@ -206,6 +211,8 @@ def read_metadata(folder: str | Path) -> ShardSet:
         raise ValueError(
             f"{damaged}: {type(error).__name__} {error} while it was read. {cure}"
         ) from error
+    if not shards.splits:
+        raise ValueError(f"{damaged}: it names no split. {cure}")
     for name in shards.splits:
         if shards.counts(name).num_response_tokens == 0:
             raise ValueError(f"{folder}: the masks of split {name!r} are all zero: nothing trains.")

@@ -148,6 +148,11 @@ def check_shard_destination(folder: str | Path, *, overwrite: bool) -> None:
 
 
 def _check_names(splits: Mapping[str, Dataset]) -> None:
+    if not isinstance(splits, Mapping) or not all(isinstance(r, Dataset) for r in splits.values()):
+        raise ValueError(
+            "splits must be prepared datasets by name, such as {'train': dataset}, where each is a "
+            "datasets.Dataset that prepare_dataset made."
+        )
     if not splits:
         raise ValueError("There are no splits to write: give at least {'train': dataset}.")
     for name, rows in splits.items():

@@ -51,6 +51,12 @@ def prepare_stream(
         ValueError: If columns or options do not fit each other or the stream is empty; while it is
             read, if too many rows cannot be trained.
     """
+    if not isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"dataset is a {type(dataset).__name__}, but a datasets.IterableDataset is needed: of "
+            "several streams one, such as dataset['train']. A Dataset goes to prepare_dataset, "
+            "which counts its rows in advance."
+        )
     data_options = make_options(options)
     columns = dataset.column_names or list(next(iter(dataset), {}))
     if not columns:

@@ -280,8 +280,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             self._prepared.append(stream)
             return stream
         if isinstance(dataset, ShardDataset):
-            check_tokenizer(dataset.folder, tokenizer)
-            _check_lengths(dataset, options["max_length"])
+            self._check_shards(name, dataset, tokenizer, options)
         if isinstance(dataset, list):
             dataset = _as_dataset(dataset, name)
         if not isinstance(dataset, Dataset):
@@ -296,6 +295,27 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             )
         self._prepared.append(prepared)
         return prepared
+
+    def _check_shards(
+        self,
+        name: str,
+        dataset: ShardDataset,
+        tokenizer: PreTrainedTokenizerBase,
+        options: Mapping[str, Any],
+    ) -> None:
+        """Checks that shards fit the run, and takes over the account of their documents."""
+        check_tokenizer(dataset.folder, tokenizer)
+        _check_lengths(dataset, options["max_length"])
+        if dataset.use_loss_mask and not options["use_loss_mask"]:
+            raise ValueError(
+                f"use_loss_mask is False, but the {name} data is a ShardDataset that was opened "
+                "with its masks, so only what they mark would be trained. Open it with "
+                "ShardDataset(..., use_loss_mask=False)."
+            )
+        if dataset.use_loss_mask and dataset.block_size is None:
+            ledger = Ledger.from_record(dataset.ledger, dataset.certificate)
+            if ledger is not None:
+                self.ledgers[name] = ledger
 
 
 def _as_dataset(rows: list[Any], name: str) -> Dataset:

@@ -1,6 +1,7 @@
 """The account of a dataset adds up, can be read, and says nothing of what the rows hold."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -291,3 +292,15 @@ def test_an_account_that_does_not_add_up_is_our_mistake() -> None:
         ledger.check(1.0)
     ledger.num_context_tokens = 4
     ledger.check(0.0)
+
+
+def test_an_account_is_read_back_from_its_record() -> None:
+    ledger = Ledger(num_rows=2)
+    ledger.add_row(trained_row(0, num_tokens=4))
+    ledger.add_row(dropped_row(1))
+    record = json.loads(json.dumps(asdict(ledger)))
+    certificate = record.pop("certificate")
+    assert Ledger.from_record(record, certificate) == ledger
+    assert Ledger.from_record(record, {"masks_sha256": "0"}).certificate == {"masks_sha256": "0"}
+    for other in (None, "text", {}, {**record, "more": 1}):
+        assert Ledger.from_record(other, None) is None

@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from hf_sft_plugin.data.mixture import mix_datasets
 
@@ -56,3 +56,14 @@ def test_a_source_of_its_own_is_replaced_by_the_name_of_the_dataset() -> None:
 def test_what_cannot_be_mixed_is_refused(datasets: Any, weights: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mix_datasets(datasets, weights)
+
+
+def test_only_datasets_by_name_are_mixed() -> None:
+    rows = make(0, 2)
+    for datasets, message in (
+        ([rows, rows], "datasets is a list, but a mapping"),
+        ({"a": DatasetDict({"train": rows})}, "'a' is a DatasetDict"),
+        ({"a": rows, "b": rows.to_iterable_dataset()}, "'b' is a IterableDataset"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mix_datasets(datasets)

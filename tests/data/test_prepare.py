@@ -222,6 +222,8 @@ def test_the_source_of_each_row_stays_with_it(tokenizer: Any) -> None:
     ]
     dataset, _ = prepare(rows, tokenizer, max_dropped_share=0.5)
     assert dataset["source"][:] == ["book", None, "web"]
+    numbered, _ = prepare_dataset(Dataset.from_list([{**GOOD, "source": 3}]), tokenizer)
+    assert numbered["source"][:] == ["3"]
     long = {**tokenized(1, 5), "source": "book"}
     dataset, ledger = prepare([long], tokenizer, max_length=3, overflow="split")
     assert dataset["source"][:] == ["book", "book"]

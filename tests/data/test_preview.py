@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -328,3 +328,16 @@ def test_the_module_can_be_started_by_its_name(
         runpy.run_module("hf_sft_plugin.data.preview", run_name="__main__", alter_sys=True)
     assert stop.value.code == 0
     assert "--tokenizer NAME --train_file FILE" in capsys.readouterr().out
+
+
+def test_of_several_datasets_one_has_to_be_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = Dataset.from_list([{"prompt": "hello", "response": "world"}])
+    several = DatasetDict({"train": rows, "test": rows})
+    with pytest.raises(ValueError, match=r"several datasets, train, test, .*dataset\['train'\]"):
+        preview_rows(several, tokenizer)
+
+
+def test_a_source_may_be_a_number(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": "hello", "response": "world", "source": number} for number in (3, 4)]
+    (row,) = preview_rows(Dataset.from_list(rows), tokenizer, source="4")
+    assert (row.row, row.source) == (1, "4")

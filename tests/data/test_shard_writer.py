@@ -366,3 +366,10 @@ def test_rows_beyond_one_batch_and_rows_that_were_picked_keep_their_order(
     picked = Dataset.from_list(rows).shuffle(seed=0).with_format("torch")
     write(tmp_path / "set", picked, tokenizer, max_tokens_per_shard=2222)
     assert list(ShardDataset(tmp_path / "set")) == list(picked.with_format(None))
+
+
+def test_splits_are_datasets_by_name(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"input_ids": [5, 2], "response_mask": [0, 1]}]
+    for splits in (Dataset.from_list(rows), {"train": rows}):
+        with pytest.raises(ValueError, match="splits must be prepared datasets by name"):
+            write_shards(tmp_path / "set", splits, tokenizer)

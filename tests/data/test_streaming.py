@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, IterableDatasetDict
 
 from hf_sft_plugin import RowError, prepare_dataset
 from hf_sft_plugin.data.streaming import prepare_stream
@@ -79,3 +79,11 @@ def test_a_stream_that_is_not_trained_on_is_called_by_its_name(
     rows, cut = stream([GOOD] * 3), {"max_length": 2, "overflow": "error"}
     with pytest.raises(RowError, match=r"^eval_web data: Row 0: the row has"):
         list(prepare_stream(rows, tokenizer, name="eval_web", **cut))
+
+
+def test_only_a_stream_is_taken(tokenizer: Any) -> None:
+    rows = Dataset.from_list([GOOD])
+    several = IterableDatasetDict({"train": rows.to_iterable_dataset()})
+    for other, message in ((rows, "is a Dataset, but"), (several, r"one, such as dataset\['train")):
+        with pytest.raises(ValueError, match=message):
+            prepare_stream(other, tokenizer)

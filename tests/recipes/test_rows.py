@@ -9,6 +9,7 @@ import rows
 from datasets import Dataset, DatasetDict
 from rows import DataArguments, load_rows
 
+from hf_sft_plugin import prepare_dataset, write_shards
 from hf_sft_plugin.data import row_files
 
 ROWS = [{"prompt": f"Say {number}", "response": f"{number}!"} for number in range(12)]
@@ -108,6 +109,36 @@ def test_a_split_or_file_that_is_not_there_is_an_error(
     Path("empty").mkdir()
     with pytest.raises(ValueError, match=message):
         load_rows(DataArguments(**{"train_file": "splits", **settings}), 0)
+
+
+@pytest.fixture
+def shards(tmp_path: Path, tokenizer: Any) -> str:
+    prepared, _ = prepare_dataset(Dataset.from_list(ROWS), tokenizer)
+    parts = {"train": prepared.select(range(8)), "val": prepared.select(range(8, 12))}
+    write_shards(tmp_path / "shards", parts, tokenizer)
+    return str(tmp_path / "shards")
+
+
+def test_shards_are_read_by_the_name_of_their_folder(shards: str, train_file: str) -> None:
+    train, evaluation = load_rows(DataArguments(train_file=shards, eval_split="val"), 0)
+    assert (len(train), len(evaluation)) == (8, 4)
+    assert sum(train[0]["response_mask"]) < len(train[0]["input_ids"])
+    train, evaluation = load_rows(DataArguments(train_file=train_file, eval_file=shards), 0)
+    assert (len(train), len(evaluation), evaluation.split) == (12, 4, "val")
+    settings = DataArguments(train_file=shards, block_size=5, eval_file=shards)
+    train, evaluation = load_rows(settings, 0, use_loss_mask=False)
+    assert (train[0]["response_mask"], len(evaluation[0]["input_ids"])) == ([1] * 5, 5)
+
+
+def test_settings_that_shards_do_not_know_are_errors(shards: str, train_file: str) -> None:
+    for settings, message in (
+        ({"train_file": shards, "eval_share": 0.5}, "eval_share is set, .*--val_share"),
+        ({"train_file": shards, "max_train_rows": 2}, "max_train_rows is set, but .* holds shards"),
+        ({"train_file": shards, "train_split": "a"}, "has no split 'a'; it has train, val"),
+        ({"train_file": train_file, "block_size": 8}, "block_size is 8, but no folder of shards"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_rows(DataArguments(**settings), 0)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ import sft
 import torch
 import yaml
 from arguments import parse_arguments
+from datasets import Dataset
 from peft import PeftModel
 from quickstart import WORDS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_sft_plugin import MaskedSFTConfig
+from hf_sft_plugin import MaskedSFTConfig, prepare_dataset, write_shards
 
 ROWS = [{"prompt": f"Say {number}", "response": f"{number}!"} for number in range(12)]
 TINY_MODEL = json.dumps(
@@ -315,6 +316,21 @@ def test_accelerate_launches_it_with_questions_and_answers(recipes: Path, tmp_pa
     ).stdout
     assert "20 in = 20 trained" in output
     assert (tmp_path / "outputs" / "gsm8k" / "model.safetensors").is_file()
+
+
+def test_an_untrained_model_learns_from_shards_with_their_tokenizer(
+    run: Callable[..., str], tokenizer: Any, tmp_path: Path
+) -> None:
+    prepared, ledger = prepare_dataset(Dataset.from_list(ROWS), tokenizer)
+    write_shards(tmp_path / "set", {"train": prepared}, tokenizer, ledgers={"train": ledger})
+    printed = run(*MODEL, *SHORT, "--train_file", "set")
+    assert "12 in = 12 trained" in printed
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
+    blocks = ("--block_size", "4", "--use_loss_mask", "false", "--logging_steps", "1")
+    run(*MODEL, *SHORT, "--train_file", "set", *blocks)
+    log = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
+    # Steps of 8 blocks, in which the first token is not predicted.
+    assert [line["num_response_tokens"] for line in log if "loss" in line] == [24, 48]
 
 
 def test_all_cores_are_used_on_a_cpu(monkeypatch: pytest.MonkeyPatch, make_config: Any) -> None:

@@ -671,6 +671,31 @@ def test_shards_are_trained_with_the_tokenizer_that_made_them_and_no_other(
         )
 
 
+def test_shards_bring_the_account_of_their_documents(
+    tokenizer: Any, model: Any, make_config: Callable[..., MaskedSFTConfig], tmp_path: Path
+) -> None:
+    rows = [{"prompt": "hello", "response": "world"}, {"prompt": "what", "response": "the answer"}]
+    prepared, ledger = prepare_dataset(Dataset.from_list(rows), tokenizer)
+    write_shards(tmp_path / "set", {"train": prepared}, tokenizer, ledgers={"train": ledger})
+
+    def train(shards: dict[str, Any], **settings: Any) -> MaskedSFTTrainer:
+        dataset = ShardDataset(tmp_path / "set", **shards)
+        config = make_config(max_steps=1, **settings)
+        trainer = MaskedSFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer)
+        trainer.train()
+        return trainer
+
+    trainer = train({})
+    assert trainer.ledgers == {"train": ledger}
+    proof = json.loads(Path(trainer.args.output_dir, "mask_certificate_train.json").read_text())
+    assert proof["masks_sha256"] == ledger.certificate["masks_sha256"]
+    # Blocks, and documents without their masks, are not what was accounted.
+    assert train({"block_size": 5}).ledgers == {}
+    assert train({"use_loss_mask": False}, use_loss_mask=False).ledgers == {}
+    with pytest.raises(ValueError, match="use_loss_mask is False, but the train data"):
+        train({}, use_loss_mask=False)
+
+
 def test_a_run_leaves_the_certificate_of_its_masks(
     tokenizer: Any,
     model: Any,
