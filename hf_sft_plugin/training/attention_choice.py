@@ -285,7 +285,9 @@ def _run_probe_of_sharing(
     """The same with two rows that begin alike, and end in more tokens than that and in fewer."""
     assert switch is not None, "nothing else attends to documents that go on from others"
     unwrapped = cast(Any, model)
-    prompt, one, other = _probe_rows(unwrapped.config.get_text_config().vocab_size, model.device)
+    prompt, one, other = _probe_rows(
+        unwrapped.config.get_text_config().vocab_size, unwrapped.device
+    )
     rows = [torch.cat([prompt, ending]) for ending in (one, other)]
     shared = find_shared_prompts([row.cpu().numpy().astype(np.int64) for row in rows], at_least=1)
     assert shared is not None, "they begin alike"

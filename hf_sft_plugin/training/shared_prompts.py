@@ -49,7 +49,9 @@ class SharedPrompts:
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "SharedPrompts":
         """A copy whose tensors were changed."""
-        tensors = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        tensors: dict[str, Any] = {
+            k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)
+        }
         return replace(self, **tensors)
 
     def model_inputs(self) -> dict[str, Any]:
@@ -153,9 +155,7 @@ def bundle_rows(
     first = 0
     for place, row in enumerate(order):
         if common[place] >= MIN_SHARED_TOKENS:
-            pieces = _cut(
-                lengths[first : place + 1], common[first : place + 1], MIN_SHARED_TOKENS
-            )
+            pieces = _cut(lengths[first : place + 1], common[first : place + 1], MIN_SHARED_TOKENS)
             cost = sum(piece.end - piece.start for piece in pieces)
             if cost <= max_tokens:
                 bundles[-1].append(row)
