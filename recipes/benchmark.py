@@ -101,6 +101,9 @@ def make_parser() -> argparse.ArgumentParser:
     step.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
     step.add_argument("--repetitions", type=int, default=5, help="measured steps")
     step.add_argument(
+        "--responses_per_prompt", type=int, default=1, help="rows in a row with one question"
+    )
+    step.add_argument(
         "--precision",
         choices=["bf16", "float32"],
         default="bf16" if torch.cuda.is_available() else "float32",
@@ -277,6 +280,7 @@ def result_table(setup: Setup, records: dict[str, list[StepRecord]]) -> Table:
     """Medians, and the ratio of each contestant over the first, step by step."""
     title = (
         f"One optimizer step of {setup.accumulation} x {setup.batch_size} rows, "
+        f"{setup.responses_per_prompt} per prompt, "
         f"{setup.shape}, {setup.precision}, {device_name(setup.threads)}, medians of "
         f"{setup.repetitions}"
     )

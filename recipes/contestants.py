@@ -68,6 +68,7 @@ class Setup:
         repetitions: Measured optimizer steps, after one that is not.
         precision: `bf16` (autocast) or `float32`.
         threads: Threads of each process on a CPU.
+        responses_per_prompt: Rows in a row that have the question of the first of them.
     """
 
     shape: str
@@ -77,6 +78,7 @@ class Setup:
     repetitions: int
     precision: str
     threads: int
+    responses_per_prompt: int = 1
 
 
 def make_model(setup: Setup, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -93,6 +95,9 @@ def make_rows(setup: Setup) -> tuple[Dataset, PreTrainedTokenizerBase]:
         raw = load_dataset("json", data_files=setup.rows, split=f"train[:{count}]")
     else:
         raw = Dataset.from_list(invent_rows(count))
+    questions = raw["question"]
+    same = [questions[row - row % setup.responses_per_prompt] for row in range(len(raw))]
+    raw = Dataset.from_dict({"question": same, "answer": raw["answer"]})
     texts = [text for column in ("question", "answer") for text in raw[column]]
     tokenizer = train_tokenizer(texts, vocab_size=8192)
     prepared, _ = prepare_dataset(

@@ -105,6 +105,8 @@ CONFIG_FIELDS = {
     "entropy_coef": 0.0,
     "fused_head": "auto",
     "padding_free": "auto",
+    "shared_prompts": "auto",
+    "group_by_prompt": False,
     "max_tokens_per_microbatch": None,
     "keep_freed_memory": True,
     "max_dropped_share": 0.05,

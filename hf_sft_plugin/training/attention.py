@@ -37,15 +37,9 @@ def document_attention(
     document_lengths: Sequence[int] | None = None,
     cu_seq_lens_q: Tensor | None = None,
     document_contexts: Sequence[Sequence[int]] | None = None,
-    key_index: Tensor | None = None,
-    cu_seq_lens_k: Tensor | None = None,
-    max_length_k: int | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of each document to itself, as transformers' layers call it.
-
-    A document may go on from others, which several do where a prompt has several responses. Its
-    tokens see those of its context as well, which stand before them.
+    """Causal attention of each document to itself, and to those that it goes on from.
 
     Args:
         module: The layer that asks.
@@ -61,11 +55,8 @@ def document_attention(
         position_bias: Must be None: scores that depend on positions are not provided for.
         document_lengths: Lengths of the documents, in order; their sum is T.
         cu_seq_lens_q: The same as running totals from 0, int32, on the device of the query.
-        document_contexts: For each document those that it goes on from, in order; None where no
-            document does.
-        key_index: Tokens that each document sees, one document after another.
-        cu_seq_lens_k: How many they are, as running totals.
-        max_length_k: The largest number of them.
+        document_contexts: For each document those that it goes on from; None where none does.
+        others: Of `SharedPrompts.model_inputs`, where documents go on from others.
 
     Returns:
         `(1, T, H, e)`, and None in place of the attention weights.
@@ -78,26 +69,17 @@ def document_attention(
     assert cu_seq_lens_q is not None, "it comes together with the lengths"
     dtype = value.dtype
     query, key, value = _in_one_dtype(query, key, value)
-    longest = max(document_lengths)
-    most_keys = longest
-    if document_contexts is not None:
-        assert max_length_k is not None, "it comes together with the contexts"
-        most_keys = max_length_k
-    window = sliding_window if sliding_window and sliding_window < most_keys else None
+    longest = max(document_lengths), others.get("max_length_k") or max(document_lengths)
+    window = sliding_window if sliding_window and sliding_window < longest[1] else None
     is_plain = softcap is None and s_aux is None
     if is_plain and _takes_varlen(query, value, dropout):
-        boundaries = cu_seq_lens_q, cu_seq_lens_q
-        if document_contexts is not None:
-            assert key_index is not None, "it comes together with the contexts"
-            assert cu_seq_lens_k is not None, "it comes together with the contexts"
-            boundaries = cu_seq_lens_q, cu_seq_lens_k
-            key, value = (tensor.index_select(2, key_index) for tensor in (key, value))
-        options = boundaries, (longest, most_keys), scaling, window
-        return _attend_varlen(query, key, value, *options), None
-    attend = _attend_fused if is_plain else partial(_attend_plainly, softcap=softcap, sinks=s_aux)
-    attend = partial(attend, scaling=scaling, dropout=dropout)
-    contexts = document_contexts or [[]] * len(document_lengths)
-    output = _attend_per_document(query, key, value, document_lengths, contexts, window, attend)
+        boundaries = cu_seq_lens_q, others.get("cu_seq_lens_k", cu_seq_lens_q)
+        seen = others.get("key_index"), boundaries, longest
+        return _attend_varlen(query, key, value, *seen, scaling, window), None
+    plainly = partial(_attend_plainly, softcap=softcap, sinks=s_aux)
+    attend = partial(_attend_fused if is_plain else plainly, scaling=scaling, dropout=dropout)
+    documents = document_lengths, document_contexts or [[]] * len(document_lengths)
+    output = _attend_per_document(query, key, value, *documents, window, attend)
     return output.to(dtype), None
 
 
@@ -161,11 +143,15 @@ def _attend_varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    key_index: Tensor | None,
     boundaries: tuple[Tensor, Tensor],
     longest: tuple[int, int],
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
+    if key_index is not None:
+        key, value = (tensor.index_select(2, key_index) for tensor in (key, value))
+    # Where there are more keys than queries, the queries belong to the last of them.
     output = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),

@@ -202,6 +202,12 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
                     f"{name} is {value!r}; choose {others} or off. In YAML put quotes around on "
                     "and off, which it otherwise reads as true and false."
                 )
+        if self.group_by_prompt and self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"group_by_prompt is set, and train_sampling_strategy is "
+                f"{str(self.train_sampling_strategy)!r}, but rows can only be in one order. Leave "
+                "one of the two out."
+            )
         if not 0 <= self.max_dropped_share <= 1:
             raise ValueError(
                 f"max_dropped_share is {self.max_dropped_share}; a share is between 0 and 1."

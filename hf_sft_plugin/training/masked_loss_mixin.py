@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from hf_sft_plugin.loss.masked_loss import LossNormalization, widest_float
 from hf_sft_plugin.loss.objective import LossObjective
@@ -266,6 +266,11 @@ class MaskedLossMixin(MicrobatchesMixin):
         dispatches = self.accelerator.dispatch_batches
         if dispatches is None:
             dispatches = isinstance(dataset, IterableDataset)
+        if self.group_by_prompt and kwargs.get("is_training") and not has_length(dataset):
+            raise ValueError(
+                "group_by_prompt is set, but a stream has no rows to choose from. Set it to False, "
+                "and keep rows with the same prompt together in the stream itself."
+            )
         own = self.data_collator
         if self.padding_free != "off" and not dispatches:
             self.data_collator = CollatorWithLayout(own, self.shared_prompts != "off")

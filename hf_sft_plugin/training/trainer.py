@@ -40,6 +40,15 @@ logger = logging.getLogger(__name__)
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
+# Attributes of `MaskedLossMixin` that have the values of the settings of the same name.
+_SETTINGS_OF_THE_MIXIN = (
+    "fused_head",
+    "padding_free",
+    "shared_prompts",
+    "group_by_prompt",
+    "max_tokens_per_microbatch",
+)
+
 
 class MaskedSFTTrainer(MaskedLossMixin, Trainer):
     """Fine-tunes a causal language model on the responses of a dataset, and only on them.
@@ -135,8 +144,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         self.loss_normalization = LossNormalization(args.loss_normalization)
         self.normalize_constant = args.normalize_constant or 1.0
         self.objective = args.objective()
-        self.group_by_prompt = args.group_by_prompt
-        for name in ("fused_head", "padding_free", "shared_prompts", "max_tokens_per_microbatch"):
+        for name in _SETTINGS_OF_THE_MIXIN:
             setattr(self, name, getattr(args, name))
 
     def generate_responses(

@@ -21,6 +21,19 @@ def test_rows_made_up_are_as_long_as_real_ones_vary() -> None:
     assert 0.15 < trained / sum(lengths) < 0.4
 
 
+def test_rows_may_have_a_question_in_common() -> None:
+    rows, _ = make_rows(Setup("tiny", None, 4, 1, 1, "float32", 2, responses_per_prompt=2))
+    prompts = [
+        tuple(
+            token for token, m in zip(row["input_ids"], row["response_mask"], strict=True) if not m
+        )
+        for row in rows
+    ]
+    assert prompts[::2] == prompts[1::2]
+    assert len(set(prompts)) == 4
+    assert len({tuple(row["input_ids"]) for row in rows}) == 8
+
+
 def test_rows_of_a_file_are_used(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "one and one", "answer": "two"}\n' * 20)

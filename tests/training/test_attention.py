@@ -47,12 +47,13 @@ def truth(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    lengths: list[int] = LENGTHS,
 ) -> Tensor:
     """One token and one head at a time, in float64."""
     query, key, value = (x[0].double() for x in (query, key, value))
     scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     group = len(query) // len(key)
-    starts = [sum(LENGTHS[:n]) for n, length in enumerate(LENGTHS) for _ in range(length)]
+    starts = [sum(lengths[:n]) for n, length in enumerate(lengths) for _ in range(length)]
     rows = []
     for position, start in enumerate(starts):
         first = start if sliding_window is None else max(start, position - sliding_window + 1)
@@ -101,6 +102,62 @@ def test_each_token_sees_what_came_before_it_in_its_own_document(
     found = torch.autograd.grad(output, inputs, gradient)
     for ours, theirs in zip(found, torch.autograd.grad(expected, inputs, gradient), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+# A prompt of seven tokens, a response of one, a conversation that goes on from both, and one more.
+CONTEXTS = [[], [0], [0, 1], [0]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        *({"sliding_window": window} for window in (1, 2, 5, 12, 100)),
+        {"softcap": 1.5, "sliding_window": 3},
+        {"s_aux": SINKS, "scaling": 0.7},
+    ],
+    ids=lambda options: ", ".join(options) or "plain",
+)
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+@pytest.mark.parametrize("smallest_block", [1, 256])
+def test_a_document_that_goes_on_from_others_sees_them_before_itself(
+    options: dict[str, Any],
+    num_kv_heads: int,
+    smallest_block: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hf_sft_plugin.training.attention._MIN_BLOCK", smallest_block)
+    inputs = heads(4, 8, 0), heads(num_kv_heads, 8, 1), heads(num_kv_heads, 8, 2)
+    shared = sharing()
+    output, expected = run(*inputs, **shared, **options), joined_truth(*inputs, **options)
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-13)
+    gradient = heads(4, 8, 3).detach().transpose(1, 2)
+    found = torch.autograd.grad(output, inputs, gradient)
+    for ours, theirs in zip(found, torch.autograd.grad(expected, inputs, gradient), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+def sharing() -> dict[str, Any]:
+    """What a layer is told of `CONTEXTS`."""
+    pieces = torch.arange(NUM_TOKENS).split(LENGTHS)
+    keys = [[*(pieces[n] for n in context), pieces[own]] for own, context in enumerate(CONTEXTS)]
+    counts = [sum(map(len, parts)) for parts in keys]
+    return {
+        "document_contexts": CONTEXTS,
+        "key_index": torch.cat([part for parts in keys for part in parts]),
+        "cu_seq_lens_k": torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
+        "max_length_k": max(counts),
+    }
+
+
+def joined_truth(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """Each document with all that stands before it, as a document of its own; its own part."""
+    parts = [tensor.split(LENGTHS, dim=2) for tensor in (query, key, value)]
+    outputs = []
+    for own, context in enumerate(CONTEXTS):
+        whole = [torch.cat([part[n] for n in (*context, own)], dim=2) for part in parts]
+        outputs.append(truth(*whole, lengths=[whole[0].shape[2]], **options)[:, -LENGTHS[own] :])
+    return torch.cat(outputs, dim=1)
 
 
 def test_values_may_be_smaller_than_keys() -> None:
@@ -165,14 +222,19 @@ def test_what_cannot_be_done_exactly_is_refused(change: dict[str, Any], message:
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 5}, {"scaling": 0.7}])
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shares", [False, True], ids=["apart", "shared"])
 def test_a_gpu_errs_no_more_than_rounding(
-    options: dict[str, Any], num_kv_heads: int, dtype: torch.dtype
+    options: dict[str, Any], num_kv_heads: int, dtype: torch.dtype, shares: bool
 ) -> None:
     inputs = [
         heads(n, 16, seed, dtype).detach().cuda().requires_grad_()
         for seed, n in enumerate((4, num_kv_heads, num_kv_heads))
     ]
-    output, expected = run(*inputs, **options), truth(*inputs, **options)
+    if shares:
+        told = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in sharing().items()}
+        output, expected = run(*inputs, **told, **options), joined_truth(*inputs, **options)
+    else:
+        output, expected = run(*inputs, **options), truth(*inputs, **options)
     bound = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(output.double(), expected, rtol=bound, atol=bound)
     gradient = torch.ones_like(output)

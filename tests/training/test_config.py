@@ -29,6 +29,8 @@ OWN_DEFAULTS = {
     "max_tokens_per_microbatch": None,
     "keep_freed_memory": True,
     "padding_free": "auto",
+    "shared_prompts": "auto",
+    "group_by_prompt": False,
     "max_dropped_share": 0.05,
     "dataset_num_proc": None,
     "pad_to_multiple_of": None,
@@ -91,6 +93,11 @@ def test_every_setting_of_our_own_has_its_default_and_a_help_text() -> None:
                 f"normalize_constant is {value}; a divisor is positive and finite",
             )
             for value in (0.0, -1.0, math.nan, math.inf)
+        ),
+        ({"shared_prompts": "on"}, "shared_prompts is 'on'; choose auto or off"),
+        (
+            {"group_by_prompt": True, "train_sampling_strategy": "sequential"},
+            "group_by_prompt is set, and train_sampling_strategy is 'sequential'",
         ),
         ({"loss_type": "hinge"}, "loss_type is 'hinge'; choose one of nll, dft, focal"),
         ({"focal_gamma": 2.0}, "focal_gamma is 2.0, but loss_type is 'nll'.*leave focal_gamma out"),

@@ -7,7 +7,6 @@ import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import IterableDataset
 
 from hf_sft_plugin import MaskedSFTTrainer
 from hf_sft_plugin.training.prompt_sampler import GroupedSampler, group_prompts
@@ -109,7 +108,3 @@ def test_rows_without_tokens_and_streams_are_refused(
             train_dataset=Dataset.from_list(ROWS).to_iterable_dataset(),
             processing_class=tokenizer,
         ).train()
-
-
-class Stream(IterableDataset[Any]):
-    """Rows one after another."""

@@ -2,7 +2,6 @@
 
 from collections import UserList
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -100,7 +99,7 @@ def test_bundles_hold_every_row_once_within_the_budget(
 
 
 class InFloat64(TorchFunctionMode):
-    """Norms, routers and the like work in float64 too.
+    """Norms and routers work in float64 too.
 
     They cast to float32 whatever the dtype of the model, and so their gradients are rounded; that
     of a sum, as at tokens that are shared, is rounded otherwise than its parts.
@@ -113,12 +112,23 @@ class InFloat64(TorchFunctionMode):
         return func(*wider, **named)
 
 
+def widen(module: torch.nn.Module) -> None:
+    """Lets a module compute in float64, in the forward pass and when it is run again."""
+    own = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with InFloat64():
+            return own(*args, **kwargs)
+
+    module.forward = forward
+
+
 class Rows(UserList[Any]):
     """Rows that the trainer leaves to the collator."""
 
 
 class OwnTrainer(MaskedLossMixin, Trainer):
-    """Keeps what the last optimizer step was made of, and what the model read."""
+    """A Trainer of one's own."""
 
 
 class Keeper(TrainerCallback):
@@ -202,6 +212,9 @@ def train(model_factory: Make, tokenizer: Any, make_config: Make) -> Callable[..
             }
         )
         model = model_factory(model_type, **(FAMILIES[model_type] | (fields or {}))).to(dtype)
+        for module in model.modules():
+            if dtype == torch.float64 and type(module).__name__.endswith(("Norm", "Router")):
+                widen(module)
         if adapter is not None:
             torch.manual_seed(5)
             model = get_peft_model(model, adapter)
@@ -218,8 +231,7 @@ def train(model_factory: Make, tokenizer: Any, make_config: Make) -> Callable[..
         trainer.shared_prompts = shared_prompts
         trainer.loss_normalization = LossNormalization(normalization)
         trainer.max_tokens_per_microbatch = max_tokens
-        with InFloat64() if dtype == torch.float64 else nullcontext():
-            trainer.train()
+        trainer.train()
         return trainer, keeper
 
     return run
