@@ -32,23 +32,7 @@ def mix_datasets(
         >>> sorted(mixed["source"])
         ['a', 'a', 'a', 'b', 'b', 'b']
     """
-    if not datasets:
-        raise ValueError("There are no datasets to mix: name at least one.")
-    if not isinstance(datasets, Mapping):
-        raise ValueError(
-            f"datasets is a {type(datasets).__name__}, but a mapping is needed, whose names become "
-            "the column `source`: {'name': dataset, ...}."
-        )
-    for name, dataset in datasets.items():
-        if not isinstance(dataset, Dataset):
-            raise ValueError(
-                f"The dataset {name!r} is a {type(dataset).__name__}, but a datasets.Dataset is "
-                "needed: of a DatasetDict one split; streams are mixed with "
-                "datasets.interleave_datasets."
-            )
-    empty = [name for name, dataset in datasets.items() if len(dataset) == 0]
-    if empty:
-        raise ValueError(f"The dataset {empty[0]!r} is empty: it needs at least one row.")
+    _require_datasets(datasets)
     named = [_with_source(dataset, name) for name, dataset in datasets.items()]
     if weights is None:
         # Drawn by their lengths until all are used up, every row comes once.
@@ -66,6 +50,27 @@ def mix_datasets(
         raise ValueError(f"The weights are {dict(weights)}; use numbers of 0 or more, not all 0.")
     shares = [weights[name] / total for name in datasets]
     return interleave_datasets(named, probabilities=shares, seed=seed, stopping_strategy=strategy)
+
+
+def _require_datasets(datasets: object) -> None:
+    """Raises where there is nothing to mix, or something that cannot be."""
+    if not datasets:
+        raise ValueError("There are no datasets to mix: name at least one.")
+    if not isinstance(datasets, Mapping):
+        raise ValueError(
+            f"datasets is a {type(datasets).__name__}, but a mapping is needed, whose names become "
+            "the column `source`: {'name': dataset, ...}."
+        )
+    for name, dataset in datasets.items():
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                f"The dataset {name!r} is a {type(dataset).__name__}, but a datasets.Dataset is "
+                "needed: of a DatasetDict one split; streams are mixed with "
+                "datasets.interleave_datasets."
+            )
+    empty = [name for name, dataset in datasets.items() if len(dataset) == 0]
+    if empty:
+        raise ValueError(f"The dataset {empty[0]!r} is empty: it needs at least one row.")
 
 
 def _with_source(dataset: Dataset, name: str) -> Dataset:
