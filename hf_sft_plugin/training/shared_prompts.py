@@ -94,9 +94,9 @@ def find_shared_prompts(
         >>> rows = [np.array([5, 6, 7]), np.array([9]), np.array([5, 6, 8, 8])]
         >>> shared = find_shared_prompts(rows, at_least=2)
         >>> shared.index.tolist(), shared.document_lengths, shared.document_contexts
-        ([0, 1, 2, 6, 7, 3], [2, 1, 2, 1], [[], [0], [0], []])
+        ([0, 1, 3, 2, 6, 7], [2, 1, 1, 2], [[], [], [0], [0]])
         >>> shared.places.tolist()
-        [0, 1, 2, 5, 0, 1, 3, 4]
+        [0, 1, 3, 2, 0, 1, 4, 5]
     """
     order, common = _sort(rows)
     pieces = _cut([len(rows[row]) for row in order], common, at_least)
