@@ -317,7 +317,7 @@ def test_the_fused_loss_stays_the_models_own_while_its_logits_grow(
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, "attention: per-document SDPA, no padding"),
+        ({}, "attention: per-document SDPA, no padding, shared prompts once"),
         ({"padding_free": "off"}, "attention: padded, because padding_free is 'off'"),
     ],
 )
