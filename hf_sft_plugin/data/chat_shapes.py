@@ -8,8 +8,10 @@ equal what was filled in; rows whose contents a template might look at, and ever
 take the full way.
 """
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, zip_longest
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +25,7 @@ _TELLING_START, _TELLING_END = "<[{", ">]}"
 _NUM_TRIALS = 3
 # Private characters that stand for contents.
 _PLACEHOLDER = 0xE000
+_PLACEHOLDERS = re.compile("[\ue000-\uf8ff]")
 _AUDIT_EVERY = 100
 # Chats that a template writes in one call.
 _NUM_AT_ONCE = 100
@@ -35,13 +38,13 @@ class _Shape:
     Attributes:
         texts: The rendered texts, with one placeholder for each content; None where the template
             does not treat contents as opaque.
-        prompt: What inference supplies before the last response, with placeholders; None where
-            nothing is generated.
+        prompt: What inference supplies before the last response, cut at its placeholders; None
+            where nothing is generated.
         num_rows: Rows seen so far.
     """
 
     texts: list[RenderedText] | None
-    prompt: str | None = None
+    prompt: list[str] | None = None
     num_rows: int = 0
 
 
@@ -118,9 +121,11 @@ class ChatRenderer:
         if shape.texts is None:
             return None
         texts = [_fill(text, contents) for text in shape.texts]
-        prompt = shape.prompt and shape.prompt.translate(
-            {_PLACEHOLDER + number: content for number, content in enumerate(contents)}
-        )
+        prompt = None
+        if shape.prompt is not None:
+            # What is written around the contents, and the contents, in turn.
+            filled = zip_longest(shape.prompt, contents[: len(shape.prompt) - 1], fillvalue="")
+            prompt = "".join(chain.from_iterable(filled))
         return _Candidate(shape, texts, prompt)
 
     def _decide(
@@ -168,9 +173,10 @@ class ChatRenderer:
             span = texts[-1].spans[-1]
             prompt = None
             if span.kind != "text" and turns[span.turn].message["role"] == "assistant":
-                prompt = render_turns(
+                written = render_turns(
                     hollow, span.turn, self.tokenizer, 0, self.options, generation_prompt=True
                 )
+                prompt = _PLACEHOLDERS.split(written)
         except RowError:
             return _Shape(None)
         is_whole = len(texts[-1].contents) == len(turns)

@@ -145,7 +145,7 @@ class RowTokenizer:
         for row, outcome in zip(rows, outcomes, strict=True):
             if outcome.error is None:
                 self._finish(outcome)
-            if outcome.error is None and isinstance(row.get("source"), str | int):
+            if outcome.error is None and isinstance(row.get("source"), (str, int)):
                 for example in outcome.examples:
                     example["source"] = str(row["source"])
         return outcomes

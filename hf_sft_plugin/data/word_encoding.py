@@ -10,13 +10,14 @@ is encoded both ways and compared.
 
 import json
 import re
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 # With fewer texts than this at a time, words hardly repeat.
 _MIN_TEXTS = 64
@@ -82,9 +83,12 @@ class WordEncoder:
         contents = sorted((token.content for token in added.values()), key=len, reverse=True)
         self._added = re.compile(f"({'|'.join(map(re.escape, contents)) or '(?!)'})")
         self._cutters = _cutters(backend)
-        # The tokens of each word, and how many characters further each of them reaches.
-        self._ids = {token.content: [token_id] for token_id, token in added.items()}
-        self._advances = {content: [len(content)] for content in contents}
+        # Of each word the pairs of a token and how many characters further it reaches, as bytes,
+        # because bytes are joined faster than lists.
+        self._pairs = {
+            token.content: _to_bytes([token_id], [len(token.content)])
+            for token_id, token in added.items()
+        }
 
     def __call__(self, texts: Sequence[str]) -> list[WordEncoding | None]:
         """Encodes many texts, control tokens included.
@@ -98,10 +102,10 @@ class WordEncoder:
         if self._cutters is None or len(texts) < _MIN_TEXTS:
             return [None] * len(texts)
         cut = [self._cut(text) for text in texts]
-        long = self._learn(set(chain.from_iterable(cut)).difference(self._ids))
+        long = self._learn(set(chain.from_iterable(cut)).difference(self._pairs))
         encodings = [self._join(*pair) for pair in zip(texts, cut, strict=True)]
         for word in long:
-            del self._ids[word], self._advances[word]
+            del self._pairs[word]
         self._audit(texts, encodings)
         return encodings
 
@@ -123,24 +127,25 @@ class WordEncoder:
 
     def _join(self, text: str, words: list[str]) -> WordEncoding | None:
         try:
-            ids = [*chain.from_iterable(map(self._ids.__getitem__, words))]
+            joined = b"".join(map(self._pairs.__getitem__, words))
         except KeyError:
             return None
-        ends = [*accumulate(chain.from_iterable(map(self._advances.__getitem__, words)))]
-        return WordEncoding(ids, ends) if ends and ends[-1] == len(text) else None
+        ids, advances = np.frombuffer(joined, dtype=np.uint32).reshape(-1, 2).T
+        ends = advances.cumsum()
+        is_whole = len(ends) > 0 and ends[-1] == len(text)
+        return WordEncoding(ids.tolist(), ends.tolist()) if is_whole else None
 
     def _learn(self, words: Iterable[str]) -> list[str]:
         """Has the tokenizer encode words that were not seen before; says which not to keep."""
         new = [*words]
         for word, encoding in zip(new, self._encode(new), strict=True):
             # An ASCII word is one word to the tokenizer too; others may have another normal form.
-            is_known = set(encoding.word_ids) == {0} if word.isascii() else self._is_normal(word)
-            # Every byte is one of a token.
-            if is_known and sum(map(len, encoding.tokens)) == len(word.encode()):
-                self._ids[word] = encoding.ids
-                self._advances[word] = _advances(word, encoding.tokens)
-        is_full = len(self._ids) > _MAX_WORDS
-        known = (word for word in new if word in self._ids)
+            is_known = _is_one_word(encoding) if word.isascii() else self._is_normal(word)
+            advances = _advances(word, encoding.tokens) if is_known else None
+            if advances is not None:
+                self._pairs[word] = _to_bytes(encoding.ids, advances)
+        is_full = len(self._pairs) > _MAX_WORDS
+        known = (word for word in new if word in self._pairs)
         return [word for word in known if is_full or len(word) > _MAX_WORD_LENGTH]
 
     def _is_normal(self, text: str) -> bool:
@@ -159,19 +164,36 @@ class WordEncoder:
             assert ids == expected.ids, f"words make other tokens than {text[:200]!r}"
 
 
-def _advances(word: str, tokens: list[str]) -> list[int]:
+def _to_bytes(ids: list[int], advances: list[int]) -> bytes:
+    """Pairs of a token and how many characters further it reaches."""
+    return array("I", chain.from_iterable(zip(ids, advances, strict=True))).tobytes()
+
+
+def _is_one_word(encoding: Encoding) -> bool:
+    """Whether the tokenizer did not cut a text before it encoded it."""
+    return len(encoding) > 0 and encoding.token_to_word(len(encoding) - 1) == 0
+
+
+def _advances(word: str, tokens: list[str]) -> list[int] | None:
     """How many characters further each token of a word reaches; one that ends within one has it.
 
     Args:
         word: The word.
         tokens: Its tokens in the byte-level alphabet, in which every byte is one character.
+
+    Returns:
+        As many numbers as tokens; None where not every byte is one of a token.
     """
+    lengths = [*map(len, tokens)]
     if word.isascii():
-        return [*map(len, tokens)]
+        return lengths if sum(lengths) == len(word) else None
     codes = np.frombuffer(word.encode("utf-32-le"), dtype="<u4")
     last_bytes = np.cumsum(1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF))
-    ends = np.searchsorted(last_bytes, np.cumsum([*map(len, tokens)])) + 1
-    return [*map(int, np.diff(ends, prepend=0))]
+    if sum(lengths) != last_bytes[-1]:
+        return None
+    ends = np.searchsorted(last_bytes, np.cumsum(lengths)) + 1
+    advances: list[int] = np.diff(ends, prepend=0).tolist()
+    return advances
 
 
 def _cutters(backend: Tokenizer) -> list[re.Pattern[str]] | None:
