@@ -104,7 +104,7 @@ CONFIG_FIELDS = {
     "entropy_coef": 0.0,
     "fused_head": "auto",
     "padding_free": "auto",
-    "max_tokens_per_microbatch": None,
+    "max_tokens_per_microbatch": "auto",
     "keep_freed_memory": True,
     "max_dropped_share": 0.05,
     "dataset_num_proc": None,

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,15 @@ class RunRecorder(TrainerCallback):
 
     Args:
         ledgers: Accounts of the prepared datasets by name; `train` is the training data.
+        describe_speed: Tells at the first step what speed and memory depend on, line by line.
     """
 
-    def __init__(self, ledgers: Mapping[str, Ledger]) -> None:
+    def __init__(
+        self, ledgers: Mapping[str, Ledger], describe_speed: Callable[[], Mapping[str, str]] = dict
+    ) -> None:
         self.ledgers = ledgers
+        self.describe_speed = describe_speed
+        self._is_summary_due = False
         self._has_log = False
         self._has_trained = False
         self._is_foreign: bool | None = None
@@ -61,7 +66,7 @@ class RunRecorder(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Says what will be done; a resumed run takes over the log that it continues."""
+        """Begins the log; a resumed run takes over the log that it continues."""
         continues = state.global_step > 0 or self._has_trained
         self._has_trained = True
         self._num_records_of_training = None
@@ -74,7 +79,17 @@ class RunRecorder(TrainerCallback):
         for name, ledger in self.ledgers.items():
             ledger.save(_output_dir(args) / f"data_ledger_{name}.json")
             write_certificate(_output_dir(args) / f"mask_certificate_{name}.json", ledger)
-        Console().print(summarize_run(args, state, kwargs["model"], self.ledgers.get("train")))
+        self._is_summary_due = True
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Says what will be done, once the first batch has shown how."""
+        if self._is_summary_due:
+            self._is_summary_due = False
+            ledger = self.ledgers.get("train")
+            speed = self.describe_speed()
+            Console().print(summarize_run(args, state, kwargs["model"], ledger, speed))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -270,7 +285,11 @@ def warn_of_rounding(optimizer: torch.optim.Optimizer | None) -> None:
 
 
 def summarize_run(
-    args: TrainingArguments, state: TrainerState, model: nn.Module, ledger: Ledger | None
+    args: TrainingArguments,
+    state: TrainerState,
+    model: nn.Module,
+    ledger: Ledger | None,
+    speed: Mapping[str, str] | None = None,
 ) -> Table:
     """A table of what a run is about to do.
 
@@ -279,6 +298,7 @@ def summarize_run(
         state: Knows the number of steps.
         model: The model to train.
         ledger: Account of the training data; None where the data came prepared elsewhere.
+        speed: Lines about what speed and memory depend on, by name.
     """
     table = Table(show_header=False, title="About to train", title_justify="left", box=None)
     table.add_column(style="bold")
@@ -308,6 +328,8 @@ def summarize_run(
     )
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     table.add_row("device", f"{device}, weights {dtype}, mixed precision {args.mixed_precision}")
+    for name, line in (speed or {}).items():
+        table.add_row(name, Text(line))
     table.add_row("output", Text(str(args.output_dir)))
     return table
 

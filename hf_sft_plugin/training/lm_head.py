@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hf_sft_plugin.loss.fused_head import HeadLoss, full_head_loss
 from hf_sft_plugin.loss.head import head_loss
+from hf_sft_plugin.loss.linear_head import is_plain_linear
 from hf_sft_plugin.loss.logit_tile import LogitTransform
 from hf_sft_plugin.loss.objective import LossObjective
 from hf_sft_plugin.loss.token_stats import TokenStats
@@ -80,6 +81,17 @@ class FusedHead:
         self.model = model
         self.lm_head = lm_head
         self.transform = transform
+
+    @property
+    def summary(self) -> str:
+        """One line for the user."""
+        weight = getattr(self.lm_head, "weight", None)
+        if not isinstance(weight, Tensor):
+            return "a tile of logits at a time, response rows only"
+        like_hidden = weight.new_empty(0, weight.shape[-1])
+        if not is_plain_linear(self.lm_head, self.lm_head.forward, like_hidden):
+            return "a tile of logits at a time, response rows only"
+        return f"{3 if weight.requires_grad else 2} products over response rows"
 
     def forward(
         self,

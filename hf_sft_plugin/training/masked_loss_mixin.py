@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import EvalLoopOutput
 
+from hf_sft_plugin.loss.linear_head import tile_bytes
 from hf_sft_plugin.loss.masked_loss import LossNormalization, widest_float
 from hf_sft_plugin.loss.objective import LossObjective
 from hf_sft_plugin.training.attention_choice import AttentionChoice, choose_attention
-from hf_sft_plugin.training.checkpoint import load_totals, save_totals
+from hf_sft_plugin.training.checkpoint import load_budget, load_totals, save_budget, save_totals
 from hf_sft_plugin.training.exact_settings import refuse_inexact_settings
 from hf_sft_plugin.training.lm_head import FusedHead, ResponseResult, find_transform, forward_full
+from hf_sft_plugin.training.memory_plan import MemoryPlanMixin
 from hf_sft_plugin.training.metrics import (
     NUM_TOTALS,
     Totals,
@@ -25,7 +27,7 @@ from hf_sft_plugin.training.metrics import (
     means_by_source,
     row_totals,
 )
-from hf_sft_plugin.training.microbatches import MicrobatchesMixin, count_microbatches
+from hf_sft_plugin.training.microbatches import count_microbatches
 from hf_sft_plugin.training.response_batch import (
     CollatorWithLayout,
     ResponseBatch,
@@ -39,7 +41,7 @@ logger = logging.getLogger(__name__)
 _AUX_LOSS_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
-class MaskedLossMixin(MicrobatchesMixin):
+class MaskedLossMixin(MemoryPlanMixin):
     """Gives a `Trainer` the response-masked loss, divided by one global count, and exact logs.
 
     Put it in front: `class MyTrainer(MaskedLossMixin, Trainer)`. It works with every collator that
@@ -124,7 +126,10 @@ class MaskedLossMixin(MicrobatchesMixin):
                 count = self.accelerator.reduce(count, reduction="sum")
         if self.max_tokens_per_microbatch is not None:
             is_padded = not self._choose_attention(self.model_wrapped).is_padding_free
-            batches = self.regroup_step(batches, is_padded)
+            self.plan_memory(batches, is_padded)
+            if self.max_tokens_per_microbatch != "auto" or self._budget is not None:
+                batches = self.regroup_step(batches, is_padded)
+            self.describe_memory(batches, is_padded)
         self._num_microbatches = max(count_microbatches(batches), 1)
         return batches, count
 
@@ -247,6 +252,27 @@ class MaskedLossMixin(MicrobatchesMixin):
             attention.keep_in_backward(result.loss, result.aux_loss)
         return result, None
 
+    def probe_loss(self, model: nn.Module, rows: dict[str, Any]) -> Any:
+        """Runs steps 6 and 7 on rows that are not counted, to see what memory they take."""
+        batch = split_batch(rows, self.loss_normalization)
+        return self._forward(model, batch, self.objective, needs_outputs=False)
+
+    def forward_limit(self) -> int | None:
+        """As in `MemoryPlanMixin`: a fused head holds a tile of logits."""
+        return None if self._head is None else tile_bytes(self.args.device.type)
+
+    def describe_speed(self) -> dict[str, str]:
+        """What decides on speed and memory, by name, as far as it has been decided."""
+        attention, head = self._attention, self._head
+        lines = {
+            "attention": None if attention is None else attention.summary,
+            "head": None if head is None else head.summary,
+            "memory": self._memory_line,
+        }
+        if self._model_of_head is not None and head is None:
+            lines["head"] = "full logits"
+        return {name: line for name, line in lines.items() if line is not None}
+
     def _choose_attention(self, model: nn.Module) -> AttentionChoice:
         """How rows are attended to; decided once per model."""
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -349,16 +375,19 @@ class MaskedLossMixin(MicrobatchesMixin):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         # Here a run begins, and begins anew where the Trainer looks for a batch size that fits.
         self._train_totals = WindowedTotals()
+        self.forget_memory()
         return super()._init_training_state(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         save_totals(output_dir, self._train_totals, self.accelerator)
+        save_budget(output_dir, self._budget, self.accelerator)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_totals(checkpoint, self._train_totals, self.accelerator)
+            self._budget = load_budget(checkpoint)
 
 
 def _row_totals(batch: ResponseBatch, result: ResponseResult, divisors: Tensor) -> Tensor:

@@ -161,6 +161,16 @@ def _cut_row(
     return pad(values, (0, width - len(values)), value=_FILL.get(name, 0))
 
 
+def rows_of(batches: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """The rows of each batch, counted over all batches."""
+    rows = iter(range(sum(len(batch["labels"]) for batch in batches)))
+    return [[next(rows) for _ in batch["labels"]] for batch in batches]
+
+
+def _cost(lengths: Sequence[int], is_padded: bool) -> int:
+    return max(lengths) * len(lengths) if is_padded else sum(lengths)
+
+
 def share_out(microbatches: Sequence[dict[str, Any]], num_slots: int) -> list[Microbatches]:
     """Puts micro-batches in the places of the batches that they replace, the last ones first.
 
@@ -188,7 +198,12 @@ class MicrobatchesMixin(_TrainerBase):
         max_tokens_per_microbatch: Tokens that run at a time; None runs the batches as they come.
     """
 
-    max_tokens_per_microbatch: int | None = None
+    max_tokens_per_microbatch: int | str | None = None
+
+    def choose_max_tokens(self, largest: int) -> int:
+        """Tokens of a micro-batch, in a step whose largest batch has so many."""
+        assert isinstance(self.max_tokens_per_microbatch, int), "else it was made one"
+        return self.max_tokens_per_microbatch
 
     def regroup_step(self, batches: list[Any], is_padded: bool) -> list[Any]:
         """Distributes the rows of one optimizer step anew, within the budget.
@@ -205,10 +220,14 @@ class MicrobatchesMixin(_TrainerBase):
         is_counted = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         if is_overridden or is_counted or not batches or not can_regroup(batches):
             return batches
-        assert self.max_tokens_per_microbatch is not None
         lengths, extents = row_extents(batches)
-        arguments = (extents if is_padded else lengths, self.max_tokens_per_microbatch, is_padded)
+        sizes = extents if is_padded else lengths
+        as_they_come = rows_of(batches)
+        costs = [_cost([sizes[row] for row in rows], is_padded) for rows in as_they_come]
+        arguments = (sizes, self.choose_max_tokens(max(costs)), is_padded)
         plan = plan_microbatches(*arguments)
+        if len(plan) >= len(batches) and max(costs) <= arguments[1]:
+            plan = as_they_come
         if self.accelerator.distributed_type == DistributedType.FSDP:
             # Each forward pass gathers weights, so all processes need as many.
             count = torch.tensor(len(plan), device=self.accelerator.device)

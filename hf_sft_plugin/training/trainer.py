@@ -115,7 +115,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             "stop_token_ids": self.stop_token_ids,
         }
         prepare = partial(self._prepare, tokenizer=tokenizer, args=args, options=options)
-        self._recorder = RunRecorder(self.ledgers)
+        self._recorder = RunRecorder(self.ledgers, self.describe_speed)
         super().__init__(
             model=model,
             args=args,
@@ -156,6 +156,10 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         """
         rows = self.eval_dataset if dataset is None else dataset
         return self._answer(self._examples_to_answer(rows, num_rows))
+
+    def longest_row(self) -> int | None:
+        """As in `MemoryPlanMixin`: the ledger knows, unless the rows are a stream."""
+        return self.ledgers["train"].longest if "train" in self.ledgers else None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `MaskedLossMixin`; on a CPU the process keeps the memory that it frees."""
