@@ -226,7 +226,7 @@ class MicrobatchesMixin(_TrainerBase):
         costs = [_cost([sizes[row] for row in rows], is_padded) for rows in as_they_come]
         arguments = (sizes, self.choose_max_tokens(max(costs)), is_padded)
         plan = plan_microbatches(*arguments)
-        if len(plan) >= len(batches) and max(costs) <= arguments[1]:
+        if len(plan) > len(batches) and max(costs) <= arguments[1]:
             plan = as_they_come
         if self.accelerator.distributed_type == DistributedType.FSDP:
             # Each forward pass gathers weights, so all processes need as many.

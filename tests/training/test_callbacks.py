@@ -259,6 +259,15 @@ def test_training_begins_with_the_summary_and_the_ledgers(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run.call("on_train_begin")
+    run.recorder.describe_speed = lambda: {"attention": "[padded]"}
+    run.call("on_step_begin")
+    found = capsys.readouterr().out
+    assert "attention" in found
+    assert "[padded]" in found
+    run.call("on_step_begin")
+    assert capsys.readouterr().out == ""
+    run.call("on_train_begin")
+    run.call("on_step_begin")
     assert "1,234 of 2 rows" in capsys.readouterr().out
     ledgers = {"data_ledger_train.json", "data_ledger_eval_short.json"}
     certificates = {"mask_certificate_train.json", "mask_certificate_eval_short.json"}

@@ -4,9 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from hf_sft_plugin.training.memory import Growth, StepMemory, measure_step_memory
 
 WORKER = Path(__file__).parent / "memory_worker.py"
 QWEN = {
@@ -108,6 +115,8 @@ class Known(nn.Module):
 
 
 class Config:
+    """What is asked of a model's config."""
+
     num_hidden_layers = 2
 
     def get_text_config(self) -> "Config":
