@@ -107,7 +107,7 @@ CONFIG_FIELDS = {
     "padding_free": "auto",
     "shared_prompts": "auto",
     "group_by_prompt": False,
-    "max_tokens_per_microbatch": None,
+    "max_tokens_per_microbatch": "auto",
     "keep_freed_memory": True,
     "max_dropped_share": 0.05,
     "dataset_num_proc": None,

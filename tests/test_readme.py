@@ -39,7 +39,7 @@ def test_the_python_blocks_run_one_after_the_other(
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     pattern = re.findall(r"grep -m 1 '(.*)' README.md", script)
-    assert pattern == ["^python3 -m venv .*pytest -n 2$"]
+    assert pattern == ["^python3 -m venv .*pytest .*$"]
     commands = [line for line in README.splitlines() if re.search(pattern[0], line)]
     assert len(commands) == 1
     assert commands[0] in SHELL_LINES

@@ -187,8 +187,13 @@ def _run_tiles(
 
 def _num_tiles(count: int, matrix: "_Weight") -> int:
     """Tiles for so many rows, all of one size: a small one would cost as much as a large one."""
-    size = _CPU_TILE_BYTES if matrix.device == "cpu" else _TILE_BYTES
-    return -(-count // max(1, size // max(1, matrix.size * matrix.dtype.itemsize)))
+    row_bytes = max(1, matrix.size * matrix.dtype.itemsize)
+    return -(-count // max(1, tile_bytes(matrix.device) // row_bytes))
+
+
+def tile_bytes(device_type: str) -> int:
+    """The logits that are held at a time; no more than these, however many rows there are."""
+    return _CPU_TILE_BYTES if device_type == "cpu" else _TILE_BYTES
 
 
 class _Weight:

@@ -131,4 +131,4 @@ def choose_attention(wrapped: nn.Module, model: nn.Module) -> AttentionChoice:
     if problem is not None:
         summary = f"{kernel}, no padding, prompts once per row, because {problem}"
         return AttentionChoice(True, summary, switch)
-    return AttentionChoice(True, f"{kernel}, no padding, shared prompts once", switch, True)
+    return AttentionChoice(True, f"{kernel}, no padding", switch, True)

@@ -46,16 +46,15 @@ class RunRecorder(TrainerCallback):
 
     Args:
         ledgers: Accounts of the prepared datasets by name; `train` is the training data.
-        describe_speed: Says what spares time and memory, once a run begins; None says nothing.
+        describe_speed: Tells at the first step what speed and memory depend on, line by line.
     """
 
     def __init__(
-        self,
-        ledgers: Mapping[str, Ledger],
-        describe_speed: Callable[[], str] | None = None,
+        self, ledgers: Mapping[str, Ledger], describe_speed: Callable[[], Mapping[str, str]] = dict
     ) -> None:
         self.ledgers = ledgers
         self.describe_speed = describe_speed
+        self._is_summary_due = False
         self._has_log = False
         self._has_trained = False
         self._is_foreign: bool | None = None
@@ -67,7 +66,7 @@ class RunRecorder(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Says what will be done; a resumed run takes over the log that it continues."""
+        """Begins the log; a resumed run takes over the log that it continues."""
         continues = state.global_step > 0 or self._has_trained
         self._has_trained = True
         self._num_records_of_training = None
@@ -80,9 +79,17 @@ class RunRecorder(TrainerCallback):
         for name, ledger in self.ledgers.items():
             ledger.save(_output_dir(args) / f"data_ledger_{name}.json")
             write_certificate(_output_dir(args) / f"mask_certificate_{name}.json", ledger)
-        data = self.ledgers.get("train")
-        speed = None if self.describe_speed is None else self.describe_speed()
-        Console().print(summarize_run(args, state, kwargs["model"], data, speed))
+        self._is_summary_due = True
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Says what will be done, once the first batch has shown how."""
+        if self._is_summary_due:
+            self._is_summary_due = False
+            ledger = self.ledgers.get("train")
+            speed = self.describe_speed()
+            Console().print(summarize_run(args, state, kwargs["model"], ledger, speed))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -282,7 +289,7 @@ def summarize_run(
     state: TrainerState,
     model: nn.Module,
     ledger: Ledger | None,
-    speed: str | None = None,
+    speed: Mapping[str, str] | None = None,
 ) -> Table:
     """A table of what a run is about to do.
 
@@ -291,7 +298,7 @@ def summarize_run(
         state: Knows the number of steps.
         model: The model to train.
         ledger: Account of the training data; None where the data came prepared elsewhere.
-        speed: What spares time and memory.
+        speed: Lines about what speed and memory depend on, by name.
     """
     table = Table(show_header=False, title="About to train", title_justify="left", box=None)
     table.add_column(style="bold")
@@ -321,8 +328,8 @@ def summarize_run(
     )
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     table.add_row("device", f"{device}, weights {dtype}, mixed precision {args.mixed_precision}")
-    if speed is not None:
-        table.add_row("speed", Text(speed))
+    for name, line in (speed or {}).items():
+        table.add_row(name, Text(line))
     table.add_row("output", Text(str(args.output_dir)))
     return table
 

@@ -101,11 +101,12 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
             "choice."
         },
     )
-    max_tokens_per_microbatch: int | None = field(
-        default=None,
+    max_tokens_per_microbatch: int | str | None = field(
+        default="auto",
         metadata={
             "help": "The rows of an optimizer step run in as few micro-batches as this many tokens "
-            "allow; which rows share a step, and so the gradient, stays as it is. None: "
+            "allow; which rows share a step, and so the gradient, stays as it is. 'auto': 4,096 on "
+            "a CPU, 16,384 elsewhere, or as many as a batch has, where memory allows it. None: "
             "per_device_train_batch_size rows at a time."
         },
     )
@@ -263,6 +264,15 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
         return {**self.__dict__, "hub_token": None}
 
     def _check_counts(self) -> None:
+        tokens = self.max_tokens_per_microbatch
+        if isinstance(tokens, str) and tokens != "auto":
+            # On a command line everything is text.
+            if not tokens.isdecimal():
+                raise ValueError(
+                    f"max_tokens_per_microbatch is {tokens!r}; give a number of tokens, 'auto', or "
+                    "None for per_device_train_batch_size rows at a time."
+                )
+            self.max_tokens_per_microbatch = int(tokens)
         for name in (
             "dataset_num_proc",
             "pad_to_multiple_of",
@@ -271,7 +281,7 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
             "generation_num_rows",
         ):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name} is {value}; it counts from 1.")
         metrics: Any = self.generation_metrics
         if isinstance(metrics, str):

@@ -6,6 +6,7 @@ the response positions instead of the logits of all positions. Nothing on the mo
 good.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -15,12 +16,16 @@ from torch import Tensor, nn
 
 from hf_sft_plugin.loss.fused_head import HeadLoss, full_head_loss
 from hf_sft_plugin.loss.head import head_loss
+from hf_sft_plugin.loss.linear_head import is_plain_linear
 from hf_sft_plugin.loss.logit_tile import LogitTransform
 from hf_sft_plugin.loss.objective import LossObjective
 from hf_sft_plugin.loss.token_stats import TokenStats
 from hf_sft_plugin.types import IGNORE_INDEX
 
+logger = logging.getLogger(__name__)
+
 _RESULT_KEY = "response_result"
+_AUX_LOSS_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 class ResponseResult(NamedTuple):
@@ -37,6 +42,26 @@ class ResponseResult(NamedTuple):
     token_losses: Tensor
     stats: TokenStats
     aux_loss: Tensor | None
+
+
+def aux_loss_coefficient(config: Any) -> float:
+    """How much the router loss of a mixture of experts counts.
+
+    Args:
+        config: Of the model.
+
+    Raises:
+        ValueError: If the config does not say it.
+    """
+    config = config.get_text_config()
+    values = (getattr(config, name, None) for name in _AUX_LOSS_COEFFICIENTS)
+    coefficient: float | None = next((value for value in values if value is not None), None)
+    if coefficient is None:
+        raise ValueError(
+            f"{type(config).__name__} does not say how much the router's loss counts, in none "
+            f"of {', '.join(_AUX_LOSS_COEFFICIENTS)}. Set output_router_logits to false."
+        )
+    return coefficient
 
 
 def forward_full(
@@ -90,6 +115,17 @@ class FusedHead:
         self.lm_head = lm_head
         self.transform = transform
 
+    @property
+    def summary(self) -> str:
+        """One line for the user."""
+        weight = getattr(self.lm_head, "weight", None)
+        if not isinstance(weight, Tensor):
+            return "a tile of logits at a time, response rows only"
+        like_hidden = weight.new_empty(0, weight.shape[-1])
+        if not is_plain_linear(self.lm_head, self.lm_head.forward, like_hidden):
+            return "a tile of logits at a time, response rows only"
+        return f"{3 if weight.requires_grad else 2} products over response rows"
+
     def forward(
         self,
         model: nn.Module,
@@ -134,6 +170,57 @@ class FusedHead:
             hook.remove()
         assert isinstance(result, ResponseResult)
         return result
+
+
+class HeadChooser:
+    """Chooses how a model's logits become a loss, once for each model.
+
+    Attributes:
+        choice: The fused head that was chosen last; None takes the full logits.
+    """
+
+    def __init__(self) -> None:
+        self.choice: FusedHead | None = None
+        self._asked: tuple[nn.Module, str] | None = None
+
+    @property
+    def summary(self) -> str | None:
+        """One line for the user; None before the first choice."""
+        if self._asked is None:
+            return None
+        return "full logits" if self.choice is None else self.choice.summary
+
+    def choose(
+        self, wrapped: nn.Module, model: nn.Module, inputs: Mapping[str, Any], fused_head: str
+    ) -> FusedHead | None:
+        """The fused head, where the model allows one.
+
+        Args:
+            wrapped: The model as Accelerate prepared it.
+            model: The same model, unwrapped from Accelerate.
+            inputs: A batch to try it with.
+            fused_head: `auto`, `on` or `off`; see `MaskedSFTConfig`.
+
+        Raises:
+            ValueError: If it is `on`, and the model needs its full logits.
+        """
+        if self._asked == (model, fused_head):
+            return self.choice
+        self._asked, self.choice = (model, fused_head), None
+        if fused_head == "off":
+            return None
+        transform = find_transform(wrapped, model, inputs)
+        if transform is not None:
+            self.choice = FusedHead(model, transform)
+            return self.choice
+        problem = (
+            f"The logits of {type(model).__name__} are not those of its LM head, scaled or "
+            "soft-capped as its config says, so the loss needs the full logits"
+        )
+        if fused_head == "on":
+            raise ValueError(f"{problem}. Set fused_head to 'auto' to allow that.")
+        logger.warning("%s: memory grows with batch size times vocabulary.", problem)
+        return None
 
 
 def find_transform(

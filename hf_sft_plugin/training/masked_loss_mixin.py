@@ -1,6 +1,5 @@
 """The loss, the counts and the logs, for any `Trainer`: steps 6 to 9 of the walk."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -10,14 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers.trainer_utils import EvalLoopOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput
 
+from hf_sft_plugin.loss.linear_head import tile_bytes
 from hf_sft_plugin.loss.masked_loss import LossNormalization, widest_float
 from hf_sft_plugin.loss.objective import LossObjective
 from hf_sft_plugin.training.attention_choice import AttentionChoice, AttentionChooser
-from hf_sft_plugin.training.checkpoint import load_totals, save_totals
+from hf_sft_plugin.training.checkpoint import load_budget, load_totals, save_budget, save_totals
 from hf_sft_plugin.training.exact_settings import refuse_inexact_settings
-from hf_sft_plugin.training.lm_head import FusedHead, ResponseResult, find_transform, forward_full
+from hf_sft_plugin.training.lm_head import (
+    HeadChooser,
+    ResponseResult,
+    aux_loss_coefficient,
+    forward_full,
+)
+from hf_sft_plugin.training.memory_plan import MemoryPlanMixin
 from hf_sft_plugin.training.metrics import (
     NUM_TOTALS,
     Totals,
@@ -25,8 +31,8 @@ from hf_sft_plugin.training.metrics import (
     means_by_source,
     row_totals,
 )
-from hf_sft_plugin.training.microbatches import MicrobatchesMixin, count_microbatches
-from hf_sft_plugin.training.prompt_sampler import GroupedSampler, group_prompts
+from hf_sft_plugin.training.microbatches import count_microbatches
+from hf_sft_plugin.training.prompt_sampler import GroupedSampler, group_prompts, require_rows
 from hf_sft_plugin.training.response_batch import (
     CollatorWithLayout,
     ResponseBatch,
@@ -34,13 +40,10 @@ from hf_sft_plugin.training.response_batch import (
     without_padding,
 )
 
-logger = logging.getLogger(__name__)
-
 # Where the configs of mixture-of-experts models say how much the router's loss counts.
-_AUX_LOSS_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
-class MaskedLossMixin(MicrobatchesMixin):
+class MaskedLossMixin(MemoryPlanMixin):
     """Gives a `Trainer` the response-masked loss, divided by one global count, and exact logs.
 
     Put it in front: `class MyTrainer(MaskedLossMixin, Trainer)`. It works with every collator that
@@ -87,8 +90,7 @@ class MaskedLossMixin(MicrobatchesMixin):
         self._train_totals = WindowedTotals()
         self._eval_rows: list[Tensor] = []
         self._num_microbatches = 1
-        self._head: FusedHead | None = None
-        self._model_of_head: nn.Module | None = None
+        self._head = HeadChooser()
         self._attention = AttentionChooser()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -128,7 +130,11 @@ class MaskedLossMixin(MicrobatchesMixin):
         if self.max_tokens_per_microbatch is not None:
             attention = self._choose_attention(self.model_wrapped)
             shares_prompts = attention.shares_prompts and self.shared_prompts != "off"
-            batches = self.regroup_step(batches, not attention.is_padding_free, shares_prompts)
+            is_padded = not attention.is_padding_free
+            self.plan_memory(batches, is_padded)
+            if self.max_tokens_per_microbatch != "auto" or self._budget is not None:
+                batches = self.regroup_step(batches, is_padded, shares_prompts)
+            self.describe_memory(batches, is_padded)
         self._num_microbatches = max(count_microbatches(batches), 1)
         return batches, count
 
@@ -226,7 +232,11 @@ class MaskedLossMixin(MicrobatchesMixin):
     @property
     def attention_summary(self) -> str | None:
         """How rows are attended to, in a few words; None before the model was first run."""
-        return None if self._attention.choice is None else self._attention.choice.summary
+        choice = self._attention.choice
+        if choice is None:
+            return None
+        shares_prompts = choice.shares_prompts and self.shared_prompts != "off"
+        return choice.summary + (", shared prompts once" if shares_prompts else "")
 
     @property
     def _eval_normalization(self) -> LossNormalization:
@@ -242,7 +252,8 @@ class MaskedLossMixin(MicrobatchesMixin):
         if needs_outputs:
             # Outputs have a row for each row of the batch.
             return forward_full(model, batch.model_inputs, batch.targets, batch.weights, objective)
-        head = self._fused_head(model, batch)
+        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        head = self._head.choose(model, unwrapped, batch.model_inputs, self.fused_head)
         attention = self._choose_attention(model)
         shares_prompts = attention.shares_prompts and self.shared_prompts != "off"
         flat = without_padding(batch, shares_prompts) if attention.is_padding_free else None
@@ -257,6 +268,24 @@ class MaskedLossMixin(MicrobatchesMixin):
             attention.keep_in_backward(result.loss, result.aux_loss)
         return result, None
 
+    def probe_loss(self, model: nn.Module, rows: dict[str, Any]) -> Any:
+        """Runs steps 6 and 7 on rows that are not counted, to see what memory they take."""
+        batch = split_batch(rows, self.loss_normalization)
+        return self._forward(model, batch, self.objective, needs_outputs=False)
+
+    def forward_limit(self) -> int | None:
+        """As in `MemoryPlanMixin`: a fused head holds a tile of logits."""
+        return None if self._head.choice is None else tile_bytes(self.args.device.type)
+
+    def describe_speed(self) -> dict[str, str]:
+        """What decides on speed and memory, by name, as far as it has been decided."""
+        lines = {
+            "attention": self.attention_summary,
+            "head": self._head.summary,
+            "memory": self._memory_line,
+        }
+        return {name: line for name, line in lines.items() if line is not None}
+
     def _choose_attention(self, model: nn.Module) -> AttentionChoice:
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         return self._attention.choose(model, unwrapped, self.padding_free)
@@ -266,11 +295,8 @@ class MaskedLossMixin(MicrobatchesMixin):
         dispatches = self.accelerator.dispatch_batches
         if dispatches is None:
             dispatches = isinstance(dataset, IterableDataset)
-        if self.group_by_prompt and kwargs.get("is_training") and not has_length(dataset):
-            raise ValueError(
-                "group_by_prompt is set, but a stream has no rows to choose from. Set it to False, "
-                "and keep rows with the same prompt together in the stream itself."
-            )
+        if self.group_by_prompt and kwargs.get("is_training"):
+            require_rows(dataset)
         own = self.data_collator
         if self.padding_free != "off" and not dispatches:
             self.data_collator = CollatorWithLayout(own, self.shared_prompts != "off")
@@ -285,26 +311,6 @@ class MaskedLossMixin(MicrobatchesMixin):
         rows = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return GroupedSampler(group_prompts(rows), seed)
-
-    def _fused_head(self, model: nn.Module, batch: ResponseBatch) -> FusedHead | None:
-        """The fused head, where the model allows one; decided once per model."""
-        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        if self.fused_head == "off":
-            return None
-        if unwrapped is self._model_of_head:
-            return self._head
-        self._model_of_head = unwrapped
-        transform = find_transform(model, unwrapped, batch.model_inputs)
-        self._head = None if transform is None else FusedHead(unwrapped, transform)
-        if transform is None:
-            problem = (
-                f"The logits of {type(unwrapped).__name__} are not those of its LM head, scaled or "
-                "soft-capped as its config says, so the loss needs the full logits"
-            )
-            if self.fused_head == "on":
-                raise ValueError(f"{problem}. Set fused_head to 'auto' to allow that.")
-            logger.warning("%s: memory grows with batch size times vocabulary.", problem)
-        return self._head
 
     def _scale(self, batch: ResponseBatch, num_items: Tensor | int | None) -> Tensor:
         """What every weight is multiplied with: one over the divisor, times the processes.
@@ -327,14 +333,7 @@ class MaskedLossMixin(MicrobatchesMixin):
         """The router loss of a mixture of experts: a mean over the micro-batches of the step."""
         if result.aux_loss is None:
             return 0.0
-        config = self.accelerator.unwrap_model(model).config.get_text_config()
-        values = (getattr(config, name, None) for name in _AUX_LOSS_COEFFICIENTS)
-        coefficient = next((value for value in values if value is not None), None)
-        if coefficient is None:
-            raise ValueError(
-                f"{type(config).__name__} does not say how much the router's loss counts, in none "
-                f"of {', '.join(_AUX_LOSS_COEFFICIENTS)}. Set output_router_logits to false."
-            )
+        coefficient = aux_loss_coefficient(self.accelerator.unwrap_model(model).config)
         return result.aux_loss.to(result.loss.device) * (coefficient / self._num_microbatches)
 
     def _totals(self, batch: ResponseBatch, result: ResponseResult) -> Tensor:
@@ -364,16 +363,19 @@ class MaskedLossMixin(MicrobatchesMixin):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         # Here a run begins, and begins anew where the Trainer looks for a batch size that fits.
         self._train_totals = WindowedTotals()
+        self.forget_memory()
         return super()._init_training_state(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         save_totals(output_dir, self._train_totals, self.accelerator)
+        save_budget(output_dir, self._budget, self.accelerator)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_totals(checkpoint, self._train_totals, self.accelerator)
+            self._budget = load_budget(checkpoint)
 
 
 def _row_totals(batch: ResponseBatch, result: ResponseResult, divisors: Tensor) -> Tensor:

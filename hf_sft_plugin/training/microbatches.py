@@ -175,6 +175,16 @@ def _cut_row(
     return pad(values, (0, width - len(values)), value=_FILL.get(name, 0))
 
 
+def rows_of(batches: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """The rows of each batch, counted over all batches."""
+    rows = iter(range(sum(len(batch["labels"]) for batch in batches)))
+    return [[next(rows) for _ in batch["labels"]] for batch in batches]
+
+
+def _cost(lengths: Sequence[int], is_padded: bool) -> int:
+    return max(lengths) * len(lengths) if is_padded else sum(lengths)
+
+
 def share_out(microbatches: Sequence[dict[str, Any]], num_slots: int) -> list[Microbatches]:
     """Puts micro-batches in the places of the batches that they replace, the last ones first.
 
@@ -216,7 +226,12 @@ class MicrobatchesMixin(_TrainerBase):
         max_tokens_per_microbatch: Tokens that run at a time; None runs the batches as they come.
     """
 
-    max_tokens_per_microbatch: int | None = None
+    max_tokens_per_microbatch: int | str | None = None
+
+    def choose_max_tokens(self, largest: int) -> int:
+        """Tokens of a micro-batch, in a step whose largest batch has so many."""
+        assert isinstance(self.max_tokens_per_microbatch, int), "else it was made one"
+        return self.max_tokens_per_microbatch
 
     def regroup_step(
         self, batches: list[Any], is_padded: bool, shares_prompts: bool = False
@@ -236,17 +251,21 @@ class MicrobatchesMixin(_TrainerBase):
         is_counted = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         if is_overridden or is_counted or not batches or not can_regroup(batches):
             return batches
-        assert self.max_tokens_per_microbatch is not None
         lengths, extents = row_extents(batches)
-        arguments = (extents if is_padded else lengths, self.max_tokens_per_microbatch, is_padded)
-        plan = plan_microbatches(*arguments)
+        sizes = extents if is_padded else lengths
+        as_they_come = rows_of(batches)
+        costs = [_cost([sizes[row] for row in rows], is_padded) for rows in as_they_come]
+        max_tokens = self.choose_max_tokens(max(costs))
+        plan = plan_microbatches(sizes, max_tokens, is_padded)
+        if len(plan) > len(batches) and max(costs) <= max_tokens:
+            plan = as_they_come
         if self.accelerator.distributed_type == DistributedType.FSDP:
             # Each forward pass gathers weights, so all processes need as many.
             count = torch.tensor(len(plan), device=self.accelerator.device)
             most = int(self.accelerator.gather(count).max())
-            plan = plan_microbatches(*arguments, num_at_least=most)
+            plan = plan_microbatches(sizes, max_tokens, is_padded, num_at_least=most)
         elif shares_prompts:
-            plan = _keep_prompts_together(plan, batches, self.max_tokens_per_microbatch)
+            plan = _keep_prompts_together(plan, batches, max_tokens)
         return share_out(regroup(batches, plan, extents), len(batches))
 
     def training_step(

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
+from transformers.trainer_utils import has_length
 
 from hf_sft_plugin.training.shared_prompts import MIN_SHARED_TOKENS
 from hf_sft_plugin.types import IGNORE_INDEX
@@ -47,6 +48,19 @@ def group_prompts(rows: Any) -> list[list[int]]:
             root = prompts[row]
             groups.append([row])
     return sorted(sorted(group) for group in groups)
+
+
+def require_rows(dataset: Any) -> None:
+    """Refuses a stream.
+
+    Raises:
+        ValueError: If the dataset has no length.
+    """
+    if not has_length(dataset):
+        raise ValueError(
+            "group_by_prompt is set, but a stream has no rows to choose from. Set it to False, "
+            "and keep rows with the same prompt together in the stream itself."
+        )
 
 
 def _each(rows: Any) -> Iterable[Mapping[str, Any]]:

@@ -124,7 +124,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             "stop_token_ids": self.stop_token_ids,
         }
         prepare = partial(self._prepare, tokenizer=tokenizer, args=args, options=options)
-        self._recorder = RunRecorder(self.ledgers, self._describe_speed)
+        self._recorder = RunRecorder(self.ledgers, self.describe_speed)
         super().__init__(
             model=model,
             args=args,
@@ -165,6 +165,10 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         """
         rows = self.eval_dataset if dataset is None else dataset
         return self._answer(self._examples_to_answer(rows, num_rows))
+
+    def longest_row(self) -> int | None:
+        """As in `MemoryPlanMixin`: the ledger knows, unless the rows are a stream."""
+        return self.ledgers["train"].longest if "train" in self.ledgers else None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `MaskedLossMixin`; on a CPU the process keeps the memory that it frees."""
@@ -240,9 +244,6 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             if old_card is not None:
                 card.write_bytes(old_card)
             self.create_model_card()
-
-    def _describe_speed(self) -> str:
-        return f"attention: {self.attention_summary}"
 
     def _examples_to_answer(self, rows: Any, num_rows: int | None) -> list[TokenizedExample]:
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)

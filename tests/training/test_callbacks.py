@@ -93,9 +93,9 @@ def test_the_summary_tells_how_much_an_adapter_trains(model: Any, make_config: M
 
 
 def test_the_summary_says_what_spares_time(model: Any, make_config: Make) -> None:
-    speed = "attention: padded, because of [this]"
+    speed = {"attention": "padded, because of [this]"}
     text = render(summarize_run(make_config(), make_state(), model, None, speed))
-    assert f"speed   {speed}" in text
+    assert "attention  padded, because of [this]" in text
 
 
 def test_the_summary_tells_the_precision(model: Any, make_config: Make) -> None:
@@ -265,6 +265,15 @@ def test_training_begins_with_the_summary_and_the_ledgers(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run.call("on_train_begin")
+    run.recorder.describe_speed = lambda: {"attention": "[padded]"}
+    run.call("on_step_begin")
+    found = capsys.readouterr().out
+    assert "attention" in found
+    assert "[padded]" in found
+    run.call("on_step_begin")
+    assert capsys.readouterr().out == ""
+    run.call("on_train_begin")
+    run.call("on_step_begin")
     assert "1,234 of 2 rows" in capsys.readouterr().out
     ledgers = {"data_ledger_train.json", "data_ledger_eval_short.json"}
     certificates = {"mask_certificate_train.json", "mask_certificate_eval_short.json"}

@@ -26,7 +26,7 @@ OWN_DEFAULTS = {
     "z_loss_coef": 0.0,
     "entropy_coef": 0.0,
     "fused_head": "auto",
-    "max_tokens_per_microbatch": None,
+    "max_tokens_per_microbatch": "auto",
     "keep_freed_memory": True,
     "padding_free": "auto",
     "shared_prompts": "auto",

@@ -1,0 +1,182 @@
+"""How many tokens run at a time where memory decides, and what the user is told about it."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from hf_sft_plugin.training.available_memory import available_memory
+from hf_sft_plugin.training.memory import StepMemory, measure_step_memory
+from hf_sft_plugin.training.microbatches import (
+    Microbatches,
+    MicrobatchesMixin,
+    can_regroup,
+    row_extents,
+)
+from hf_sft_plugin.types import IGNORE_INDEX
+
+logger = logging.getLogger(__name__)
+
+# More tokens at a time are hardly faster, and the same number in every run makes the same run.
+_CPU_TOKENS, _TOKENS = 4096, 16384
+_NUM_MOST = 2**20
+# What a batch of rows may hold to be imitated.
+_OF_ROWS = {"input_ids", "labels", "attention_mask", "response_mask", "loss_weights", "row_layout"}
+
+
+@dataclass(frozen=True)
+class TokenBudget:
+    """Tokens of a micro-batch.
+
+    Attributes:
+        wanted: As many as are worth it.
+        possible: As many as there is memory for; a batch of the user's own size may go up to it.
+    """
+
+    wanted: int
+    possible: int
+
+    def for_step(self, largest: int) -> int:
+        """The budget of an optimizer step whose largest batch has so many tokens."""
+        return min(self.possible, max(self.wanted, largest))
+
+
+class MemoryPlanMixin(MicrobatchesMixin):
+    """Lets `max_tokens_per_microbatch` be `auto`: a budget made from memory at the first step."""
+
+    _budget: TokenBudget | None = None
+    _step_memory: StepMemory | None = None
+    _memory_line: str | None = None
+    _is_memory_planned: bool = False
+
+    def plan_memory(self, batches: Sequence[Any], is_padded: bool) -> None:
+        """Measures what a step needs and sets the budget; does something at the first step alone.
+
+        Args:
+            batches: What the data loader gave for the step.
+            is_padded: Whether every row of a micro-batch costs as much as the longest.
+        """
+        if self.max_tokens_per_microbatch != "auto" or self._is_memory_planned:
+            return
+        self._is_memory_planned = True
+        # Sharded weights, and steps that others count, are not for an estimate made alone.
+        is_sharded = self.accelerator.distributed_type in (
+            DistributedType.FSDP,
+            DistributedType.DEEPSPEED,
+        )
+        # Whoever wants padding to a certain length, or tries out batch sizes, gets those batches.
+        is_fixed = is_padded and getattr(self.args, "pad_to_multiple_of", None)
+        if is_sharded or is_fixed or self.args.auto_find_batch_size:
+            return
+        possible, longest = 0, 0
+        if batches and can_regroup(batches) and batches[0].keys() <= _OF_ROWS:
+            lengths, extents = row_extents(batches)
+            longest = self.longest_row() or max(lengths)
+            possible = self._measure(batches, extents if is_padded else lengths, longest)
+        if self.accelerator.num_processes > 1:
+            # Processes see different rows and memory, and have to agree.
+            found = torch.tensor([possible, -longest], device=self.accelerator.device)
+            everywhere = self.accelerator.gather(found).view(-1, 2)
+            possible, longest = int(everywhere[:, 0].min()), -int(everywhere[:, 1].min())
+        if possible and self._budget is None:
+            most = _CPU_TOKENS if self.args.device.type == "cpu" else _TOKENS
+            self._budget = TokenBudget(min(most, possible), possible)
+
+    def forget_memory(self) -> None:
+        """Has the next step be the first."""
+        self._budget = self._step_memory = self._memory_line = None
+        self._is_memory_planned = False
+
+    def longest_row(self) -> int | None:
+        """Tokens of the longest row of the training data, where that is known."""
+        return None
+
+    def choose_max_tokens(self, largest: int) -> int:
+        """As in `MicrobatchesMixin`; `auto` takes the budget of memory."""
+        if self._budget is None:
+            return super().choose_max_tokens(largest)
+        return self._budget.for_step(largest)
+
+    def describe_memory(self, batches: Sequence[Any], is_padded: bool) -> None:
+        """Works out the line about memory once, for the step that is about to run."""
+        memory = self._step_memory
+        if memory is None or self._memory_line is not None:
+            return
+        parts = [p for b in batches for p in (b if isinstance(b, Microbatches) else [b])]
+        rows = []
+        for part in parts:
+            lengths, extents = row_extents([part])
+            rows.append([max(extents)] * len(extents) if is_padded else lengths)
+        needed = memory.peak(rows)
+        whole = memory.weights + available_memory(self.args.device)
+        self._memory_line = (
+            f"{_gigabytes(needed)} of {_gigabytes(whole)} GB needed, gradient "
+            f"checkpointing {'on' if memory.is_checkpointed else 'off'}"
+        )
+
+    def _measure(
+        self, batches: Sequence[Mapping[str, Any]], lengths: Sequence[int], longest: int
+    ) -> int:
+        """Tokens that there is memory for; also warns where there is too little for one row."""
+        model = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
+        share = sum(int((b["labels"] != IGNORE_INDEX).sum()) for b in batches) / sum(lengths)
+
+        def run(num_rows: int, length: int) -> Any:
+            rows = _imitate(batches[0], num_rows, length, share)
+            with self.compute_loss_context_manager():
+                return self.probe_loss(model, rows)
+
+        memory = measure_step_memory(model, run, self.optimizer)
+        # Which head it is was found out by running it.
+        memory = replace(memory, forward_limit=self.forward_limit())
+        self._step_memory = memory
+        # The weights are there already, and after a checkpoint was read so are the states.
+        has_states = self.optimizer is not None and bool(self.optimizer.state)
+        coming = memory.gradients + (0 if has_states else memory.optimizer)
+        left = available_memory(self.args.device) - coming
+        needed = memory.of_pass([longest])
+        if needed > left:
+            logger.warning(
+                "A step with one row of %s tokens, the longest, is estimated to need %s GB beyond "
+                "weights, gradients and optimizer states, and %s GB are left. Set %smax_length "
+                "lower.",
+                f"{longest:,}",
+                _gigabytes(needed),
+                _gigabytes(max(0, left)),
+                "" if memory.is_checkpointed else "gradient_checkpointing to true, or ",
+            )
+        return min(_NUM_MOST, memory.max_tokens(left / 2, longest))
+
+    def probe_loss(self, model: nn.Module, rows: dict[str, Any]) -> Any:
+        """What training works out for rows, with its graph, without counting them."""
+        raise NotImplementedError
+
+    def forward_limit(self) -> int | None:
+        """Bytes beyond which a forward pass holds no more at a time; None where it does."""
+        raise NotImplementedError
+
+
+def _imitate(
+    batch: Mapping[str, Any], num_rows: int, length: int, share: float
+) -> dict[str, Tensor]:
+    """Rows of the first tokens of a batch, over and over, of which a share is trained."""
+    tokens = batch["input_ids"].flatten()
+    ids = tokens.repeat(-(-num_rows * length // len(tokens)))[: num_rows * length]
+    ids = ids.view(num_rows, length).clone()
+    # Rows that begin with one token could run it once.
+    ids[:, 0] = torch.arange(num_rows, device=ids.device)
+    is_trained = torch.arange(length, device=ids.device) >= length - max(1, round(share * length))
+    return {
+        "input_ids": ids,
+        "labels": ids.where(is_trained, IGNORE_INDEX),
+        "attention_mask": torch.ones_like(ids),
+    }
+
+
+def _gigabytes(num_bytes: float) -> str:
+    gigabytes = num_bytes / 1e9
+    return f"{gigabytes:,.0f}" if gigabytes >= 10 else f"{gigabytes:.2g}"

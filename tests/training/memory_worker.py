@@ -1,0 +1,111 @@
+"""What a test of memory runs in a process of its own: `memory_worker.py CASES`.
+
+Trains small models for two steps each and prints for each, as JSON, what its steps were estimated
+to need and what the process took at its highest point, both in bytes.
+"""
+
+import gc
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
+
+from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
+from hf_sft_plugin.training.microbatches import Microbatches
+
+
+def memory(name: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    line = next(line for line in status.splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+class Peaks(TrainerCallback):
+    """Keeps the highest point of every step after the first, in which states are made."""
+
+    def __init__(self) -> None:
+        self.found: list[int] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.found.append(memory("VmHWM"))
+
+
+class Estimating(MaskedSFTTrainer):
+    """Keeps the estimate of its steps."""
+
+    estimate: float
+
+    def describe_memory(self, batches: Any, is_padded: bool) -> None:
+        parts = [p for b in batches for p in (b if isinstance(b, Microbatches) else [b])]
+        lengths = [part["attention_mask"].sum(-1).tolist() for part in parts]
+        assert self._step_memory is not None
+        self.estimate = self._step_memory.peak(lengths)
+        super().describe_memory(batches, is_padded)
+
+
+def measure(model: dict[str, Any], settings: dict[str, Any], is_lora: bool) -> None:
+    words = {"a": 0, "b": 1, **{str(number): number for number in range(2, 1000)}}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="a")),
+        eos_token="b",
+        pad_token="a",
+    )
+    mask = [0] * 96 + [1] * 32
+    # Rows that began alike would share what they have in common.
+    rows = torch.randint(2, 1000, (64, 128))
+    rows[:, 0] = torch.arange(2, 66)
+    gc.collect()
+    before = memory("VmRSS")
+    fields = {"max_position_embeddings": 512, "eos_token_id": 1, "pad_token_id": 0, **model}
+    config = AutoConfig.for_model(fields.pop("model_type"), bos_token_id=None, **fields)
+    peaks = Peaks()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Estimating(
+            AutoModelForCausalLM.from_config(config),
+            MaskedSFTConfig(
+                output_dir=folder,
+                use_cpu=True,
+                report_to="none",
+                save_strategy="no",
+                disable_tqdm=True,
+                max_steps=2,
+                keep_freed_memory=False,
+                **settings,
+            ),
+            train_dataset=Dataset.from_dict(
+                {"input_ids": rows.tolist(), "response_mask": [mask] * 64}
+            ),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(target_modules="all-linear") if is_lora else None,
+            callbacks=[peaks],
+        )
+        trainer.train()
+    print(json.dumps({"estimate": trainer.estimate, "peak": peaks.found[-1] - before}))
+
+
+def main(cases: list[dict[str, Any]]) -> None:
+    torch.set_num_threads(2)
+    # What libraries take at their first use is not the model's.
+    warm = torch.nn.Linear(256, 256)
+    warm(torch.randn(512, 256)).sum().backward()
+    for case in cases:
+        measure(**case)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

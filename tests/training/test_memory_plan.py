@@ -1,0 +1,117 @@
+"""The budget of memory: the same in every run where there is enough, smaller where there is not."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
+from hf_sft_plugin.training import memory_plan
+from hf_sft_plugin.training.memory_plan import TokenBudget
+
+Train = Callable[..., tuple[MaskedSFTTrainer, list[list[int]]]]
+
+
+@pytest.fixture
+def train(tokenizer: Any, model_factory: Any, make_config: Any) -> Train:
+    """Two steps of three batches of two rows of 20 and 40 tokens; gives what ran at a time."""
+
+    def run(resume: str | None = None, **settings: Any) -> tuple[MaskedSFTTrainer, list[list[int]]]:
+        ran: list[list[int]] = []
+
+        class Watched(MaskedSFTTrainer):
+            def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+                ran.append(inputs["attention_mask"].sum(-1).tolist())
+                return super().compute_loss(model, inputs, *args, **kwargs)
+
+        rows = [
+            # Rows that began alike would share what they have in common.
+            {"input_ids": [3 + n, *range(4, 3 + size)], "response_mask": [0, *[1] * (size - 1)]}
+            for n, size in enumerate((20, 40) * 6)
+        ]
+        trainer = Watched(
+            model_factory(attention_dropout=0.1),
+            make_config(
+                gradient_accumulation_steps=3, train_sampling_strategy="sequential", **settings
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, ran
+
+    return run
+
+
+def test_a_step_runs_at_once_where_there_is_memory(train: Train) -> None:
+    trainer, ran = train()
+    assert trainer.args.max_tokens_per_microbatch == "auto"
+    assert [sum(lengths) for lengths in ran] == [180, 180]
+    assert trainer._budget is not None
+    assert trainer._budget.wanted == 4096
+    speed = trainer.describe_speed()
+    assert speed["attention"] == "per-document SDPA, no padding, shared prompts once"
+    assert speed["head"] == "3 products over response rows"
+    assert speed["memory"].endswith("GB needed, gradient checkpointing off")
+
+
+def test_little_memory_makes_small_micro_batches_and_a_warning(
+    train: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(memory_plan, "available_memory", lambda device: 0)
+    with caplog.at_level(logging.WARNING):
+        _, ran = train()
+    assert [len(lengths) for lengths in ran[:3]] != [6]
+    assert max(sum(lengths) for lengths in ran) == 40
+    (warning,) = [r.getMessage() for r in caplog.records if "the longest" in r.getMessage()]
+    assert "one row of 40 tokens" in warning
+    assert "gradient_checkpointing to true" in warning
+
+
+def test_the_size_of_the_users_batches_is_kept_where_there_is_memory(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_plan, "_CPU_TOKENS", 16)
+    _, ran = train()
+    assert [sum(lengths) for lengths in ran] == [60] * 6
+
+
+@pytest.mark.parametrize(("largest", "expected"), [(10, 64), (100, 100), (1000, 256)])
+def test_a_larger_batch_goes_up_to_what_is_possible(largest: int, expected: int) -> None:
+    assert TokenBudget(wanted=64, possible=256).for_step(largest) == expected
+
+
+def test_the_estimate_does_not_change_what_is_trained(train: Train) -> None:
+    measured, _ = train(max_tokens_per_microbatch="auto")
+    given, _ = train(max_tokens_per_microbatch=4096)
+    pairs = zip(measured.model.parameters(), given.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_resumed_run_keeps_its_budget_whatever_memory_there_is(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    whole, _ = train(output_dir=str(tmp_path / "whole"), **settings)
+    checkpoint = tmp_path / "whole" / "checkpoint-1"
+    stored = json.loads((checkpoint / "microbatch_budget.json").read_text())
+    assert stored["wanted"] == 4096
+    monkeypatch.setattr(memory_plan, "available_memory", lambda device: 0)
+    resumed, ran = train(str(checkpoint), output_dir=str(tmp_path / "resumed"), **settings)
+    assert [sum(lengths) for lengths in ran] == [180]
+    pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("value", ["most", "-5", "1.5"])
+def test_a_budget_is_a_number_or_auto(
+    value: str, make_config: Callable[..., MaskedSFTConfig]
+) -> None:
+    with pytest.raises(ValueError, match="give a number of tokens, 'auto', or None"):
+        make_config(max_tokens_per_microbatch=value)
+    assert make_config(max_tokens_per_microbatch="512").max_tokens_per_microbatch == 512
