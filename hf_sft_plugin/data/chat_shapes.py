@@ -139,9 +139,10 @@ class ChatRenderer:
         if not candidate.is_as_rendered:
             return self._in_full(conversation, index)
         if shape.num_rows <= _NUM_TRIALS or shape.num_rows % _AUDIT_EVERY == 0:
+            filled, shape.texts = shape.texts, None
             texts = self._in_full(conversation, index)
-            if texts != candidate.texts:
-                shape.texts = None
+            if texts == candidate.texts:
+                shape.texts = filled
             return texts
         return candidate.texts
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from hf_sft_plugin.data.arguments import require_row, require_tokenizer
 from hf_sft_plugin.data.formats import detect_format
 from hf_sft_plugin.data.tokenization import make_options, tokenize_rows
 from hf_sft_plugin.data.tokenized_rows import check_tokenized_row
@@ -72,6 +73,7 @@ class DataCollatorForPromptResponse:
         stop_token_ids: Collection[int] | None = None,
         **options: Any,
     ) -> None:
+        require_tokenizer(tokenizer)
         pad_token_id = tokenizer.pad_token_id
         if pad_token_id is None:
             pad_token_id = tokenizer.eos_token_id
@@ -110,7 +112,14 @@ class DataCollatorForPromptResponse:
             )
         if not rows:
             raise ValueError("There are no rows to collate: a batch needs at least one.")
-        examples = self._tokenized(rows)
+        for position, given in enumerate(rows):
+            require_row(given, f"Row {position} of the batch")
+        try:
+            examples = self._tokenized(rows)
+        except RowError as error:
+            # The same error; its number is one of this batch, not of a dataset.
+            error.args = (f"Row {error.row} of the batch: {error.problem}",)
+            raise
         length = max(len(example["input_ids"]) for example in examples)
         if self.pad_to_multiple_of:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of

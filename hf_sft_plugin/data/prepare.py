@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from hf_sft_plugin.data.arguments import refuse_name
 from hf_sft_plugin.data.certificate import certify_masks, preparation_key
 from hf_sft_plugin.data.formats import RowFormat, detect_format
 from hf_sft_plugin.data.ledger import Ledger, account_of
@@ -85,6 +86,7 @@ def prepare_dataset(
 
 
 def _require_dataset(dataset: object) -> None:
+    refuse_name(dataset, "dataset")
     if isinstance(dataset, IterableDataset):
         raise ValueError(
             "A streaming dataset cannot be counted in advance. Give it to the trainer or the "

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from hf_sft_plugin.data.arguments import require_choice, require_rows_of_one, require_tokenizer
 from hf_sft_plugin.data.ledger import remarks_of
 from hf_sft_plugin.data.row_tokenizer import RowOutcome
 from hf_sft_plugin.data.stop_tokens import find_stop_token
@@ -195,6 +196,8 @@ def preview_rows(
     Raises:
         ValueError: If columns, tokenizer or options do not fit each other.
     """
+    require_tokenizer(tokenizer)
+    require_choice(only, _FILTERS, "only")
     setup = TokenizationSetup(tokenizer, make_options(options), stop_token_ids)
     keeps = _FILTERS[only]
     found: list[tuple[RowOutcome, Mapping[str, Any]]] = []
@@ -294,11 +297,7 @@ def batches_of(
     dataset: Rows, tokenizer: PreTrainedTokenizerBase, containing: str | None, source: str | None
 ) -> Iterator[tuple[list[Mapping[str, Any]], list[int]]]:
     """The rows that pass the filters on what they say, with their positions, some at a time."""
-    if isinstance(dataset, Mapping):
-        raise ValueError(
-            f"There are several datasets, {', '.join(map(str, dataset))}, but the rows of one are "
-            f"shown. Pass one of them, such as dataset[{next(iter(dataset), 'train')!r}]."
-        )
+    require_rows_of_one(dataset)
     rows = dataset.with_format(None) if isinstance(dataset, Dataset) else dataset
     passing = (
         (index, row)

@@ -3,7 +3,8 @@
 A trained span begins right after the text that inference supplies: the turns before the response,
 rendered with the generation prompt. Nothing is looked up in the template; everything is found by
 rendering. A second rendering, in which every content stands between two sentinels, is the witness:
-it says independently where each content went.
+it says independently where each content went. Markers in the template, where there are any, are
+another.
 """
 
 import re
@@ -15,6 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin.data.chat_template import render_turns
+from hf_sft_plugin.data.generation_markers import check_markers, marked_ranges
 from hf_sft_plugin.data.sentinels import Range, core_of, free_base, mark, unmark
 from hf_sft_plugin.types import Conversation, DataOptions, RowError, SpanKind
 
@@ -137,6 +139,9 @@ class _Rendering:
         self._turns = conversation.turns
         self._messages = conversation.messages
         self._cores = [core_of(message) for message in self._messages]
+        self._conversation = conversation
+        self._tokenizer = tokenizer
+        self._options = options
         self._index = index
         self._stop_texts = stop_texts
         self._render = partial(
@@ -241,7 +246,10 @@ class _Rendering:
     def result(
         self, text: str, spans: Sequence[Span], contents: tuple[Range | None, ...]
     ) -> RenderedText:
-        """The text with what is trained."""
+        """The text with what is trained, on which the markers of the template have to agree."""
+        conversation, trained = self._conversation, [span.turn for span in spans]
+        marked = marked_ranges(conversation, len(contents), text, self._tokenizer, self._options)
+        check_markers(conversation, marked, contents, trained, self._index)
         is_altered = any(self._is_altered(span, text) for span in spans)
         is_unseen = any(
             content is None and start < end

@@ -5,7 +5,7 @@ import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
+from hf_sft_plugin.data.shard_set import is_shard_set
+
 _ROWS_AT_A_TIME = 1000
 _CACHE_VERSION = 1
 # What pyarrow and Python raise for values that one typed column cannot hold.
@@ -22,6 +24,11 @@ _UNFIT = (pa.ArrowException, OverflowError, UnicodeEncodeError)
 
 # Rows with the place of each in its file, for messages.
 PlacedRows = Iterator[tuple[str, dict[str, Any]]]
+Batch = list[tuple[str, dict[str, Any]]]
+
+
+class _UnfitError(ValueError):
+    """The values of a column have no type in common."""
 
 
 def read_rows(path: str, split: str | None, setting: str = "train_split") -> Dataset:
@@ -103,6 +110,12 @@ def read_splits(path: str) -> dict[str, Dataset]:
 
 
 def _load_folder(path: str) -> Any:
+    if is_shard_set(path):
+        raise ValueError(
+            f"'{path}' is a folder of shards, whose rows are tokens already, so they are not read "
+            "from it as rows. Train on it as it is, with ShardDataset, or name the files that it "
+            "was made of."
+        )
     try:
         return load_from_disk(path)
     except FileNotFoundError:
@@ -130,6 +143,21 @@ def _read_folder(path: str, split: str | None, setting: str) -> Dataset:
     return saved
 
 
+def rows_to_dataset(rows: list[dict[str, Any]], name: str) -> Dataset:
+    """Rows in memory as a dataset, whose columns have one type each.
+
+    Args:
+        rows: Not empty.
+        name: What messages call them.
+
+    Raises:
+        ValueError: If the values of a column have no type in common; names the first such row.
+    """
+    placed = [(f"row {index}", row) for index, row in enumerate(rows)]
+    schema, rewrite = _find_schema(lambda: [placed], name)
+    return Dataset(pa.Table.from_pylist([rewrite(row) for row in rows], schema=schema))
+
+
 def _cache_rows(path: str) -> Path:
     """The rows of a JSON or CSV file as an Arrow file; written unless it is there already."""
     state = Path(path).stat()
@@ -138,9 +166,7 @@ def _cache_rows(path: str) -> Path:
     cached = Path(HF_DATASETS_CACHE, "hf_sft_rows", Hasher.hash(key) + ".arrow")
     if cached.is_file():
         return cached
-    schema = pa.schema([])
-    for batch in _batches(path):
-        schema = _widen(schema, batch, path)
+    schema, rewrite = _find_schema(lambda: _batches(path), f"'{path}'")
     if not schema.names:
         raise ValueError(f"'{path}' holds no rows. At least one is needed.")
     cached.parent.mkdir(parents=True, exist_ok=True)
@@ -149,19 +175,57 @@ def _cache_rows(path: str) -> Path:
         written = Path(folder, cached.name)
         with pa.OSFile(str(written), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             for batch in _batches(path):
-                rows = [row for _, row in batch]
+                rows = [rewrite(row) for _, row in batch]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
         written.replace(cached)
     return cached
 
 
-def _batches(path: str) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+def _batches(path: str) -> Iterator[Batch]:
     rows = _READERS[Path(path).suffix](path)
     while batch := list(itertools.islice(rows, _ROWS_AT_A_TIME)):
         yield batch
 
 
-def _widen(schema: pa.Schema, batch: list[tuple[str, dict[str, Any]]], path: str) -> pa.Schema:
+def _find_schema(
+    read: Callable[[], Iterable[Batch]], name: str
+) -> tuple[pa.Schema, Callable[[dict[str, Any]], dict[str, Any]]]:
+    """The schema that holds all rows, and what is to be done to them first.
+
+    A content may be text in one message and a list of parts in another, but Arrow gives it one
+    type. Text is then written as a list of one part, which means the same.
+    """
+    first: ValueError | None = None
+    for rewrite in (_as_it_is, _with_parts):
+        schema = pa.schema([])
+        try:
+            for batch in read():
+                schema = _widen(schema, [(place, rewrite(row)) for place, row in batch], name)
+        except _UnfitError as error:
+            first = first or error
+            continue
+        return schema, rewrite
+    assert first is not None
+    raise first
+
+
+def _as_it_is(row: dict[str, Any]) -> dict[str, Any]:
+    return row
+
+
+def _with_parts(value: Any) -> Any:
+    """The value with every text that is the content of a message as a list of one part."""
+    if isinstance(value, list):
+        return [_with_parts(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    row = {key: _with_parts(item) for key, item in value.items()}
+    if "role" in row and isinstance(row.get("content"), str):
+        row["content"] = [{"type": "text", "text": row["content"]}]
+    return row
+
+
+def _widen(schema: pa.Schema, batch: Batch, name: str) -> pa.Schema:
     """The schema that holds further rows as well."""
     try:
         return _join(schema, [row for _, row in batch])
@@ -174,12 +238,12 @@ def _widen(schema: pa.Schema, batch: list[tuple[str, dict[str, Any]]], path: str
                 schema = _join(schema, [{column: value}])
             except UnicodeEncodeError:
                 raise ValueError(
-                    f"'{path}', {place}: column '{column}' holds half of a surrogate pair, which "
+                    f"{name}, {place}: column '{column}' holds half of a surrogate pair, which "
                     "no tokenizer can encode. Repair the text, or remove the row."
                 ) from None
             except _UNFIT as error:
-                raise ValueError(
-                    f"'{path}', {place}: column '{column}' holds {value!r:.60}, which does not fit "
+                raise _UnfitError(
+                    f"{name}, {place}: column '{column}' holds {value!r:.60}, which does not fit "
                     f"into one column with the values before it: {error}. Write all of them in "
                     "one way, for example as text, or remove the column."
                 ) from None

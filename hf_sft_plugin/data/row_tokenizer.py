@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_sft_plugin.data.arguments import require_tokenizer
 from hf_sft_plugin.data.chat_shapes import ChatRenderer
 from hf_sft_plugin.data.control_tokens import ControlTokenMarker
 from hf_sft_plugin.data.conversation import to_conversation
@@ -110,6 +111,7 @@ class RowTokenizer:
         options: DataOptions,
         stop_token_ids: Collection[int] | None,
     ) -> None:
+        require_tokenizer(tokenizer)
         self._tokenizer = tokenizer
         self._options = options
         self._stops = resolve_stop_tokens(tokenizer, options.stop_token, stop_token_ids)

@@ -30,16 +30,18 @@ from hf_sft_plugin.types import TokenizedExample
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 2**22
+_PEEK_BYTES = 2**16
 _USUAL_SHARES = (0.1, 0.9)
 
 
 class ShardDataset(data.Dataset[TokenizedExample]):
     """A split of a shard set as a map-style dataset of examples, none of which is held in memory.
 
-    Opening checks that all files are there and have the right sizes, and reads only the metadata
-    and the sources; `verify_shards` reads the rest. Goes into a `DataLoader` with workers, into
-    `MaskedSFTTrainer`, and with `DataCollatorForPromptResponse` into any `Trainer` that leaves
-    columns as they are (`remove_unused_columns=False`).
+    Opening checks that all files are there and have the right sizes, and reads only the metadata,
+    the sources and the masks as far as their first trained token; `verify_shards` reads the rest.
+    Goes into a `DataLoader` with workers, into `MaskedSFTTrainer`, and with
+    `DataCollatorForPromptResponse` into any `Trainer` that leaves columns as they are
+    (`remove_unused_columns=False`).
 
     With `block_size` the documents are one stream, cut into blocks that fall anywhere: each token
     is in exactly one block, and the last block may be shorter. A token is predicted from those
@@ -122,6 +124,13 @@ class ShardDataset(data.Dataset[TokenizedExample]):
             ]
             for name in columns
         }
+        for shard, mask in zip(shards, self._columns.get("response_mask", ()), strict=False):
+            if shard.num_response_tokens and not _has_any(mask):
+                raise ValueError(
+                    f"{shard_set.path(shard.files['response_mask'])} is all zero, but {METADATA} "
+                    f"says that {shard.num_response_tokens} tokens are trained. Copy the file "
+                    "again, or train every token with use_loss_mask=False."
+                )
         # Where in the stream of the split each shard, and each row, begins; and where it all ends.
         self._shard_bounds = _bounds([shard.num_tokens for shard in shards])
         if self.block_size is None:
@@ -172,6 +181,12 @@ class ShardDataset(data.Dataset[TokenizedExample]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
+
+
+def _has_any(mask: np.ndarray) -> bool:
+    """Whether a token is trained; reads hardly further than the first that is."""
+    starts = range(0, len(mask), _PEEK_BYTES)
+    return any(mask[start : start + _PEEK_BYTES].any() for start in starts)
 
 
 def _bounds(lengths: list[int]) -> np.ndarray:

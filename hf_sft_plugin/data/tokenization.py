@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from hf_sft_plugin.data.arguments import require_row
 from hf_sft_plugin.data.formats import detect_format
 from hf_sft_plugin.data.row_tokenizer import RowOutcome, RowTokenizer
 from hf_sft_plugin.data.row_values import check_texts
@@ -36,6 +37,7 @@ def tokenize_example(
         RowError: If the row cannot be trained; says what was found and what to do.
         ValueError: If columns, tokenizer or options do not fit each other.
     """
+    require_row(example, "example")
     outcome = tokenize_rows([example], [0], tokenizer, make_options(options), stop_token_ids)[0]
     if outcome.error is not None:
         raise outcome.error

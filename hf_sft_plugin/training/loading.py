@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hf_sft_plugin.data.arguments import require_tokenizer
 from hf_sft_plugin.data.stop_tokens import find_stop_token
 from hf_sft_plugin.data.truncation import max_row_length
 
@@ -88,11 +89,7 @@ def load_tokenizer(
                 f"{name} holds a model but no tokenizer: what was found there knows nothing but "
                 f"{', '.join(tokenizer.all_special_tokens)}. Pass one as processing_class."
             )
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(
-            f"processing_class is a {type(tokenizer).__name__}, but text needs a tokenizer. For a "
-            "processor pass its tokenizer, processor.tokenizer."
-        )
+    require_tokenizer(tokenizer, "processing_class")
     if stop_token is not None:
         find_stop_token(tokenizer, stop_token)
         tokenizer.eos_token = stop_token

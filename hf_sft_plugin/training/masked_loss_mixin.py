@@ -39,6 +39,7 @@ from hf_sft_plugin.training.response_batch import (
     split_batch,
     without_padding,
 )
+from hf_sft_plugin.types import RowError
 
 # Where the configs of mixture-of-experts models say how much the router's loss counts.
 
@@ -201,8 +202,14 @@ class MaskedLossMixin(MemoryPlanMixin):
             ValueError: If no row of the dataset has a response token.
         """
         self._eval_rows = []
-        output: EvalLoopOutput = super().evaluation_loop(dataloader, description, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
+        try:
+            output: EvalLoopOutput = super().evaluation_loop(
+                dataloader, description, *args, **kwargs
+            )
+        except RowError as error:
+            error.args = (f"{prefix} data: {error}",)
+            raise
         rows = torch.cat(self._eval_rows or [self._no_totals()])
         totals = Totals(*rows.sum(0).tolist())
         if not totals.means():

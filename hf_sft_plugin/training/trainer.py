@@ -13,9 +13,11 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
+from hf_sft_plugin.data.arguments import refuse_name, require_row
 from hf_sft_plugin.data.collator import DataCollatorForPromptResponse
 from hf_sft_plugin.data.ledger import Ledger
 from hf_sft_plugin.data.prepare import name_in_errors, prepare_dataset
+from hf_sft_plugin.data.row_files import rows_to_dataset
 from hf_sft_plugin.data.shards import ShardDataset, check_tokenizer
 from hf_sft_plugin.data.streaming import prepare_stream
 from hf_sft_plugin.loss.masked_loss import LossNormalization
@@ -108,7 +110,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
                 "takes the same arguments and some more."
             )
         train_dataset = _choose_split(train_dataset)
-        _refuse_streams(args, eval_dataset)
+        _check_evaluation(args, eval_dataset)
         model = load_model(model, args.model_init_kwargs, peft_config)
         tokenizer = load_tokenizer(processing_class, model, args.stop_token)
         model = add_adapter(model, peft_config, is_trained=train_dataset is not None)
@@ -330,18 +332,12 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
 def _as_dataset(rows: list[Any], name: str) -> Dataset:
     """A list of rows as a dataset, whose columns have one type each."""
     for index, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise ValueError(
-                f"Row {index} of the {name} data is {type(row).__name__}, but a row is a dict of "
-                "columns. Write {'prompt': ..., 'response': ...}."
-            )
+        require_row(row, f"Row {index} of the {name} data")
     try:
         return Dataset.from_list(rows)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(
-            f"The {name} data is a list of rows in which a column holds values of different types: "
-            f"{error}. Give every column one type."
-        ) from error
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
+        # Arrow does not say which row it was.
+        return rows_to_dataset(rows, f"The {name} data")
 
 
 def _check_lengths(dataset: ShardDataset, max_length: int | None) -> None:
@@ -360,6 +356,7 @@ def _check_lengths(dataset: ShardDataset, max_length: int | None) -> None:
 
 def _choose_split(dataset: Any) -> Any:
     """The dataset to train on: of several the one called `train`, or the only one."""
+    refuse_name(dataset, "train_dataset")
     if not isinstance(dataset, Mapping):
         return dataset
     names = list(dataset)
@@ -381,8 +378,9 @@ def _choose_split(dataset: Any) -> Any:
     return dataset[chosen]
 
 
-def _refuse_streams(args: MaskedSFTConfig, eval_dataset: object) -> None:
-    """Raises on streams for which responses would have to be generated in the middle of a run."""
+def _check_evaluation(args: MaskedSFTConfig, eval_dataset: object) -> None:
+    """Raises on names, and on streams for which responses would have to be generated in a run."""
+    refuse_name(eval_dataset, "eval_dataset")
     if args.predict_with_generate and eval_dataset is not None:
         sets = eval_dataset if isinstance(eval_dataset, Mapping) else {None: eval_dataset}
         for name, dataset in sets.items():

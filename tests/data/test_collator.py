@@ -118,22 +118,38 @@ def test_labels_may_stand_in_for_the_mask(tokenizer: Any) -> None:
     [
         ([], "There are no rows to collate"),
         ({"input_ids": [[5, 6]]}, "one dict of columns, but the collator takes a list of rows"),
-        ([RAW[0], {"prompt": "a", "response": ""}], "Row 1: the response is empty"),
-        ([{"prompt": "a", "response": 5}], "Row 0: column 'response' holds int"),
+        ([RAW[0], {"prompt": "a", "response": ""}], "Row 1 of the batch: the response is empty"),
+        ([{"prompt": "a", "response": 5}], "Row 0 of the batch: column 'response' holds int"),
         ([{"words": "a"}], "No known format"),
         (
             [LONG, {**LONG, "response_mask": [1]}],
-            "Row 1: input_ids has 4 tokens but response_mask has 1",
+            "Row 1 of the batch: input_ids has 4 tokens but response_mask has 1",
         ),
-        ([LONG, {**LONG, "input_ids": [5, 300, 7, 2]}], "Row 1: input_ids holds 300"),
-        ([LONG, {**LONG, "input_ids": [5, -1, 7, 2]}], "Row 1: input_ids holds -1"),
-        ([LONG, {**LONG, "response_mask": [0, 0, 7, 1]}], "Row 1: response_mask holds 7"),
-        ([{**LONG, "loss_weights": [1.0, 1.0, -1.0, 1.0]}], "Row 0: loss_weights holds -1.0"),
-        ([{**LONG, "labels": LONG["input_ids"]}], "Row 0: labels trains token 0"),
-        ([LONG, {"input_ids": [], "response_mask": []}], "Row 1: no token of the row is trained"),
-        ([{**LONG, "attention_mask": [0] * 4}], "Row 0: no token of the row is trained"),
+        ([LONG, {**LONG, "input_ids": [5, 300, 7, 2]}], "Row 1 of the batch: input_ids holds 300"),
+        ([LONG, {**LONG, "input_ids": [5, -1, 7, 2]}], "Row 1 of the batch: input_ids holds -1"),
+        (
+            [LONG, {**LONG, "response_mask": [0, 0, 7, 1]}],
+            "Row 1 of the batch: response_mask holds 7",
+        ),
+        (
+            [{**LONG, "loss_weights": [1.0, 1.0, -1.0, 1.0]}],
+            "Row 0 of the batch: loss_weights holds -1.0",
+        ),
+        ([{**LONG, "labels": LONG["input_ids"]}], "Row 0 of the batch: labels trains token 0"),
+        ("ab", "Row 0 of the batch is str, but a row is a dict of columns"),
+        (
+            [LONG, {"input_ids": [], "response_mask": []}],
+            "Row 1 of the batch: no token of the row is trained",
+        ),
+        (
+            [{**LONG, "attention_mask": [0] * 4}],
+            "Row 0 of the batch: no token of the row is trained",
+        ),
         ([{**LONG, "loss_weights": [1.0]}], "loss_weights has 1"),
-        ([{"input_ids": [5, 999], "labels": [-100, 999]}], "Row 0: input_ids holds 999"),
+        (
+            [{"input_ids": [5, 999], "labels": [-100, 999]}],
+            "Row 0 of the batch: input_ids holds 999",
+        ),
     ],
 )
 def test_rows_that_make_no_batch_are_refused(rows: Any, message: str, tokenizer: Any) -> None:
@@ -158,7 +174,9 @@ def test_tokenized_rows_are_cut_to_the_limit_as_raw_ones_are(
 
 
 def test_a_tokenized_row_cut_before_its_response_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(RowError, match="Row 1: the response begins after the first 2 tokens of 4"):
+    with pytest.raises(
+        RowError, match="Row 1 of the batch: the response begins after the first 2 tokens of 4"
+    ):
         DataCollatorForPromptResponse(tokenizer, max_length=2)(
             [{"input_ids": [5, 6], "response_mask": [0, 1]}, LONG]
         )
@@ -264,7 +282,9 @@ def test_columns_that_a_row_may_go_without_may_differ(tokenizer: Any) -> None:
 def test_an_unknown_option_is_refused_at_once(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="Unknown option 'max_len'"):
         DataCollatorForPromptResponse(tokenizer, max_len=5)
-    with pytest.raises(RowError, match="Row 0: the row has 4 tokens, but max_length is 3"):
+    with pytest.raises(
+        RowError, match="Row 0 of the batch: the row has 4 tokens, but max_length is 3"
+    ):
         DataCollatorForPromptResponse(tokenizer, max_length=3, overflow="error")(
             [{"input_ids": LONG["input_ids"], "labels": LONG["input_ids"]}]
         )

@@ -7,8 +7,14 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
+from hf_sft_plugin import tokenize_example
 from hf_sft_plugin.data import row_files
-from hf_sft_plugin.data.row_files import read_chat_template, read_rows, read_splits
+from hf_sft_plugin.data.row_files import (
+    read_chat_template,
+    read_rows,
+    read_splits,
+    rows_to_dataset,
+)
 
 ROWS = [{"prompt": f"Say {number}", "response": f"{number}!"} for number in range(12)]
 TEXTS = ["NA", "null", "None", "nan", "", "42", "1e5", "true", "2024-01-01", "2024-01-01T00:00:00Z"]
@@ -117,6 +123,7 @@ def test_a_file_is_parsed_once_until_it_changes(
         ("a.jsonl", '{"a": "b"}\n{"a": 1}\n', "line 2: column 'a' holds 1, which does not fit"),
         ("a.jsonl", '{"a": ["b"]}\n{"a": "b"}\n', "line 2: column 'a' holds 'b', which does not"),
         ("a.jsonl", '{"a": "b"}\n{"a": "\\ud800"}\n', "line 2: column 'a' holds half of a surr"),
+        ("a.jsonl", '{"prompt": [{"role": "user", "content": "a"}]}\n{"prompt": "b"}\n', "line 2"),
         ("a.jsonl", "", "a.jsonl' holds no rows"),
         ("a.json", "[]", "a.json' holds no rows"),
         ("a.csv", "", "a.csv' holds no rows"),
@@ -136,6 +143,33 @@ def test_what_cannot_be_read_is_named(
     with pytest.raises(ValueError, match=name) as error:
         read_rows(path, "train")
     assert message in str(error.value)
+
+
+def test_contents_may_be_text_here_and_parts_there(tmp_path: Path, tokenizer: Any) -> None:
+    answer = {"role": "assistant", "content": "world"}
+    parts = [{"type": "text", "text": "what is"}, {"type": "text", "text": "the", "train": False}]
+    rows = [
+        {"messages": [{"role": "user", "content": "hello"}, answer]},
+        {"messages": [{"role": "user", "content": "hello"}, {**answer, "content": parts}]},
+    ]
+    expected = [tokenize_example(row, tokenizer) for row in rows]
+    path = write(tmp_path / "rows.jsonl", as_lines(rows))
+    for found in (read_rows(path, None), rows_to_dataset(rows, "The data")):
+        assert [tokenize_example(row, tokenizer) for row in found] == expected
+
+
+def test_rows_in_memory_that_fit_no_column_are_named() -> None:
+    rows = [{"a": "b"}, {"a": "c"}, {"a": 5}]
+    with pytest.raises(ValueError, match="The train data, row 2: column 'a' holds 5, which does"):
+        rows_to_dataset(rows, "The train data")
+
+
+def test_a_folder_of_shards_holds_no_rows(tmp_path: Path) -> None:
+    write(tmp_path / "dataset_metadata.json", "{}")
+    with pytest.raises(ValueError, match=r"is a folder of shards, .* Train on it as it is"):
+        read_rows(str(tmp_path), None)
+    with pytest.raises(ValueError, match="is a folder of shards"):
+        read_splits(str(tmp_path))
 
 
 def test_all_splits_are_read_by_name(splits: str, train_file: str, tmp_path: Path) -> None:

@@ -333,6 +333,14 @@ def overwrite_bytes(name: str, position: int, data: bytes) -> Callable[[Path], N
     return damage
 
 
+def test_masks_that_are_all_zero_are_found_on_opening(folder: Path) -> None:
+    overwrite_bytes("train/shard_001_mask.bin", 0, b"\x00" * 7)(folder)
+    with pytest.raises(ValueError, match=r"shard_001_mask.bin is all zero, but .* 3 tokens are"):
+        ShardDataset(folder)
+    assert len(ShardDataset(folder, use_loss_mask=False)) == 4
+    assert len(ShardDataset(folder, "val")) == 2
+
+
 @pytest.mark.parametrize(
     ("damage", "messages"),
     [

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
+from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, TrainingArguments
 
 from hf_sft_plugin import (
@@ -244,6 +245,35 @@ def test_messages_about_evaluation_rows_name_their_set(
     trainer = make(Dataset.from_list([bad]).to_iterable_dataset())
     stream = trainer.eval_dataset["web"] if name == "eval_web" else trainer.eval_dataset
     assert list(stream) == []
+
+
+def test_a_bad_row_of_a_batch_is_named_with_its_set(
+    dataset: Dataset, model: Any, tokenizer: Any, make_config: Make
+) -> None:
+    # Rows of another kind of dataset come to the collator as they are.
+    rows = Dataset.from_list([{"prompt": "a", "response": "b"}, {"prompt": "a", "response": ""}])
+    bad = Subset(rows, [0, 1])  # type: ignore[arg-type]
+    trainer = MaskedSFTTrainer(
+        model,
+        make_config(),
+        train_dataset=bad,  # type: ignore[arg-type]
+        eval_dataset={"web": bad},  # type: ignore[dict-item]
+        processing_class=tokenizer,
+    )
+    with pytest.raises(RowError, match=r"^eval_web data: Row 1 of the batch: the resp"):
+        trainer.evaluate()
+    with pytest.raises(RowError, match=r"^Row 1 of the batch: the response is empty"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_the_name_of_a_dataset_is_refused_with_the_line_that_loads_it(
+    name: str, dataset: Dataset, tokenizer: Any, make_config: Make
+) -> None:
+    given: Any = {"train_dataset": dataset, name: "gsm8k"}
+    # The model is not looked at before.
+    with pytest.raises(ValueError, match=rf"^{name} is 'gsm8k', .* datasets.load_dataset\('gsm8k'"):
+        MaskedSFTTrainer("no/model", make_config(), processing_class=tokenizer, **given)
 
 
 @pytest.mark.parametrize("make", [DatasetDict, dict], ids=["DatasetDict", "dict"])
@@ -722,7 +752,10 @@ def test_a_run_leaves_the_certificate_of_its_masks(
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "a", "response": "b"}, {"prompt": "a", "response": 5}], "different types"),
+        (
+            [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": 5}],
+            "train data, row 1: column 'respo",
+        ),
         (["a", "b"], "Row 0 of the train data is str, but a row is a dict"),
     ],
 )
