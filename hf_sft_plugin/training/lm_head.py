@@ -25,6 +25,7 @@ from hf_sft_plugin.types import IGNORE_INDEX
 logger = logging.getLogger(__name__)
 
 _RESULT_KEY = "response_result"
+# Where the configs of mixture-of-experts models say how much the router's loss counts.
 _AUX_LOSS_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 

@@ -41,8 +41,6 @@ from hf_sft_plugin.training.response_batch import (
 )
 from hf_sft_plugin.types import RowError
 
-# Where the configs of mixture-of-experts models say how much the router's loss counts.
-
 
 class MaskedLossMixin(MemoryPlanMixin):
     """Gives a `Trainer` the response-masked loss, divided by one global count, and exact logs.
