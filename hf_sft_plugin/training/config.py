@@ -23,7 +23,8 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
     Some defaults differ from `TrainingArguments`: `remove_unused_columns` is False, because the
     collator knows what it needs; `logging_nan_inf_filter` is False, because it makes every
     micro-batch wait for the device; `logging_steps` is 10; `dispatch_batches` of
-    `accelerator_config` is False; and on a CPU `dataloader_pin_memory` is False.
+    `accelerator_config` is False, and its `non_blocking` True where memory is pinned for a GPU; and
+    on a CPU `dataloader_pin_memory` is False.
 
     Raises:
         ValueError: If a value is impossible; says what is possible.
@@ -157,8 +158,9 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={
-            "help": "Has no effect: a loss that is not finite is logged as it is. False spares the "
-            "training loop a wait at every micro-batch."
+            "help": "Has no effect, and is False: it would wait for the device at every "
+            "micro-batch. Tokens whose loss is not finite are left out of the logged means, and "
+            "counted in num_nonfinite_losses."
         },
     )
     logging_steps: float = field(
@@ -215,11 +217,16 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
         self._check_counts()
         self._check_model_init_kwargs()
         DataOptions.__post_init__(self)
+        given = self.accelerator_config
         TrainingArguments.__post_init__(self)
         accelerator_config: Any = self.accelerator_config
         if accelerator_config.dispatch_batches is None:
             # Batches of a stream differ in length, so one process cannot cut them up for all.
             accelerator_config.dispatch_batches = False
+        is_open = given is None or (isinstance(given, dict) and "non_blocking" not in given)
+        if is_open and self.device.type == "cuda" and self.dataloader_pin_memory:
+            # Else the host waits until a batch has arrived.
+            accelerator_config.non_blocking = True
         if self.device.type == "cpu":
             # There is no device to copy to, and torch would warn at every data loader.
             self.dataloader_pin_memory = False

@@ -18,9 +18,10 @@ from hf_sft_plugin.loss.head import head_loss
 from hf_sft_plugin.loss.logit_tile import LogitTransform
 from hf_sft_plugin.loss.objective import LossObjective
 from hf_sft_plugin.loss.token_stats import TokenStats
-from hf_sft_plugin.types import IGNORE_INDEX
 
 _RESULT_KEY = "response_result"
+# Where the configs of mixture-of-experts models say how much the router's loss counts.
+_AUX_LOSS_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 class ResponseResult(NamedTuple):
@@ -45,6 +46,7 @@ def forward_full(
     targets: Tensor,
     weights: Tensor,
     objective: LossObjective,
+    positions: Tensor,
     places: Tensor | None = None,
 ) -> tuple[ResponseResult, Any]:
     """The reference: the model's own logits at all positions, then the loss at response positions.
@@ -55,24 +57,28 @@ def forward_full(
         targets: `(B, S)`, shifted labels.
         weights: `(B, S)`, what the loss at each position is multiplied with.
         objective: The loss of one token.
+        positions: See `ResponseBatch`.
         places: See `ResponseBatch`.
 
     Returns:
         The result, and the model's own outputs with the logits.
     """
     outputs = model(**inputs, use_cache=False)
-    keep = targets != IGNORE_INDEX
-    logits = _choose(outputs.logits, keep, places)
-    answer = full_head_loss(logits, targets[keep], weights[keep], objective)
+    logits = _choose(outputs.logits, targets.shape[1], positions, places)
+    answer = full_head_loss(logits, *_choose_each(positions, targets, weights), objective)
     return ResponseResult(*answer, outputs.get("aux_loss")), outputs
 
 
-def _choose(values: Tensor, keep: Tensor, places: Tensor | None) -> Tensor:
-    """What a model says at the positions to keep, in their order."""
+def _choose(values: Tensor, width: int, positions: Tensor, places: Tensor | None) -> Tensor:
+    """What a model says at the positions of rows of this width, in their order."""
     if places is not None:
-        return values[0].index_select(0, places[keep[0]])
+        return values[0].index_select(0, places.index_select(0, positions))
     # Virtual tokens of a prompt-learning adapter come first and have no labels.
-    return values[:, -keep.shape[1] :][keep]
+    return values[:, -width:].flatten(0, 1).index_select(0, positions)
+
+
+def _choose_each(positions: Tensor, *tensors: Tensor) -> list[Tensor]:
+    return [tensor.flatten().index_select(0, positions) for tensor in tensors]
 
 
 class FusedHead:
@@ -97,22 +103,20 @@ class FusedHead:
         targets: Tensor,
         weights: Tensor,
         objective: LossObjective,
+        positions: Tensor,
         places: Tensor | None = None,
     ) -> ResponseResult:
         """Like `forward_full`, within rounding, in memory that does not grow with the batch."""
-        keep = targets != IGNORE_INDEX
         own_forward = self.lm_head.forward
         answers: list[HeadLoss] = []
 
         # The compiler of the model would compile the tiles anew for every number of rows.
         @torch.compiler.disable
         def answer_with_loss(hidden_states: Tensor) -> Tensor:
-            rows = _choose(hidden_states, keep, places)
             answer = head_loss(
                 self.lm_head,
-                rows,
-                targets[keep],
-                weights[keep],
+                _choose(hidden_states, targets.shape[1], positions, places),
+                *_choose_each(positions, targets, weights),
                 transform=self.transform,
                 objective=objective,
                 forward=own_forward,
@@ -187,6 +191,23 @@ def find_transform(
     if not fits or not all(torch.equal(expected, fits[0][1]) for _, expected in fits):
         return None
     return fits[0][0]
+
+
+def aux_loss_coefficient(model: nn.Module) -> float:
+    """How much the router's loss of a mixture of experts counts.
+
+    Raises:
+        ValueError: If the model's config does not say it.
+    """
+    config = cast(Any, model).config.get_text_config()
+    values = (getattr(config, name, None) for name in _AUX_LOSS_COEFFICIENTS)
+    coefficient = next((value for value in values if value is not None), None)
+    if coefficient is None:
+        raise ValueError(
+            f"{type(config).__name__} does not say how much the router's loss counts, in none "
+            f"of {', '.join(_AUX_LOSS_COEFFICIENTS)}. Set output_router_logits to false."
+        )
+    return float(coefficient)
 
 
 def _known_logits(like: Tensor) -> Tensor:

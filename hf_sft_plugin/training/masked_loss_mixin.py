@@ -17,7 +17,13 @@ from hf_sft_plugin.loss.objective import LossObjective
 from hf_sft_plugin.training.attention_choice import AttentionChoice, AttentionChooser
 from hf_sft_plugin.training.checkpoint import load_totals, save_totals
 from hf_sft_plugin.training.exact_settings import refuse_inexact_settings
-from hf_sft_plugin.training.lm_head import FusedHead, ResponseResult, find_transform, forward_full
+from hf_sft_plugin.training.lm_head import (
+    FusedHead,
+    ResponseResult,
+    aux_loss_coefficient,
+    find_transform,
+    forward_full,
+)
 from hf_sft_plugin.training.metrics import (
     NUM_TOTALS,
     Totals,
@@ -30,14 +36,12 @@ from hf_sft_plugin.training.prompt_sampler import GroupedSampler, group_prompts
 from hf_sft_plugin.training.response_batch import (
     CollatorWithLayout,
     ResponseBatch,
+    count_divisors,
     split_batch,
     without_padding,
 )
 
 logger = logging.getLogger(__name__)
-
-# Where the configs of mixture-of-experts models say how much the router's loss counts.
-_AUX_LOSS_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 class MaskedLossMixin(MicrobatchesMixin):
@@ -79,6 +83,9 @@ class MaskedLossMixin(MicrobatchesMixin):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_inexact_settings(self)
+        # It would wait for the device at every micro-batch, and change a figure that nobody sees:
+        # losses that are not finite are left out of the totals, and counted.
+        self.args.logging_nan_inf_filter = False
         # A subclass may give it as text, as the config does.
         self.loss_normalization = LossNormalization(self.loss_normalization)
         if self.args.label_smoothing_factor:
@@ -122,7 +129,7 @@ class MaskedLossMixin(MicrobatchesMixin):
             count += self.normalize_constant
         else:
             for batch in batches:
-                count += split_batch(batch, self.loss_normalization).divisors.sum().to(device)
+                count += count_divisors(batch, self.loss_normalization).sum().to(device)
             if self.accelerator.num_processes > 1:
                 count = self.accelerator.reduce(count, reduction="sum")
         if self.max_tokens_per_microbatch is not None:
@@ -213,15 +220,20 @@ class MaskedLossMixin(MicrobatchesMixin):
         """As in `Trainer`, with the exact means of the window in place of its loss."""
         if "loss" in logs:
             del logs["loss"]
-            means = self._train_totals.close(self.accelerator).means(not self.objective.is_nll)
+            window = self._train_totals.close(self.accelerator)
             rest = dict(logs)
             logs.clear()
-            logs.update({**means, **rest, **self._train_totals.run.counts()})
+            logs.update({**self._figures(window), **rest, **self._train_totals.run.counts()})
         elif "train_loss" in logs:
             self._train_totals.close(self.accelerator)
-            means = self._train_totals.run.means(not self.objective.is_nll)
-            logs.update({f"train_{name}": value for name, value in means.items()})
+            figures = self._figures(self._train_totals.run)
+            logs.update({f"train_{name}": value for name, value in figures.items()})
         super().log(logs, start_time)
+
+    def _figures(self, totals: Totals) -> dict[str, float]:
+        means = totals.means(not self.objective.is_nll)
+        lost = round(totals.num_nonfinite_losses)
+        return {**means, "num_nonfinite_losses": lost} if lost else means
 
     @property
     def attention_summary(self) -> str | None:
@@ -241,18 +253,19 @@ class MaskedLossMixin(MicrobatchesMixin):
         """Steps 6 and 7: the body and the head of the model."""
         if needs_outputs:
             # Outputs have a row for each row of the batch.
-            return forward_full(model, batch.model_inputs, batch.targets, batch.weights, objective)
+            inputs = batch.model_inputs, batch.targets, batch.weights, objective, batch.positions
+            return forward_full(model, *inputs)
         head = self._fused_head(model, batch)
         attention = self._choose_attention(model)
         shares_prompts = attention.shares_prompts and self.shared_prompts != "off"
         flat = without_padding(batch, shares_prompts) if attention.is_padding_free else None
         batch = flat or batch
-        inputs = batch.model_inputs, batch.targets, batch.weights, objective, batch.places
+        inputs = batch.model_inputs, batch.targets, batch.weights, objective, batch.positions
         with nullcontext() if flat is None else attention.running():
             if head is None:
-                result, _ = forward_full(model, *inputs)
+                result, _ = forward_full(model, *inputs, batch.places)
             else:
-                result = head.forward(model, *inputs)
+                result = head.forward(model, *inputs, batch.places)
         if flat is not None:
             attention.keep_in_backward(result.loss, result.aux_loss)
         return result, None
@@ -272,8 +285,9 @@ class MaskedLossMixin(MicrobatchesMixin):
                 "and keep rows with the same prompt together in the stream itself."
             )
         own = self.data_collator
-        if self.padding_free != "off" and not dispatches:
-            self.data_collator = CollatorWithLayout(own, self.shared_prompts != "off")
+        if not dispatches:
+            finds_layout = self.padding_free != "off"
+            self.data_collator = CollatorWithLayout(own, self.shared_prompts != "off", finds_layout)
         try:
             return super()._get_dataloader(dataset, *args, **kwargs)
         finally:
@@ -327,23 +341,16 @@ class MaskedLossMixin(MicrobatchesMixin):
         """The router loss of a mixture of experts: a mean over the micro-batches of the step."""
         if result.aux_loss is None:
             return 0.0
-        config = self.accelerator.unwrap_model(model).config.get_text_config()
-        values = (getattr(config, name, None) for name in _AUX_LOSS_COEFFICIENTS)
-        coefficient = next((value for value in values if value is not None), None)
-        if coefficient is None:
-            raise ValueError(
-                f"{type(config).__name__} does not say how much the router's loss counts, in none "
-                f"of {', '.join(_AUX_LOSS_COEFFICIENTS)}. Set output_router_logits to false."
-            )
+        coefficient = aux_loss_coefficient(self.accelerator.unwrap_model(model))
         return result.aux_loss.to(result.loss.device) * (coefficient / self._num_microbatches)
 
     def _totals(self, batch: ResponseBatch, result: ResponseResult) -> Tensor:
-        """Step 9: the sums and counts of a micro-batch, `(7,)`."""
+        """Step 9: the sums and counts of a micro-batch, `(8,)`."""
         divisors = batch.divisors
         if self.loss_normalization == LossNormalization.CONSTANT:
             parts = len(divisors) * self._num_microbatches * self.accelerator.num_processes
             divisors = torch.full_like(divisors, self.normalize_constant / parts)
-        return _row_totals(batch, result, divisors).sum(0)
+        return _row_totals(batch, result, divisors, leaves_out_nonfinite=True).sum(0)
 
     def _no_totals(self) -> Tensor:
         device = self.args.device
@@ -376,6 +383,8 @@ class MaskedLossMixin(MicrobatchesMixin):
             load_totals(checkpoint, self._train_totals, self.accelerator)
 
 
-def _row_totals(batch: ResponseBatch, result: ResponseResult, divisors: Tensor) -> Tensor:
-    values = result.token_losses, result.stats, batch.targets, batch.weights
-    return row_totals(*values, divisors, batch.num_tokens)
+def _row_totals(
+    batch: ResponseBatch, result: ResponseResult, divisors: Tensor, **options: bool
+) -> Tensor:
+    values = result.token_losses, result.stats, batch.positions, batch.weights
+    return row_totals(*values, divisors, batch.num_tokens, **options)

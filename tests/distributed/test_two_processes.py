@@ -125,6 +125,15 @@ def test_two_processes_give_the_loss_the_gradient_and_the_figures_of_one(
     )
 
 
+def test_processes_ask_each_other_once_a_step_and_once_a_log_however_many_micro_batches(
+    results: dict[int, dict[str, Any]],
+) -> None:
+    counts = {name: found["num_collectives"] for name, found in results[2].items()}
+    # The divisor of the step; then the Trainer's loss, which is replaced, and the totals.
+    assert counts.pop("constant") == 2
+    assert set(counts.values()) == {3}
+
+
 def test_two_processes_share_the_generation_and_agree_on_it(
     results: dict[int, dict[str, Any]],
 ) -> None:
