@@ -65,7 +65,8 @@ def forward_full(
     """
     outputs = model(**inputs, use_cache=False)
     logits = _choose(outputs.logits, targets.shape[1], positions, places)
-    answer = full_head_loss(logits, *_choose_each(positions, targets, weights), objective)
+    targets, weights = _choose_each(positions, targets, weights)
+    answer = full_head_loss(logits, targets, weights, objective)
     return ResponseResult(*answer, outputs.get("aux_loss")), outputs
 
 

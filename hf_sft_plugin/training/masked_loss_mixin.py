@@ -350,7 +350,7 @@ class MaskedLossMixin(MicrobatchesMixin):
         if self.loss_normalization == LossNormalization.CONSTANT:
             parts = len(divisors) * self._num_microbatches * self.accelerator.num_processes
             divisors = torch.full_like(divisors, self.normalize_constant / parts)
-        return _row_totals(batch, result, divisors, leaves_out_nonfinite=True).sum(0)
+        return _row_totals(batch, result, divisors, is_training=True).sum(0)
 
     def _no_totals(self) -> Tensor:
         device = self.args.device
@@ -384,7 +384,7 @@ class MaskedLossMixin(MicrobatchesMixin):
 
 
 def _row_totals(
-    batch: ResponseBatch, result: ResponseResult, divisors: Tensor, **options: bool
+    batch: ResponseBatch, result: ResponseResult, divisors: Tensor, is_training: bool = False
 ) -> Tensor:
     values = result.token_losses, result.stats, batch.positions, batch.weights
-    return row_totals(*values, divisors, batch.num_tokens, **options)
+    return row_totals(*values, divisors, batch.num_tokens, leaves_out_nonfinite=is_training)
