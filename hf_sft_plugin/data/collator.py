@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin.data.formats import detect_format
+from hf_sft_plugin.data.packing import unpack_rows
 from hf_sft_plugin.data.tokenization import make_options, tokenize_rows
 from hf_sft_plugin.data.tokenized_rows import check_tokenized_row
 from hf_sft_plugin.types import IGNORE_INDEX, DataOptions, RowError, TokenizedExample
@@ -92,12 +93,13 @@ class DataCollatorForPromptResponse:
         """Builds one batch.
 
         Args:
-            rows: Raw rows or tokenized examples.
+            rows: Raw rows, tokenized examples, or packed rows of these.
 
         Returns:
             `input_ids`, `attention_mask`, `labels` and `response_mask`, int64 of shape `(B, S)`,
             and `loss_weights`, float32 of the same shape, where the rows carry them. B exceeds
-            the number of rows where the chat template rewrites earlier turns.
+            the number of rows where the chat template rewrites earlier turns, and where they are
+            packed.
 
         Raises:
             RowError: If a row cannot be trained; its number is the position in `rows`.
@@ -110,7 +112,7 @@ class DataCollatorForPromptResponse:
             )
         if not rows:
             raise ValueError("There are no rows to collate: a batch needs at least one.")
-        examples = self._tokenized(rows)
+        examples = self._tokenized(unpack_rows(rows))
         length = max(len(example["input_ids"]) for example in examples)
         if self.pad_to_multiple_of:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of

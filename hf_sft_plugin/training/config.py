@@ -110,6 +110,14 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
             "per_device_train_batch_size rows at a time."
         },
     )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether training rows share packed rows of up to max_length tokens: whole "
+            "rows, each of which sees itself alone and counts as ever. "
+            "per_device_train_batch_size counts packed rows."
+        },
+    )
     keep_freed_memory: bool = field(
         default=True,
         metadata={
@@ -210,6 +218,7 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
                 f"{str(self.train_sampling_strategy)!r}, but rows can only be in one order. Leave "
                 "one of the two out."
             )
+        self._check_packing()
         if not 0 <= self.max_dropped_share <= 1:
             raise ValueError(
                 f"max_dropped_share is {self.max_dropped_share}; a share is between 0 and 1."
@@ -268,6 +277,27 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the Hub token out of every pickle: `training_args.bin` is pushed to the Hub."""
         return {**self.__dict__, "hub_token": None}
+
+    def _check_packing(self) -> None:
+        if not self.packing:
+            return
+        if self.max_length is None:
+            raise ValueError(
+                "packing is set, but not max_length, which says how long packed rows are. Set it "
+                "to what the memory allows, such as 2048."
+            )
+        if self.padding_free == "off":
+            raise ValueError(
+                "packing is set, and padding_free is 'off', which would pad the rows inside packed "
+                "rows again. Leave one of the two out."
+            )
+        strategy = str(self.train_sampling_strategy)
+        if self.group_by_prompt or strategy not in ("random", "sequential"):
+            raise ValueError(
+                "packing chooses rows that fit together, and so "
+                f"{'group_by_prompt' if self.group_by_prompt else strategy} cannot choose others. "
+                "Leave one of the two out."
+            )
 
     def _check_counts(self) -> None:
         for name in (

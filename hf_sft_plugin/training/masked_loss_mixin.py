@@ -32,6 +32,7 @@ from hf_sft_plugin.training.metrics import (
     row_totals,
 )
 from hf_sft_plugin.training.microbatches import MicrobatchesMixin, count_microbatches
+from hf_sft_plugin.training.packed_rows import refuse_padded_documents
 from hf_sft_plugin.training.prompt_sampler import GroupedSampler, group_prompts
 from hf_sft_plugin.training.response_batch import (
     CollatorWithLayout,
@@ -365,7 +366,7 @@ class MaskedLossMixin(MicrobatchesMixin):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
         # Before the run begins, so that what is said about it can say how rows are attended to.
-        self._choose_attention(prepared[0])
+        refuse_padded_documents(self.train_dataset, self._choose_attention(prepared[0]))
         return prepared
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from hf_sft_plugin.data.collator import DataCollatorForPromptResponse
 from hf_sft_plugin.data.ledger import Ledger
+from hf_sft_plugin.data.packing import PackedDataset
 from hf_sft_plugin.data.prepare import name_in_errors, prepare_dataset
 from hf_sft_plugin.data.shards import ShardDataset, check_tokenizer
 from hf_sft_plugin.data.streaming import prepare_stream
@@ -34,6 +35,7 @@ from hf_sft_plugin.training.evaluation import (
 )
 from hf_sft_plugin.training.loading import limit_length, load_model, load_tokenizer, stop_tokens
 from hf_sft_plugin.training.masked_loss_mixin import MaskedLossMixin
+from hf_sft_plugin.training.packed_rows import check_packed_rows, pack_training_rows
 from hf_sft_plugin.types import TokenizedExample
 
 logger = logging.getLogger(__name__)
@@ -132,7 +134,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             or DataCollatorForPromptResponse(
                 tokenizer, pad_to_multiple_of=args.pad_to_multiple_of, **options
             ),
-            train_dataset=prepare("train", train_dataset),
+            train_dataset=pack_training_rows(prepare("train", train_dataset), args, data_collator),
             eval_dataset=prepare("eval", eval_dataset),
             processing_class=tokenizer,
             compute_metrics=compute_metrics,
@@ -242,7 +244,10 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             self.create_model_card()
 
     def _describe_speed(self) -> str:
-        return f"attention: {self.attention_summary}"
+        packing = (
+            f"; packing: {rows}" if isinstance(rows := self.train_dataset, PackedDataset) else ""
+        )
+        return f"attention: {self.attention_summary}{packing}"
 
     def _examples_to_answer(self, rows: Any, num_rows: int | None) -> list[TokenizedExample]:
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
@@ -287,6 +292,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             )
             self._prepared.append(stream)
             return stream
+        check_packed_rows(dataset, name, options["max_length"])
         if isinstance(dataset, ShardDataset):
             self._check_shards(name, dataset, tokenizer, options)
         if isinstance(dataset, list):
