@@ -23,6 +23,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # The long rows of one process need more micro-batches than the short ones of the other.
     "regrouped": {"max_tokens_per_microbatch": 90},
     "regrouped, one row at a time": {"max_tokens_per_microbatch": 1},
+    # Eight packed rows: as many for either.
+    "packed": {"packing": True, "max_length": 50, "per_device_train_batch_size": 1},
     "generation": {
         "predict_with_generate": True,
         "generation_max_new_tokens": 5,

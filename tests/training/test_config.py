@@ -27,6 +27,7 @@ OWN_DEFAULTS = {
     "entropy_coef": 0.0,
     "fused_head": "auto",
     "max_tokens_per_microbatch": None,
+    "packing": False,
     "keep_freed_memory": True,
     "padding_free": "auto",
     "shared_prompts": "auto",
@@ -364,3 +365,21 @@ def test_batches_travel_to_a_gpu_while_the_host_goes_on(
     monkeypatch.undo()
     config = make_config(**given)
     assert config.accelerator_config.non_blocking is False
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_length": None}, "packing is set, but not max_length"),
+        ({"padding_free": "off"}, "padding_free is 'off', which would pad the rows inside"),
+        ({"group_by_prompt": True}, "fit together, and so group_by_prompt cannot"),
+        ({"train_sampling_strategy": "group_by_length"}, "and so group_by_length cannot"),
+    ],
+)
+def test_packing_is_refused_where_it_could_not_work(
+    settings: dict[str, Any], message: str, make_config: Make
+) -> None:
+    usual: dict[str, Any] = {"packing": True, "max_length": 64}
+    assert make_config(**usual, train_sampling_strategy="sequential").packing
+    with pytest.raises(ValueError, match=message):
+        make_config(**{**usual, **settings})
