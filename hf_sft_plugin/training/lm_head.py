@@ -177,7 +177,9 @@ def find_transform(
     }
     try:
         wrapped.eval()
-        with torch.no_grad(), _replaced_forward(lm_head, answer_with_known_values):
+        replaced = _replaced_forward(lm_head, answer_with_known_values)
+        # Compiling would take longer than the run, for a shape that does not come again.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), replaced:
             logits = wrapped(**first_row, use_cache=False).logits
     finally:
         wrapped.train(was_training)

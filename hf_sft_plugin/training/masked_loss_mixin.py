@@ -16,6 +16,7 @@ from hf_sft_plugin.loss.masked_loss import LossNormalization, widest_float
 from hf_sft_plugin.loss.objective import LossObjective
 from hf_sft_plugin.training.attention_choice import AttentionChoice, AttentionChooser
 from hf_sft_plugin.training.checkpoint import load_totals, save_totals
+from hf_sft_plugin.training.compilation import compile_for_all_sizes
 from hf_sft_plugin.training.exact_settings import refuse_inexact_settings
 from hf_sft_plugin.training.lm_head import (
     FusedHead,
@@ -87,6 +88,7 @@ class MaskedLossMixin(MicrobatchesMixin):
         # It would wait for the device at every micro-batch, and change a figure that nobody sees:
         # losses that are not finite are left out of the totals, and counted.
         self.args.logging_nan_inf_filter = False
+        compile_for_all_sizes(self.accelerator)
         # A subclass may give it as text, as the config does.
         self.loss_normalization = LossNormalization(self.loss_normalization)
         if self.args.label_smoothing_factor:

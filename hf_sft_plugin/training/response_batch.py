@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_sft_plugin.loss.masked_loss import LossNormalization, token_weights
 from hf_sft_plugin.loss.token_stats import shift_labels
+from hf_sft_plugin.training.attention import OpaqueList
 from hf_sft_plugin.training.shared_prompts import SharedPrompts, find_shared_prompts
 from hf_sft_plugin.training.trained_positions import (
     TRAINED_POSITIONS,
@@ -73,7 +74,7 @@ class RowLayout:
         longest = max(self.document_lengths)
         return {
             "position_ids": self.position_ids,
-            "document_lengths": self.document_lengths,
+            "document_lengths": OpaqueList(self.document_lengths),
             "cu_seq_lens_q": self.boundaries,
             "cu_seq_lens_k": self.boundaries,
             "max_length_q": longest,
