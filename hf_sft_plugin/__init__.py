@@ -3,6 +3,7 @@
 from hf_sft_plugin.data.collator import DataCollatorForPromptResponse
 from hf_sft_plugin.data.ledger import Ledger
 from hf_sft_plugin.data.mixture import mix_datasets
+from hf_sft_plugin.data.packing import PackedDataset, pack_dataset
 from hf_sft_plugin.data.prepare import prepare_dataset
 from hf_sft_plugin.data.prepare_files import (
     PrepareArguments,
@@ -56,6 +57,7 @@ __all__ = [
     "MaskedLossMixin",
     "MaskedSFTConfig",
     "MaskedSFTTrainer",
+    "PackedDataset",
     "PrepareArguments",
     "PreviewArguments",
     "PreviewedRow",
@@ -74,6 +76,7 @@ __all__ = [
     "make_tokenization_setup",
     "masked_normalize",
     "mix_datasets",
+    "pack_dataset",
     "parse_prepare_arguments",
     "prepare_dataset",
     "prepare_files",

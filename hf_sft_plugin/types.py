@@ -305,3 +305,13 @@ class TokenizedExample(TypedDict):
     response_mask: list[int]
     loss_weights: NotRequired[list[float]]
     source: NotRequired[str]
+
+
+class PackedRow(TypedDict):
+    """Whole rows that are run together, and know nothing of each other.
+
+    Attributes:
+        documents: The rows, in the order of the data.
+    """
+
+    documents: list[TokenizedExample]

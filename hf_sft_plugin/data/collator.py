@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin.data.arguments import require_row, require_tokenizer
 from hf_sft_plugin.data.formats import detect_format
+from hf_sft_plugin.data.packing import unpack_rows
 from hf_sft_plugin.data.tokenization import make_options, tokenize_rows
 from hf_sft_plugin.data.tokenized_rows import check_tokenized_row
 from hf_sft_plugin.types import IGNORE_INDEX, DataOptions, RowError, TokenizedExample
@@ -94,12 +95,13 @@ class DataCollatorForPromptResponse:
         """Builds one batch.
 
         Args:
-            rows: Raw rows or tokenized examples.
+            rows: Raw rows, tokenized examples, or packed rows of these.
 
         Returns:
             `input_ids`, `attention_mask`, `labels` and `response_mask`, int64 of shape `(B, S)`,
             and `loss_weights`, float32 of the same shape, where the rows carry them. B exceeds
-            the number of rows where the chat template rewrites earlier turns.
+            the number of rows where the chat template rewrites earlier turns, and where they are
+            packed.
 
         Raises:
             RowError: If a row cannot be trained; its number is the position in `rows`.
@@ -115,7 +117,7 @@ class DataCollatorForPromptResponse:
         for position, given in enumerate(rows):
             require_row(given, f"Row {position} of the batch")
         try:
-            examples = self._tokenized(rows)
+            examples = self._tokenized(unpack_rows(rows))
         except RowError as error:
             # The same error; its number is one of this batch, not of a dataset.
             error.args = (f"Row {error.row} of the batch: {error.problem}",)

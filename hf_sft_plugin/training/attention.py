@@ -7,7 +7,7 @@ tensor would have to be read, and each layer would wait for it.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,32 @@ from transformers import AttentionInterface
 IMPLEMENTATION = "document_attention"
 # Queries of a sliding window at a time, at least: shorter blocks are all overhead.
 _MIN_BLOCK = 256
+_Item = TypeVar("_Item")
+
+
+class OpaqueList(Sequence[_Item]):
+    """A list that `torch.compile` hands on without looking at it.
+
+    Of a list it would note how long it is, and compile the model again for another length.
+
+    Args:
+        values: The list.
+    """
+
+    def __init__(self, values: list[_Item]) -> None:
+        self._values = values
+
+    @overload
+    def __getitem__(self, index: int) -> _Item: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[_Item]: ...
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return self._values[index]
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
 @torch.compiler.disable

@@ -318,9 +318,10 @@ def summarize_run(
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
     # A stream has no length, for which the Trainer puts the largest integer in place of epochs.
     epochs = f", {state.num_train_epochs:g} epochs" if state.num_train_epochs < sys.maxsize else ""
+    rows = "packed rows" if getattr(args, "packing", False) else "rows"
     table.add_row(
         "steps",
-        f"{state.max_steps:,} of {batch} rows ({args.per_device_train_batch_size} per batch x "
+        f"{state.max_steps:,} of {batch} {rows} ({args.per_device_train_batch_size} per batch x "
         f"{args.gradient_accumulation_steps} accumulated x {num_processes} processes){epochs}",
     )
     device = f"{args.device}" + (

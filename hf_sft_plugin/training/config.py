@@ -23,7 +23,8 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
     Some defaults differ from `TrainingArguments`: `remove_unused_columns` is False, because the
     collator knows what it needs; `logging_nan_inf_filter` is False, because it makes every
     micro-batch wait for the device; `logging_steps` is 10; `dispatch_batches` of
-    `accelerator_config` is False; and on a CPU `dataloader_pin_memory` is False.
+    `accelerator_config` is False, and its `non_blocking` True where memory is pinned for a GPU; and
+    on a CPU `dataloader_pin_memory` is False.
 
     Raises:
         ValueError: If a value is impossible; says what is possible.
@@ -110,6 +111,14 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
             "per_device_train_batch_size rows at a time."
         },
     )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether training rows share packed rows of up to max_length tokens: whole "
+            "rows, each of which sees itself alone and counts as ever. "
+            "per_device_train_batch_size counts packed rows."
+        },
+    )
     keep_freed_memory: bool = field(
         default=True,
         metadata={
@@ -158,8 +167,9 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={
-            "help": "Has no effect: a loss that is not finite is logged as it is. False spares the "
-            "training loop a wait at every micro-batch."
+            "help": "Has no effect, and is False: it would wait for the device at every "
+            "micro-batch. Tokens whose loss is not finite are left out of the logged means, and "
+            "counted in num_nonfinite_losses."
         },
     )
     logging_steps: float = field(
@@ -209,6 +219,7 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
                 f"{str(self.train_sampling_strategy)!r}, but rows can only be in one order. Leave "
                 "one of the two out."
             )
+        self._check_packing()
         if not 0 <= self.max_dropped_share <= 1:
             raise ValueError(
                 f"max_dropped_share is {self.max_dropped_share}; a share is between 0 and 1."
@@ -216,11 +227,16 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
         self._check_counts()
         self._check_model_init_kwargs()
         DataOptions.__post_init__(self)
+        given = self.accelerator_config
         TrainingArguments.__post_init__(self)
         accelerator_config: Any = self.accelerator_config
         if accelerator_config.dispatch_batches is None:
             # Batches of a stream differ in length, so one process cannot cut them up for all.
             accelerator_config.dispatch_batches = False
+        is_open = given is None or (isinstance(given, dict) and "non_blocking" not in given)
+        if is_open and self.device.type == "cuda" and self.dataloader_pin_memory:
+            # Else the host waits until a batch has arrived.
+            accelerator_config.non_blocking = True
         if self.device.type == "cpu":
             # There is no device to copy to, and torch would warn at every data loader.
             self.dataloader_pin_memory = False
@@ -262,6 +278,27 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the Hub token out of every pickle: `training_args.bin` is pushed to the Hub."""
         return {**self.__dict__, "hub_token": None}
+
+    def _check_packing(self) -> None:
+        if not self.packing:
+            return
+        if self.max_length is None:
+            raise ValueError(
+                "packing is set, but not max_length, which says how long packed rows are. Set it "
+                "to what the memory allows, such as 2048."
+            )
+        if self.padding_free == "off":
+            raise ValueError(
+                "packing is set, and padding_free is 'off', which would pad the rows inside packed "
+                "rows again. Leave one of the two out."
+            )
+        strategy = str(self.train_sampling_strategy)
+        if self.group_by_prompt or strategy not in ("random", "sequential"):
+            raise ValueError(
+                "packing chooses rows that fit together, and so "
+                f"{'group_by_prompt' if self.group_by_prompt else strategy} cannot choose others. "
+                "Leave one of the two out."
+            )
 
     def _check_counts(self) -> None:
         tokens = self.max_tokens_per_microbatch

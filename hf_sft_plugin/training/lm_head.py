@@ -20,7 +20,6 @@ from hf_sft_plugin.loss.linear_head import is_plain_linear
 from hf_sft_plugin.loss.logit_tile import LogitTransform
 from hf_sft_plugin.loss.objective import LossObjective
 from hf_sft_plugin.loss.token_stats import TokenStats
-from hf_sft_plugin.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +70,7 @@ def forward_full(
     targets: Tensor,
     weights: Tensor,
     objective: LossObjective,
+    positions: Tensor,
     places: Tensor | None = None,
 ) -> tuple[ResponseResult, Any]:
     """The reference: the model's own logits at all positions, then the loss at response positions.
@@ -81,24 +81,29 @@ def forward_full(
         targets: `(B, S)`, shifted labels.
         weights: `(B, S)`, what the loss at each position is multiplied with.
         objective: The loss of one token.
+        positions: See `ResponseBatch`.
         places: See `ResponseBatch`.
 
     Returns:
         The result, and the model's own outputs with the logits.
     """
     outputs = model(**inputs, use_cache=False)
-    keep = targets != IGNORE_INDEX
-    logits = _choose(outputs.logits, keep, places)
-    answer = full_head_loss(logits, targets[keep], weights[keep], objective)
+    logits = _choose(outputs.logits, targets.shape[1], positions, places)
+    targets, weights = _choose_each(positions, targets, weights)
+    answer = full_head_loss(logits, targets, weights, objective)
     return ResponseResult(*answer, outputs.get("aux_loss")), outputs
 
 
-def _choose(values: Tensor, keep: Tensor, places: Tensor | None) -> Tensor:
-    """What a model says at the positions to keep, in their order."""
+def _choose(values: Tensor, width: int, positions: Tensor, places: Tensor | None) -> Tensor:
+    """What a model says at the positions of rows of this width, in their order."""
     if places is not None:
-        return values[0].index_select(0, places[keep[0]])
+        return values[0].index_select(0, places.index_select(0, positions))
     # Virtual tokens of a prompt-learning adapter come first and have no labels.
-    return values[:, -keep.shape[1] :][keep]
+    return values[:, -width:].flatten(0, 1).index_select(0, positions)
+
+
+def _choose_each(positions: Tensor, *tensors: Tensor) -> list[Tensor]:
+    return [tensor.flatten().index_select(0, positions) for tensor in tensors]
 
 
 class FusedHead:
@@ -134,22 +139,20 @@ class FusedHead:
         targets: Tensor,
         weights: Tensor,
         objective: LossObjective,
+        positions: Tensor,
         places: Tensor | None = None,
     ) -> ResponseResult:
         """Like `forward_full`, within rounding, in memory that does not grow with the batch."""
-        keep = targets != IGNORE_INDEX
         own_forward = self.lm_head.forward
         answers: list[HeadLoss] = []
 
         # The compiler of the model would compile the tiles anew for every number of rows.
         @torch.compiler.disable
         def answer_with_loss(hidden_states: Tensor) -> Tensor:
-            rows = _choose(hidden_states, keep, places)
             answer = head_loss(
                 self.lm_head,
-                rows,
-                targets[keep],
-                weights[keep],
+                _choose(hidden_states, targets.shape[1], positions, places),
+                *_choose_each(positions, targets, weights),
                 transform=self.transform,
                 objective=objective,
                 forward=own_forward,
@@ -260,7 +263,9 @@ def find_transform(
     }
     try:
         wrapped.eval()
-        with torch.no_grad(), _replaced_forward(lm_head, answer_with_known_values):
+        replaced = _replaced_forward(lm_head, answer_with_known_values)
+        # Compiling would take longer than the run, for a shape that does not come again.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), replaced:
             logits = wrapped(**first_row, use_cache=False).logits
     finally:
         wrapped.train(was_training)

@@ -16,6 +16,7 @@ from hf_sft_plugin.loss.masked_loss import LossNormalization, widest_float
 from hf_sft_plugin.loss.objective import LossObjective
 from hf_sft_plugin.training.attention_choice import AttentionChoice, AttentionChooser
 from hf_sft_plugin.training.checkpoint import load_budget, load_totals, save_budget, save_totals
+from hf_sft_plugin.training.compilation import compile_for_all_sizes
 from hf_sft_plugin.training.exact_settings import refuse_inexact_settings
 from hf_sft_plugin.training.lm_head import (
     HeadChooser,
@@ -32,10 +33,12 @@ from hf_sft_plugin.training.metrics import (
     row_totals,
 )
 from hf_sft_plugin.training.microbatches import count_microbatches
+from hf_sft_plugin.training.packed_rows import refuse_padded_documents
 from hf_sft_plugin.training.prompt_sampler import GroupedSampler, group_prompts, require_rows
 from hf_sft_plugin.training.response_batch import (
     CollatorWithLayout,
     ResponseBatch,
+    count_divisors,
     split_batch,
     without_padding,
 )
@@ -81,6 +84,9 @@ class MaskedLossMixin(MemoryPlanMixin):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_inexact_settings(self)
+        # It would wait for the device each time; losses that are not finite are counted instead.
+        self.args.logging_nan_inf_filter = False
+        compile_for_all_sizes(self.accelerator)
         # A subclass may give it as text, as the config does.
         self.loss_normalization = LossNormalization(self.loss_normalization)
         if self.args.label_smoothing_factor:
@@ -123,7 +129,7 @@ class MaskedLossMixin(MemoryPlanMixin):
             count += self.normalize_constant
         else:
             for batch in batches:
-                count += split_batch(batch, self.loss_normalization).divisors.sum().to(device)
+                count += count_divisors(batch, self.loss_normalization).sum().to(device)
             if self.accelerator.num_processes > 1:
                 count = self.accelerator.reduce(count, reduction="sum")
         if self.max_tokens_per_microbatch is not None:
@@ -208,7 +214,7 @@ class MaskedLossMixin(MemoryPlanMixin):
         except RowError as error:
             error.args = (f"{prefix} data: {error}",)
             raise
-        rows = torch.cat(self._eval_rows or [self._no_totals()])
+        rows = torch.cat(self._eval_rows or [torch.zeros(1, NUM_TOTALS)])
         totals = Totals(*rows.sum(0).tolist())
         if not totals.means():
             raise ValueError(
@@ -224,15 +230,20 @@ class MaskedLossMixin(MemoryPlanMixin):
         """As in `Trainer`, with the exact means of the window in place of its loss."""
         if "loss" in logs:
             del logs["loss"]
-            means = self._train_totals.close(self.accelerator).means(not self.objective.is_nll)
+            window = self._train_totals.close(self.accelerator)
             rest = dict(logs)
             logs.clear()
-            logs.update({**means, **rest, **self._train_totals.run.counts()})
+            logs.update({**self._figures(window), **rest, **self._train_totals.run.counts()})
         elif "train_loss" in logs:
             self._train_totals.close(self.accelerator)
-            means = self._train_totals.run.means(not self.objective.is_nll)
-            logs.update({f"train_{name}": value for name, value in means.items()})
+            figures = self._figures(self._train_totals.run)
+            logs.update({f"train_{name}": value for name, value in figures.items()})
         super().log(logs, start_time)
+
+    def _figures(self, totals: Totals) -> dict[str, float]:
+        means = totals.means(not self.objective.is_nll)
+        lost = round(totals.num_nonfinite_losses)
+        return {**means, "num_nonfinite_losses": lost} if lost else means
 
     @property
     def attention_summary(self) -> str | None:
@@ -256,19 +267,20 @@ class MaskedLossMixin(MemoryPlanMixin):
         """Steps 6 and 7: the body and the head of the model."""
         if needs_outputs:
             # Outputs have a row for each row of the batch.
-            return forward_full(model, batch.model_inputs, batch.targets, batch.weights, objective)
+            inputs = batch.model_inputs, batch.targets, batch.weights, objective, batch.positions
+            return forward_full(model, *inputs)
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         head = self._head.choose(model, unwrapped, batch.model_inputs, self.fused_head)
         attention = self._choose_attention(model)
         shares_prompts = attention.shares_prompts and self.shared_prompts != "off"
         flat = without_padding(batch, shares_prompts) if attention.is_padding_free else None
         batch = flat or batch
-        inputs = batch.model_inputs, batch.targets, batch.weights, objective, batch.places
+        inputs = batch.model_inputs, batch.targets, batch.weights, objective, batch.positions
         with nullcontext() if flat is None else attention.running():
             if head is None:
-                result, _ = forward_full(model, *inputs)
+                result, _ = forward_full(model, *inputs, batch.places)
             else:
-                result = head.forward(model, *inputs)
+                result = head.forward(model, *inputs, batch.places)
         if flat is not None:
             attention.keep_in_backward(result.loss, result.aux_loss)
         return result, None
@@ -303,8 +315,9 @@ class MaskedLossMixin(MemoryPlanMixin):
         if self.group_by_prompt and kwargs.get("is_training"):
             require_rows(dataset)
         own = self.data_collator
-        if self.padding_free != "off" and not dispatches:
-            self.data_collator = CollatorWithLayout(own, self.shared_prompts != "off")
+        if not dispatches:
+            finds_layout = self.padding_free != "off"
+            self.data_collator = CollatorWithLayout(own, self.shared_prompts != "off", finds_layout)
         try:
             return super()._get_dataloader(dataset, *args, **kwargs)
         finally:
@@ -342,16 +355,12 @@ class MaskedLossMixin(MemoryPlanMixin):
         return result.aux_loss.to(result.loss.device) * (coefficient / self._num_microbatches)
 
     def _totals(self, batch: ResponseBatch, result: ResponseResult) -> Tensor:
-        """Step 9: the sums and counts of a micro-batch, `(7,)`."""
+        """Step 9: the sums and counts of a micro-batch, `(8,)`."""
         divisors = batch.divisors
         if self.loss_normalization == LossNormalization.CONSTANT:
             parts = len(divisors) * self._num_microbatches * self.accelerator.num_processes
             divisors = torch.full_like(divisors, self.normalize_constant / parts)
-        return _row_totals(batch, result, divisors).sum(0)
-
-    def _no_totals(self) -> Tensor:
-        device = self.args.device
-        return torch.zeros(1, NUM_TOTALS, dtype=widest_float(device), device=device)
+        return _row_totals(batch, result, divisors, is_training=True).sum(0)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -362,7 +371,7 @@ class MaskedLossMixin(MemoryPlanMixin):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
         # Before the run begins, so that what is said about it can say how rows are attended to.
-        self._choose_attention(prepared[0])
+        refuse_padded_documents(self.train_dataset, self._choose_attention(prepared[0]))
         return prepared
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
@@ -383,6 +392,8 @@ class MaskedLossMixin(MemoryPlanMixin):
             self._budget = load_budget(checkpoint)
 
 
-def _row_totals(batch: ResponseBatch, result: ResponseResult, divisors: Tensor) -> Tensor:
-    values = result.token_losses, result.stats, batch.targets, batch.weights
-    return row_totals(*values, divisors, batch.num_tokens)
+def _row_totals(
+    batch: ResponseBatch, result: ResponseResult, divisors: Tensor, is_training: bool = False
+) -> Tensor:
+    values = result.token_losses, result.stats, batch.positions, batch.weights
+    return row_totals(*values, divisors, batch.num_tokens, leaves_out_nonfinite=is_training)

@@ -17,6 +17,8 @@ from hf_sft_plugin.training.microbatches import (
     can_regroup,
     row_extents,
 )
+from hf_sft_plugin.training.response_batch import ROW_LAYOUT
+from hf_sft_plugin.training.trained_positions import TRAINED_POSITIONS
 from hf_sft_plugin.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -25,7 +27,15 @@ logger = logging.getLogger(__name__)
 _CPU_TOKENS, _TOKENS = 4096, 16384
 _NUM_MOST = 2**20
 # What a batch of rows may hold to be imitated.
-_OF_ROWS = {"input_ids", "labels", "attention_mask", "response_mask", "loss_weights", "row_layout"}
+_OF_ROWS = {
+    "input_ids",
+    "labels",
+    "attention_mask",
+    "response_mask",
+    "loss_weights",
+    ROW_LAYOUT,
+    TRAINED_POSITIONS,
+}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from torch.utils.data import SequentialSampler
 from hf_sft_plugin.data.shards import ShardDataset
 from hf_sft_plugin.loss.masked_loss import widest_float
 from hf_sft_plugin.loss.token_stats import TokenStats
-from hf_sft_plugin.types import IGNORE_INDEX
 
 
 @dataclass
@@ -28,6 +27,7 @@ class Totals:
         num_correct: Trained tokens that were the most probable token.
         num_response_tokens: Trained tokens.
         num_tokens: Tokens read, without padding.
+        num_nonfinite_losses: Trained tokens whose loss is NaN or infinite, which are in no mean.
     """
 
     loss: float = 0.0
@@ -37,6 +37,7 @@ class Totals:
     num_correct: float = 0.0
     num_response_tokens: float = 0.0
     num_tokens: float = 0.0
+    num_nonfinite_losses: float = 0.0
 
     def __add__(self, other: "Totals") -> "Totals":
         """Totals of both together."""
@@ -47,18 +48,22 @@ class Totals:
         return [getattr(self, f.name) for f in fields(self)]
 
     def means(self, with_nll: bool = False) -> dict[str, float]:
-        """Loss, entropy and accuracy; empty where no token was trained.
+        """Loss, entropy and accuracy; empty where no token was trained, NaN where none is finite.
 
         Args:
             with_nll: Adds the negative log-likelihood per token, where the loss is another one.
         """
-        if self.num_response_tokens == 0 or self.divisor == 0:
+        count = self.num_response_tokens - self.num_nonfinite_losses
+        if self.num_response_tokens == 0 or (self.divisor == 0 and count > 0):
             return {}
+        sums = {
+            **({"nll": self.nll} if with_nll else {}),
+            "token_entropy": self.token_entropy,
+            "token_accuracy": self.num_correct,
+        }
         return {
-            "loss": self.loss / self.divisor,
-            **({"nll": self.nll / self.num_response_tokens} if with_nll else {}),
-            "token_entropy": self.token_entropy / self.num_response_tokens,
-            "token_accuracy": self.num_correct / self.num_response_tokens,
+            "loss": self.loss / self.divisor if count else math.nan,
+            **{name: value / count if count else math.nan for name, value in sums.items()},
         }
 
     def perplexity(self) -> float:
@@ -80,32 +85,44 @@ NUM_TOTALS = len(fields(Totals))
 def row_totals(
     token_losses: Tensor,
     stats: TokenStats,
-    targets: Tensor,
+    positions: Tensor,
     weights: Tensor,
     divisors: Tensor,
     num_tokens: Tensor,
+    leaves_out_nonfinite: bool = False,
 ) -> Tensor:
     """Sums what is known about the positions of each row; nothing leaves the device.
 
     Args:
         token_losses: `(N,)`, the losses of the N trained positions, in row-major order.
         stats: Statistics of the N trained positions, in row-major order.
-        targets: `(B, S)`, shifted labels with IGNORE_INDEX where nothing is trained.
+        positions: `(N,)`, the trained positions in the flattened batch.
         weights: `(B, S)`, as `token_weights` gave them.
         divisors: `(B,)`, likewise.
         num_tokens: `(B,)`, tokens of each row without padding.
+        leaves_out_nonfinite: Whether tokens whose loss or statistics are not finite are counted
+            and left out of the sums, and their share of the weights out of the divisor.
 
     Returns:
-        `(B, 7)`: a row for each row, a column for each field of `Totals`.
+        `(B, 8)`: a row for each row, a column for each field of `Totals`.
     """
-    keep = targets != IGNORE_INDEX
-    dtype = widest_float(targets.device)
-    losses, log_probs, entropy, hits = (value.to(dtype) for value in (token_losses, *stats))
-    per_token = torch.stack([losses * weights[keep], -log_probs, entropy, hits], dim=-1)
-    sums = per_token.new_zeros(len(targets), 4)
-    sums.index_add_(0, keep.nonzero()[:, 0], per_token)
-    counts = torch.stack([keep.sum(-1), num_tokens], dim=-1).to(dtype)
-    return torch.cat([sums[:, :1], divisors.unsqueeze(-1).to(dtype), sums[:, 1:], counts], dim=-1)
+    dtype = widest_float(weights.device)
+    values = torch.stack([token_losses, *stats]).to(dtype)
+    weight = weights.flatten().index_select(0, positions).to(dtype)
+    left_out = torch.zeros_like(weight)
+    if leaves_out_nonfinite:
+        is_finite = values.isfinite().all(0)
+        values, left_out = values.where(is_finite, 0), (~is_finite).to(dtype)
+    losses, log_probs, entropy, hits = values
+    ones = torch.ones_like(weight)
+    columns = [losses * weight, -log_probs, entropy, hits, ones, left_out, weight]
+    per_token = torch.stack([*columns, weight * left_out], dim=-1)
+    rows = positions.div(weights.shape[1], rounding_mode="floor")
+    sums = per_token.new_zeros(len(weights), len(columns) + 1).index_add_(0, rows, per_token)
+    loss, nll, entropy, hits, counts, num_left_out, weight, lost = sums.unbind(-1)
+    divisors = divisors.to(dtype) * (1 - lost / weight.where(weight > 0, 1))
+    of_rows = [loss, divisors, nll, entropy, hits, counts, num_tokens.to(dtype), num_left_out]
+    return torch.stack(of_rows, dim=-1)
 
 
 def means_by_source(
@@ -114,7 +131,7 @@ def means_by_source(
     """The means of an evaluation for each source of its rows.
 
     Args:
-        rows: Totals of each row, `(N, 7)`, in the order of evaluation.
+        rows: Totals of each row, `(N, 8)`, in the order of evaluation.
         dataset: What was evaluated; has a column `source`, or nothing is returned. A
             `ShardDataset` has `sources`.
         get_sampler: Says in which order the Trainer evaluates a dataset.
@@ -153,7 +170,7 @@ class WindowedTotals:
         self._window: Tensor | None = None
 
     def add(self, totals: Tensor) -> None:
-        """Adds a `(7,)` tensor to the window; no host is asked and no process waits."""
+        """Adds an `(8,)` tensor to the window; no host is asked and no process waits."""
         if self._window is None:
             self._window = torch.zeros_like(totals)
         self._window += totals

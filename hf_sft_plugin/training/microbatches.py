@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import Trainer
 
-from hf_sft_plugin.training.response_batch import ROW_LAYOUT, layout_of_rows
+from hf_sft_plugin.training.response_batch import OURS, ROW_LAYOUT, layout_of_rows
 from hf_sft_plugin.training.shared_prompts import bundle_rows
+from hf_sft_plugin.training.trained_positions import TRAINED_POSITIONS, positions_of_rows
 from hf_sft_plugin.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def can_regroup(batches: Sequence[Mapping[str, Any]]) -> bool:
         ids = batch.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2 or not len(ids) or batch.keys() != names:
             return False
-        rest = (value for name, value in batch.items() if name != ROW_LAYOUT)
+        rest = (value for name, value in batch.items() if name not in OURS)
         if any(not isinstance(it, Tensor) or it.shape != ids.shape for it in rest):
             return False
     return True
@@ -134,8 +135,8 @@ def regroup(
     """
     places = [(number, row) for number, b in enumerate(batches) for row in range(len(b["labels"]))]
     has_layout = ROW_LAYOUT in batches[0]
-    documents = _documents(batches)
-    names = [name for name in batches[0] if name != ROW_LAYOUT]
+    documents, trained = _documents(batches), _trained_positions(batches)
+    names = [name for name in batches[0] if name not in OURS]
     masks = [torch.ones_like(batch["input_ids"]) for batch in batches]
     if "attention_mask" not in names:
         # Rows of different lengths are about to meet.
@@ -155,6 +156,10 @@ def regroup(
             if documents is not None:
                 layout = layout.with_documents([documents[row] for row in rows])
             microbatch[ROW_LAYOUT] = layout.to(microbatch["labels"].device, non_blocking=True)
+        if trained is not None:
+            positions = positions_of_rows([trained[row] for row in rows], width)
+            device = microbatch["labels"].device
+            microbatch[TRAINED_POSITIONS] = positions.to(device, non_blocking=True)
         made.append(microbatch)
     return made
 
@@ -165,6 +170,15 @@ def _documents(batches: Sequence[Mapping[str, Any]]) -> list[NDArray[np.int64]] 
     if any(documents is None for documents in found):
         return None
     return [document for documents in found for document in documents or ()]
+
+
+def _trained_positions(batches: Sequence[Mapping[str, Any]]) -> list[NDArray[np.int64]] | None:
+    """Those of every row, where all batches came with them."""
+    found = [batch.get(TRAINED_POSITIONS) for batch in batches]
+    known = [each for each in found if each is not None]
+    if [each.shape for each in known] != [batch["labels"].shape for batch in batches]:
+        return None
+    return [columns for each in known for columns in each.rows()]
 
 
 def _cut_row(

@@ -11,12 +11,20 @@ from torch import Tensor
 
 from hf_sft_plugin.loss.masked_loss import LossNormalization, token_weights
 from hf_sft_plugin.loss.token_stats import shift_labels
+from hf_sft_plugin.training.attention import OpaqueList
 from hf_sft_plugin.training.shared_prompts import SharedPrompts, find_shared_prompts
+from hf_sft_plugin.training.trained_positions import (
+    TRAINED_POSITIONS,
+    TrainedPositions,
+    find_trained_positions,
+)
 from hf_sft_plugin.types import IGNORE_INDEX
 
 # The name under which a batch carries its `RowLayout`.
 ROW_LAYOUT = "row_layout"
-_NOT_FOR_THE_MODEL = ("labels", "response_mask", "loss_weights", ROW_LAYOUT)
+# What a batch carries for us beside its tensors.
+OURS = (ROW_LAYOUT, TRAINED_POSITIONS)
+_NOT_FOR_THE_MODEL = ("labels", "response_mask", "loss_weights", *OURS)
 # Tensors that are known to hold one value per token; any other might mean something else.
 _PER_TOKEN = ("input_ids", "attention_mask", "position_ids", *_NOT_FOR_THE_MODEL)
 
@@ -66,7 +74,7 @@ class RowLayout:
         longest = max(self.document_lengths)
         return {
             "position_ids": self.position_ids,
-            "document_lengths": self.document_lengths,
+            "document_lengths": OpaqueList(self.document_lengths),
             "cu_seq_lens_q": self.boundaries,
             "cu_seq_lens_k": self.boundaries,
             "max_length_q": longest,
@@ -163,24 +171,35 @@ def layout_of_rows(lengths: Sequence[int]) -> RowLayout:
 
 
 class CollatorWithLayout:
-    """Adds its `RowLayout` to every batch of a collator.
+    """Adds to every batch of a collator what can only be known of it on the host for free.
 
     Args:
         collate: Any collator.
         share_prompts: See `find_layout`.
+        finds_layout: False adds the trained positions alone.
     """
 
-    def __init__(self, collate: Callable[[Any], Any], share_prompts: bool = False) -> None:
+    def __init__(
+        self,
+        collate: Callable[[Any], Any],
+        share_prompts: bool = False,
+        finds_layout: bool = True,
+    ) -> None:
         self.collate = collate
         self.share_prompts = share_prompts
+        self.finds_layout = finds_layout
 
     def __call__(self, rows: Any) -> Any:
-        """The batch, with one entry more where its rows can be laid end to end."""
+        """The batch with its trained positions, and a layout where it can be laid end to end."""
         batch = self.collate(rows)
-        is_batch = isinstance(batch, MutableMapping)
-        layout = find_layout(batch, self.share_prompts) if is_batch else None
+        if not isinstance(batch, MutableMapping):
+            return batch
+        layout = find_layout(batch, self.share_prompts) if self.finds_layout else None
         if layout is not None:
             batch[ROW_LAYOUT] = layout
+        labels = batch.get("labels")
+        if isinstance(labels, Tensor) and labels.ndim == 2:
+            batch[TRAINED_POSITIONS] = find_trained_positions(labels)
         return batch
 
 
@@ -194,6 +213,7 @@ class ResponseBatch(NamedTuple):
         weights: `(B, S)`, what the loss of each target is multiplied with before the division.
         divisors: `(B,)`, the share of each row in the global divisor.
         num_tokens: `(B,)`, tokens without padding.
+        positions: `(N,)`, those of the flattened targets that are trained.
         layout: Where the tokens are; None where that was not worked out with the batch.
         places: `(S,)`, for a single row: which of the model's hidden states predicts each target;
             None where each target has its own.
@@ -205,12 +225,20 @@ class ResponseBatch(NamedTuple):
     weights: Tensor
     divisors: Tensor
     num_tokens: Tensor
+    positions: Tensor
     layout: RowLayout | None = None
     places: Tensor | None = None
 
 
+def count_divisors(inputs: Mapping[str, Any], normalization: LossNormalization) -> Tensor:
+    """The share of each row of a batch in the global divisor, `(B,)`; see `split_batch`."""
+    return _weigh(inputs, normalization)[2]
+
+
 def split_batch(inputs: Mapping[str, Any], normalization: LossNormalization) -> ResponseBatch:
     """Takes a batch apart into what the model reads and what the loss needs.
+
+    Waits for the device where the batch does not come with its trained positions.
 
     Args:
         inputs: A batch of `DataCollatorForPromptResponse`, or of any collator that gives labels.
@@ -219,21 +247,15 @@ def split_batch(inputs: Mapping[str, Any], normalization: LossNormalization) -> 
     Raises:
         ValueError: If the batch has no labels.
     """
-    if "labels" not in inputs:
-        raise ValueError(
-            f"The batch has no labels, only {', '.join(inputs)}. Use DataCollatorForPromptResponse "
-            "or another collator that gives labels."
-        )
-    labels = inputs["labels"]
-    targets = shift_labels(labels)
-    loss_weights = inputs.get("loss_weights")
-    if loss_weights is not None:
-        loss_weights = shift_labels(loss_weights, fill=0)
-    weights, divisors = token_weights(targets, loss_weights, normalization)
+    targets, weights, divisors = _weigh(inputs, normalization)
+    trained: TrainedPositions | None = inputs.get(TRAINED_POSITIONS)
+    # A process that was sent its part of a larger batch got the positions of the whole.
+    if trained is None or trained.shape != targets.shape:
+        trained = find_trained_positions(inputs["labels"])
     attention_mask = inputs.get("attention_mask")
     return ResponseBatch(
         model_inputs={k: value for k, value in inputs.items() if k not in _NOT_FOR_THE_MODEL},
-        labels=labels,
+        labels=inputs["labels"],
         targets=targets,
         weights=weights,
         divisors=divisors,
@@ -242,8 +264,25 @@ def split_batch(inputs: Mapping[str, Any], normalization: LossNormalization) -> 
             if attention_mask is None
             else attention_mask.sum(-1)
         ),
+        positions=trained.index.to(targets.device),
         layout=inputs.get(ROW_LAYOUT),
     )
+
+
+def _weigh(
+    inputs: Mapping[str, Any], normalization: LossNormalization
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The targets of a batch, their weights, and the share of each row in the global divisor."""
+    if "labels" not in inputs:
+        raise ValueError(
+            f"The batch has no labels, only {', '.join(inputs)}. Use DataCollatorForPromptResponse "
+            "or another collator that gives labels."
+        )
+    targets = shift_labels(inputs["labels"])
+    loss_weights = inputs.get("loss_weights")
+    if loss_weights is not None:
+        loss_weights = shift_labels(loss_weights, fill=0)
+    return targets, *token_weights(targets, loss_weights, normalization)
 
 
 def without_padding(batch: ResponseBatch, share_prompts: bool = False) -> ResponseBatch | None:
@@ -272,6 +311,7 @@ def without_padding(batch: ResponseBatch, share_prompts: bool = False) -> Respon
         model_inputs={**inputs, **(shared or layout).model_inputs()},
         targets=layout.flatten(batch.targets),
         weights=layout.flatten(batch.weights),
+        positions=torch.searchsorted(layout.index, batch.positions),
         layout=layout,
         places=None if shared is None else shared.places,
     )

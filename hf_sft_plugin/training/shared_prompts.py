@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hf_sft_plugin.training.attention import OpaqueList
+
 # Fewer tokens are not worth the trouble, as where responses happen to begin with the same word.
 MIN_SHARED_TOKENS = 16
 
@@ -58,8 +60,8 @@ class SharedPrompts:
         """What a model needs to know about the pieces; see `document_attention`."""
         return {
             "position_ids": self.position_ids,
-            "document_lengths": self.document_lengths,
-            "document_contexts": self.document_contexts,
+            "document_lengths": OpaqueList(self.document_lengths),
+            "document_contexts": OpaqueList(self.document_contexts),
             "key_index": self.key_index,
             "cu_seq_lens_q": self.boundaries,
             "cu_seq_lens_k": self.key_boundaries,

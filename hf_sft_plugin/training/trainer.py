@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from hf_sft_plugin.data.arguments import refuse_name, require_row
 from hf_sft_plugin.data.collator import DataCollatorForPromptResponse
 from hf_sft_plugin.data.ledger import Ledger
+from hf_sft_plugin.data.packing import PackedDataset
 from hf_sft_plugin.data.prepare import name_in_errors, prepare_dataset
 from hf_sft_plugin.data.row_files import rows_to_dataset
 from hf_sft_plugin.data.shards import ShardDataset, check_tokenizer
@@ -36,6 +37,7 @@ from hf_sft_plugin.training.evaluation import (
 )
 from hf_sft_plugin.training.loading import limit_length, load_model, load_tokenizer, stop_tokens
 from hf_sft_plugin.training.masked_loss_mixin import MaskedLossMixin
+from hf_sft_plugin.training.packed_rows import check_packed_rows, pack_training_rows
 from hf_sft_plugin.types import TokenizedExample
 
 logger = logging.getLogger(__name__)
@@ -134,7 +136,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             or DataCollatorForPromptResponse(
                 tokenizer, pad_to_multiple_of=args.pad_to_multiple_of, **options
             ),
-            train_dataset=prepare("train", train_dataset),
+            train_dataset=pack_training_rows(prepare("train", train_dataset), args, data_collator),
             eval_dataset=prepare("eval", eval_dataset),
             processing_class=tokenizer,
             compute_metrics=compute_metrics,
@@ -247,6 +249,12 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
                 card.write_bytes(old_card)
             self.create_model_card()
 
+    def describe_speed(self) -> dict[str, str]:
+        """As in `MaskedLossMixin`, and how full packed rows are."""
+        rows = self.train_dataset
+        packing = {"packing": str(rows)} if isinstance(rows, PackedDataset) else {}
+        return {**super().describe_speed(), **packing}
+
     def _examples_to_answer(self, rows: Any, num_rows: int | None) -> list[TokenizedExample]:
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
         return examples_to_answer(rows, num_rows, tokenizer, **self._options)
@@ -290,6 +298,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             )
             self._prepared.append(stream)
             return stream
+        check_packed_rows(dataset, name, options["max_length"])
         if isinstance(dataset, ShardDataset):
             self._check_shards(name, dataset, tokenizer, options)
         if isinstance(dataset, list):

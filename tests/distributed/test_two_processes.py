@@ -23,6 +23,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # The long rows of one process need more micro-batches than the short ones of the other.
     "regrouped": {"max_tokens_per_microbatch": 90},
     "regrouped, one row at a time": {"max_tokens_per_microbatch": 1},
+    # Eight packed rows: as many for either.
+    "packed": {"packing": True, "max_length": 50, "per_device_train_batch_size": 1},
     "generation": {
         "predict_with_generate": True,
         "generation_max_new_tokens": 5,
@@ -123,6 +125,17 @@ def test_two_processes_give_the_loss_the_gradient_and_the_figures_of_one(
     assert two["metrics"]["eval_num_response_tokens"] == sum(
         sum(row["response_mask"]) for row in make_rows(15)
     )
+
+
+def test_processes_ask_each_other_once_a_step_and_once_a_log_however_many_micro_batches(
+    results: dict[int, dict[str, Any]],
+) -> None:
+    counts = {name: found["num_collectives"] for name, found in results[2].items()}
+    # The divisor of the step; the totals of the log and of the run; the budget of memory, once a
+    # run; and of the Trainer itself the loss of the log, and twice the operations.
+    assert counts.pop("constant") == 6
+    assert counts.pop("regrouped") == 6
+    assert set(counts.values()) == {7}
 
 
 def test_two_processes_share_the_generation_and_agree_on_it(

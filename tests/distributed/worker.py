@@ -7,6 +7,7 @@ to `results.json`.
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,30 @@ class GradientKeeper(TrainerCallback):
         self.gradient = torch.cat(grads).double()
 
 
+class CollectiveCounter(TrainerCallback):
+    """Counts what processes ask each other during a training, gradients left aside."""
+
+    NAMES = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "barrier")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.own = {name: getattr(torch.distributed, name) for name in self.NAMES}
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        for name, own in self.own.items():
+            setattr(torch.distributed, name, partial(self._call, own))
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        for name, own in self.own.items():
+            setattr(torch.distributed, name, own)
+
+    def _call(self, own: Any, *args: Any, **kwargs: Any) -> Any:
+        self.count += 1
+        return own(*args, **kwargs)
+
+
 def run(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    keeper = GradientKeeper()
+    keeper, collectives = GradientKeeper(), CollectiveCounter()
     trainer = MaskedSFTTrainer(
         AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64),
         MaskedSFTConfig(
@@ -45,13 +68,14 @@ def run(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         train_dataset=load_from_disk(folder / "train"),
         eval_dataset=load_from_disk(folder / "eval"),
         processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        callbacks=[keeper],
+        callbacks=[keeper, collectives],
     )
     trainer.train()
     return {
         "num_processes": trainer.accelerator.num_processes,
         "log": trainer.state.log_history[0],
         "metrics": trainer.evaluate(),
+        "num_collectives": collectives.count,
         "gradient": keeper.gradient.tolist(),
         "responses": trainer.responses,
     }

@@ -1,6 +1,7 @@
 """The recipe as its users run it: settings in; a model, an adapter and an account of it out."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -141,6 +142,13 @@ def test_rows_held_out_by_share_are_evaluated(run: Callable[..., str], train_fil
     printed = run(*flags, *SHORT)
     assert "9 in = 9 trained" in printed
     assert "Held-out rows" in printed
+
+
+def test_rows_are_packed_by_a_flag(run: Callable[..., str], train_file: str) -> None:
+    text = run(
+        "--train_file", train_file, *MODEL, *SHORT, "--packing", "true", "--max_length", "64"
+    )
+    assert re.search(r"12 rows in \d packed rows of up to 64 tokens, \d+\.\d% filled", text)
 
 
 def test_a_chat_template_may_come_from_a_file(

@@ -14,10 +14,10 @@ from datasets import Dataset
 from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
 from hf_sft_plugin.reporting.run_log import read_log
 from hf_sft_plugin.training.checkpoint import load_totals, save_totals
-from hf_sft_plugin.training.metrics import Totals, WindowedTotals
+from hf_sft_plugin.training.metrics import NUM_TOTALS, Totals, WindowedTotals
 
-CLOSED = [0.1, 3.0, 0.3, math.pi, 5.0, 7.0, 11.0]
-OPEN = [1e-300, 2.0, 0.7, 1 / 3, 1.0, 2.0, 2.0**40 + 1]
+CLOSED = [0.1, 3.0, 0.3, math.pi, 5.0, 7.0, 11.0, 2.0]
+OPEN = [1e-300, 2.0, 0.7, 1 / 3, 1.0, 2.0, 2.0**40 + 1, 1.0]
 
 
 def make_totals(accelerator: Accelerator, *, has_window: bool = True) -> WindowedTotals:
@@ -33,7 +33,7 @@ def make_totals(accelerator: Accelerator, *, has_window: bool = True) -> Windowe
 def test_totals_come_back_to_the_last_bit(has_window: bool, tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     totals = make_totals(accelerator, has_window=has_window)
-    window = OPEN if has_window else [0.0] * 7
+    window = OPEN if has_window else [0.0] * NUM_TOTALS
     save_totals(str(tmp_path), totals, accelerator)
     loaded = WindowedTotals()
     load_totals(str(tmp_path), loaded, accelerator)
@@ -47,13 +47,13 @@ def test_totals_come_back_to_the_last_bit(has_window: bool, tmp_path: Path) -> N
 def test_totals_that_are_not_finite_come_back(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     totals = WindowedTotals()
-    totals.add(torch.tensor([math.nan, math.inf, *[1.0] * 5], dtype=torch.float64))
+    totals.add(torch.tensor([math.nan, math.inf, *[1.0] * 6], dtype=torch.float64))
     save_totals(str(tmp_path), totals, accelerator)
     loaded = WindowedTotals()
     load_totals(str(tmp_path), loaded, accelerator)
     values = loaded.peek(accelerator).to_list()
     assert math.isnan(values[0])
-    assert values[1:] == [math.inf, *[1.0] * 5]
+    assert values[1:] == [math.inf, *[1.0] * 6]
 
 
 def test_loading_replaces_what_was_counted_before(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(
     checkpoint = tmp_path / "whole" / "checkpoint-3"
     # The window of steps 1 to 4 is open here, so no log line holds it yet.
     state = json.loads((checkpoint / "response_totals.json").read_text())
-    assert state["run"] == [0.0] * 7
+    assert state["run"] == [0.0] * NUM_TOTALS
     assert state["window"][-2] > 0
     resumed = train(resume=str(checkpoint), seed=1, output_dir=str(tmp_path / "resumed"))
     logs = without_times(whole.state.log_history)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from hf_sft_plugin import LossNormalization, MaskedSFTConfig
 from hf_sft_plugin.types import DataOptions
@@ -27,6 +27,7 @@ OWN_DEFAULTS = {
     "entropy_coef": 0.0,
     "fused_head": "auto",
     "max_tokens_per_microbatch": "auto",
+    "packing": False,
     "keep_freed_memory": True,
     "padding_free": "auto",
     "shared_prompts": "auto",
@@ -341,3 +342,44 @@ def test_a_replaced_value_is_checked_like_a_new_one(make_config: Make) -> None:
 
 def test_no_memory_is_pinned_without_a_device(make_config: Make) -> None:
     assert make_config(dataloader_pin_memory=True).dataloader_pin_memory is False
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, True),
+        ({"accelerator_config": {"split_batches": False}}, True),
+        ({"accelerator_config": {"non_blocking": False}}, False),
+        ({"dataloader_pin_memory": False}, False),
+    ],
+)
+def test_batches_travel_to_a_gpu_while_the_host_goes_on(
+    given: dict[str, Any],
+    expected: bool,
+    make_config: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda"))
+    config: Any = make_config(use_cpu=False, **given)
+    assert config.accelerator_config.non_blocking is expected
+    monkeypatch.undo()
+    config = make_config(**given)
+    assert config.accelerator_config.non_blocking is False
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_length": None}, "packing is set, but not max_length"),
+        ({"padding_free": "off"}, "padding_free is 'off', which would pad the rows inside"),
+        ({"group_by_prompt": True}, "fit together, and so group_by_prompt cannot"),
+        ({"train_sampling_strategy": "group_by_length"}, "and so group_by_length cannot"),
+    ],
+)
+def test_packing_is_refused_where_it_could_not_work(
+    settings: dict[str, Any], message: str, make_config: Make
+) -> None:
+    usual: dict[str, Any] = {"packing": True, "max_length": 64}
+    assert make_config(**usual, train_sampling_strategy="sequential").packing
+    with pytest.raises(ValueError, match=message):
+        make_config(**{**usual, **settings})

@@ -32,6 +32,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def trained(targets: Tensor) -> Tensor:
+    return (targets != -100).flatten().nonzero()[:, 0]
+
+
 def make_batch() -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Inputs with padding, shifted targets and weights; the second row has no target."""
     generator = torch.Generator().manual_seed(0)
@@ -68,9 +72,11 @@ def test_the_fused_head_equals_the_models_own_logits(
     transform = find_transform(model, model, inputs)
     assert transform is not None
     fused, fused_gradients, a = run(
-        FusedHead(model, transform).forward, model, inputs, targets, weights, NLL
+        FusedHead(model, transform).forward, model, inputs, targets, weights, NLL, trained(targets)
     )
-    full, full_gradients, b = run(forward_full, model, inputs, targets, weights, NLL)
+    full, full_gradients, b = run(
+        forward_full, model, inputs, targets, weights, NLL, trained(targets)
+    )
     torch.testing.assert_close(fused, full, rtol=1e-12, atol=1e-12)
     for one, other in zip(a.stats, b.stats, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
@@ -88,8 +94,10 @@ def test_scaling_and_soft_capping_are_measured_not_assumed(
     """With a wrong transformation the loss would differ; the measured one is the model's."""
     inputs, targets, weights = make_batch()
     model = model_factory("cohere", logit_scale=0.25).double().eval()
-    wrong = FusedHead(model, LogitTransform()).forward(model, inputs, targets, weights, NLL)
-    right, _ = forward_full(model, inputs, targets, weights, NLL)
+    wrong = FusedHead(model, LogitTransform()).forward(
+        model, inputs, targets, weights, NLL, trained(targets)
+    )
+    right, _ = forward_full(model, inputs, targets, weights, NLL, trained(targets))
     assert abs(wrong.loss.item() - right.loss.item()) > 1e-3
 
 
@@ -198,9 +206,16 @@ def test_the_model_is_left_as_it_was(model: Any) -> None:
     transform = find_transform(model, model, inputs)
     assert transform is not None
     head = FusedHead(model, transform)
-    head.forward(model, inputs, targets, weights, NLL)
+    head.forward(model, inputs, targets, weights, NLL, trained(targets))
     with pytest.raises(RuntimeError):
-        head.forward(model, {"input_ids": inputs["input_ids"].float()}, targets, weights, NLL)
+        head.forward(
+            model,
+            {"input_ids": inputs["input_ids"].float()},
+            targets,
+            weights,
+            NLL,
+            trained(targets),
+        )
     after = (
         dict(model.lm_head.__dict__),
         len(model._forward_hooks),
@@ -214,7 +229,7 @@ def test_the_model_is_left_as_it_was(model: Any) -> None:
 def test_a_forward_of_its_own_on_the_head_is_used_and_comes_back(model: Any) -> None:
     """Accelerate's hooks replace the forward of a module instance, to move inputs for example."""
     inputs, targets, weights = make_batch()
-    plain, _ = forward_full(model, inputs, targets, weights, NLL)
+    plain, _ = forward_full(model, inputs, targets, weights, NLL, trained(targets))
     own = model.lm_head.forward
     calls = []
 
@@ -224,7 +239,7 @@ def test_a_forward_of_its_own_on_the_head_is_used_and_comes_back(model: Any) -> 
 
     model.lm_head.forward = hooked
     head = FusedHead(model, LogitTransform())
-    result = head.forward(model, inputs, targets, weights, NLL)
+    result = head.forward(model, inputs, targets, weights, NLL, trained(targets))
     assert calls == [(10, 32)]  # the response rows alone
     assert model.lm_head.forward is hooked
     torch.testing.assert_close(result.loss, plain.loss)
@@ -261,7 +276,7 @@ def test_a_head_that_is_a_linear_layer_goes_the_short_way_and_no_other(
     inputs, targets, weights = make_batch()
     transform = find_transform(model, model, inputs)
     assert transform is not None
-    run(FusedHead(model, transform).forward, model, inputs, targets, weights, NLL)
+    run(FusedHead(model, transform).forward, model, inputs, targets, weights, NLL, trained(targets))
     assert ways == ["linear_head_loss" if is_short else "fused_head_loss"]
 
 
@@ -277,7 +292,7 @@ def test_an_objective_has_the_gradient_that_it_has_on_full_logits(
     inputs, targets, weights = make_batch()
     transform = find_transform(model, model, inputs)
     assert transform is not None
-    batch = inputs, targets, weights, OBJECTIVE
+    batch = inputs, targets, weights, OBJECTIVE, trained(targets)
     fused, fused_gradients, a = run(FusedHead(model, transform).forward, model, *batch)
     full, full_gradients, b = run(forward_full, model, *batch)
     torch.testing.assert_close(fused, full, rtol=1e-12, atol=1e-12)
@@ -309,9 +324,11 @@ def test_adapters_train_with_the_same_gradient_as_on_full_logits(
     transform = find_transform(model, model, inputs)
     assert transform is not None
     fused, fused_gradients, _ = run(
-        FusedHead(model, transform).forward, model, inputs, targets, weights, NLL
+        FusedHead(model, transform).forward, model, inputs, targets, weights, NLL, trained(targets)
     )
-    full, full_gradients, _ = run(forward_full, model, inputs, targets, weights, NLL)
+    full, full_gradients, _ = run(
+        forward_full, model, inputs, targets, weights, NLL, trained(targets)
+    )
     torch.testing.assert_close(fused, full, rtol=1e-12, atol=1e-12)
     assert fused_gradients.keys() == full_gradients.keys()
     assert all(gradient.any() for gradient in full_gradients.values())
@@ -329,7 +346,9 @@ def test_gradient_checkpointing_changes_nothing(model_factory: Callable[..., Any
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         head = FusedHead(model, LogitTransform())
-        gradients.append(run(head.forward, model, inputs, targets, weights, NLL)[1])
+        gradients.append(
+            run(head.forward, model, inputs, targets, weights, NLL, trained(targets))[1]
+        )
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-12, atol=1e-14)
 
@@ -343,15 +362,17 @@ def test_a_compiled_model_is_not_compiled_again_for_another_number_of_rows(model
 
     inputs, targets, weights = make_batch()
     head = FusedHead(model, LogitTransform())
-    plain = run(head.forward, model, inputs, targets, weights, NLL)[0]
+    plain = run(head.forward, model, inputs, targets, weights, NLL, trained(targets))[0]
     torch.compiler.reset()
     compiled = torch.compile(model, backend=compile_nothing)
-    torch.testing.assert_close(head.forward(compiled, inputs, targets, weights, NLL).loss, plain)
+    torch.testing.assert_close(
+        head.forward(compiled, inputs, targets, weights, NLL, trained(targets)).loss, plain
+    )
     num_graphs = len(graphs)
     assert num_graphs > 0
     for num_left_out in (1, 2, 3):
         targets[0, -num_left_out:] = -100
-        expected = head.forward(model, inputs, targets, weights, NLL).loss
-        found = head.forward(compiled, inputs, targets, weights, NLL).loss
+        expected = head.forward(model, inputs, targets, weights, NLL, trained(targets)).loss
+        found = head.forward(compiled, inputs, targets, weights, NLL, trained(targets)).loss
         torch.testing.assert_close(found, expected)
     assert len(graphs) == num_graphs

@@ -17,14 +17,13 @@ from hf_sft_plugin import (
     prepare_dataset,
     write_shards,
 )
-from hf_sft_plugin.loss.token_stats import TokenStats
+from hf_sft_plugin.loss.masked_loss import LossNormalization, token_weights
+from hf_sft_plugin.loss.token_stats import TokenStats, shift_labels
 from hf_sft_plugin.training.metrics import NUM_TOTALS, Totals, WindowedTotals, row_totals
-
-IGNORED = -100
+from hf_sft_plugin.training.trained_positions import find_trained_positions
 
 
 def test_the_totals_of_a_batch_are_sums_by_row() -> None:
-    targets = torch.tensor([[4, 5, IGNORED], [IGNORED] * 3, [IGNORED, 6, IGNORED]])
     weights = torch.tensor([[1.0, 0.5, 0.0], [0.0] * 3, [0.0, 2.0, 0.0]], dtype=torch.float64)
     stats = TokenStats(
         log_probs=torch.tensor([-1.0, -2.0, -4.0]),
@@ -34,7 +33,7 @@ def test_the_totals_of_a_batch_are_sums_by_row() -> None:
     totals = row_totals(
         torch.tensor([3.0, 4.0, 1.0]),
         stats,
-        targets,
+        torch.tensor([0, 1, 7]),
         weights,
         divisors=weights.sum(-1),
         num_tokens=torch.tensor([3, 2, 3]),
@@ -54,6 +53,49 @@ def test_the_totals_of_a_batch_are_sums_by_row() -> None:
     assert whole.means(with_nll=True) == {**whole.means(), "nll": 7 / 3}
     assert whole.perplexity() == math.exp(7 / 3)
     assert whole.counts() == {"num_response_tokens": 3, "num_tokens": 8}
+
+
+@pytest.mark.parametrize("normalization", LossNormalization)
+def test_tokens_that_are_not_finite_are_counted_and_are_in_no_mean(normalization: str) -> None:
+    """The figures are those of the finite tokens alone; the counts are those of all tokens."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([[1, 2, 3, 4, 5], [1, 2, -100, 4, -100], [1, 2, 3, -100, -100]])
+    loss_weights = torch.tensor([[1, 0.5, 2, 1, 1.5], [1, 1, 0, 2, 0], [1, 0.25, 1, 0, 0]])
+    is_finite = torch.tensor([True, False, True, True, True, False, False, False])
+
+    def totals(labels: torch.Tensor, keep: torch.Tensor, leaves_out: bool) -> Totals:
+        targets, shifted = shift_labels(labels), shift_labels(loss_weights, fill=0)
+        weights, divisors = token_weights(targets, shifted, LossNormalization(normalization))
+        if normalization == "constant":
+            # Each row's share of it stands for so much weight.
+            divisors = weights.sum(-1) * 3
+        values = torch.rand(4, 8, generator=generator.manual_seed(1), dtype=torch.float64)
+        values[0, ~is_finite] = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.nan]).double()
+        values[1:3, ~is_finite] = torch.nan
+        losses, *stats = values[:, keep]
+        positions = find_trained_positions(labels).index
+        more = torch.full((3,), 5), leaves_out
+        rows = row_totals(losses, TokenStats(*stats), positions, weights, divisors, *more)
+        return Totals(*rows.sum(0).tolist())
+
+    found = totals(labels, torch.ones(8, dtype=torch.bool), leaves_out=True)
+    assert (found.num_response_tokens, found.num_nonfinite_losses) == (8, 4)
+    left = labels.clone()
+    left[0, 2] = left[1, 3] = left[2, 1] = left[2, 2] = -100
+    expected = totals(left, is_finite, leaves_out=False).means(with_nll=True)
+    if normalization == "example":
+        # A row that lost tokens counts as much as they leave of it, so that no row is blown up.
+        losses = torch.rand(4, 8, generator=generator.manual_seed(1), dtype=torch.float64)[0]
+        shares = torch.tensor([0.5, 0, 1, 1.5]).double() / 5, torch.tensor([1.0]).double() / 3
+        total = (shares[0] * losses[:4]).sum() + (shares[1] * losses[4]).sum()
+        expected["loss"] = float(total / sum(share.sum() for share in shares))
+    assert found.means(with_nll=True) == pytest.approx(expected, rel=1e-12)
+
+
+def test_where_no_token_is_finite_the_means_are_not_numbers() -> None:
+    totals = Totals(num_response_tokens=3.0, num_nonfinite_losses=3.0)
+    assert all(math.isnan(value) for value in totals.means(with_nll=True).values())
+    assert totals.means().keys() == {"loss", "token_entropy", "token_accuracy"}
 
 
 def test_a_long_run_does_not_lose_tokens_to_rounding() -> None:
