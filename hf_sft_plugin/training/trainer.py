@@ -244,10 +244,12 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             self.create_model_card()
 
     def _describe_speed(self) -> str:
-        packing = (
-            f"; packing: {rows}" if isinstance(rows := self.train_dataset, PackedDataset) else ""
-        )
-        return f"attention: {self.attention_summary}{packing}"
+        parts = [f"attention: {self.attention_summary}"]
+        if isinstance(self.train_dataset, PackedDataset):
+            parts.append(f"packing: {self.train_dataset}")
+        if self.args.torch_compile:
+            parts.append(f"compiled: {self.args.torch_compile_backend}")
+        return "; ".join(parts)
 
     def _examples_to_answer(self, rows: Any, num_rows: int | None) -> list[TokenizedExample]:
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
