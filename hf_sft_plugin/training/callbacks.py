@@ -314,7 +314,8 @@ def summarize_run(
     table.add_row(
         "steps",
         f"{state.max_steps:,} of {batch} {_rows(args)} "
-        f"({args.per_device_train_batch_size} per batch x {args.gradient_accumulation_steps} accumulated x {num_processes} processes){epochs}",
+        f"({args.per_device_train_batch_size} per batch x "
+        f"{args.gradient_accumulation_steps} accumulated x {num_processes} processes){epochs}",
     )
     device = f"{args.device}" + (
         f" with {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
