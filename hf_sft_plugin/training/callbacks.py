@@ -218,7 +218,7 @@ def card_facts(
             "warm-up": f"{args.warmup_steps:g}",
             "optimizer": _optimizer_name(args, optimizer),
             "optimizer steps": f"{state.global_step:,}",
-            "rows per optimizer step": args.per_device_train_batch_size
+            f"{_rows(args)} per optimizer step": args.per_device_train_batch_size
             * args.gradient_accumulation_steps
             * args.world_size,
             "loss normalization": getattr(args, "loss_normalization", "token"),
@@ -318,10 +318,10 @@ def summarize_run(
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
     # A stream has no length, for which the Trainer puts the largest integer in place of epochs.
     epochs = f", {state.num_train_epochs:g} epochs" if state.num_train_epochs < sys.maxsize else ""
-    rows = "packed rows" if getattr(args, "packing", False) else "rows"
     table.add_row(
         "steps",
-        f"{state.max_steps:,} of {batch} {rows} ({args.per_device_train_batch_size} per batch x "
+        f"{state.max_steps:,} of {batch} {_rows(args)} "
+        f"({args.per_device_train_batch_size} per batch x "
         f"{args.gradient_accumulation_steps} accumulated x {num_processes} processes){epochs}",
     )
     device = f"{args.device}" + (
@@ -333,6 +333,10 @@ def summarize_run(
         table.add_row(name, Text(line))
     table.add_row("output", Text(str(args.output_dir)))
     return table
+
+
+def _rows(args: TrainingArguments) -> str:
+    return "packed rows" if getattr(args, "packing", False) else "rows"
 
 
 def _model_name(model: nn.Module) -> str:

@@ -84,7 +84,7 @@ class MaskedLossMixin(MemoryPlanMixin):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_inexact_settings(self)
-        # It would wait for the device each time; losses that are not finite are counted instead.
+        # It would wait for the device each time. Losses that are not finite are counted instead.
         self.args.logging_nan_inf_filter = False
         compile_for_all_sizes(self.accelerator)
         # A subclass may give it as text, as the config does.
@@ -296,11 +296,9 @@ class MaskedLossMixin(MemoryPlanMixin):
 
     def describe_speed(self) -> dict[str, str]:
         """What decides on speed and memory, by name, as far as it has been decided."""
-        lines = {
-            "attention": self.attention_summary,
-            "head": self._head.summary,
-            "memory": self._memory_line,
-        }
+        compiler = self.args.torch_compile_backend if self.args.torch_compile else None
+        lines = {"attention": self.attention_summary, "head": self._head.summary}
+        lines |= {"memory": self._memory_line, "compiled": compiler}
         return {name: line for name, line in lines.items() if line is not None}
 
     def _choose_attention(self, model: nn.Module) -> AttentionChoice:
@@ -365,8 +363,8 @@ class MaskedLossMixin(MemoryPlanMixin):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         trainer: Any = self
-        known = trainer._signature_columns or []
-        trainer._signature_columns = [*known, "response_mask", "loss_weights"]
+        own = ["response_mask", "loss_weights"]
+        trainer._signature_columns = [*(trainer._signature_columns or []), *own]
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)

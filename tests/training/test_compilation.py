@@ -10,10 +10,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
+from datasets import Dataset
 from torch._dynamo.utils import counters
 from transformers import Trainer, TrainerCallback
 
-from hf_sft_plugin import DataCollatorForPromptResponse, MaskedLossMixin
+from hf_sft_plugin import DataCollatorForPromptResponse, MaskedLossMixin, MaskedSFTTrainer
 from hf_sft_plugin.training.attention import OpaqueList
 from hf_sft_plugin.training.compilation import compile_for_all_sizes
 
@@ -60,6 +61,10 @@ def fresh_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Accelerate keeps the settings of the compiler for as long as the process lives."""
     # What the compiler writes down would all be captured, which takes a third of the time.
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
+    for name in ("BACKEND", "MODE"):
+        # The settings leave them in the environment, for Accelerate.
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "")
+        monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.compiler.reset()
     counters.clear()
@@ -89,16 +94,12 @@ def train(model_factory: Make, tokenizer: Any, make_config: Make) -> Make:
 
 @pytest.mark.usefixtures("fresh_state")
 def test_losses_and_gradients_are_those_of_the_model_as_it_is_and_nothing_is_compiled_twice(
-    train: Make, monkeypatch: pytest.MonkeyPatch
+    train: Make,
 ) -> None:
     plain, expected = train()
     assert expected.num_frames == [0] * 4
     AcceleratorState._reset_state(reset_partial_state=True)
-    for name in ("BACKEND", "MODE"):
-        # The settings leave them in the environment, for Accelerate.
-        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "")
-        monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
-    compiled, found = train(torch_compile=True, torch_compile_backend="aot_eager")
+    compiled, found = train(torch_compile=True, torch_compile_backend="eager")
     assert compiled.attention_summary == plain.attention_summary
     assert "no padding, shared prompts once" in str(compiled.attention_summary)
     assert found.num_frames[0] > 10
@@ -109,6 +110,16 @@ def test_losses_and_gradients_are_those_of_the_model_as_it_is_and_nothing_is_com
             assert log[key] == pytest.approx(wanted[key], rel=1e-12)
     for gradient, wanted in zip(found.gradients, expected.gradients, strict=True):
         assert (gradient - wanted).norm() < 1e-12 * wanted.norm()
+
+
+@pytest.mark.usefixtures("fresh_state")
+def test_the_summary_says_that_the_model_is_compiled(
+    model: Any, tokenizer: Any, make_config: Make
+) -> None:
+    config = make_config(torch_compile=True, torch_compile_backend="eager")
+    rows = Dataset.from_list(make_rows())
+    trainer = MaskedSFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
+    assert trainer.describe_speed()["compiled"] == "eager"
 
 
 @pytest.mark.parametrize(

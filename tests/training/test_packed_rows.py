@@ -213,7 +213,9 @@ def test_the_summary_says_how_full_the_packed_rows_are(
 ) -> None:
     rows = make_rows()
     packed = pack_dataset(rows, MAX_LENGTH)
-    one_step(model, Dataset.from_list(rows), len(packed))
+    trainer, _ = one_step(model, Dataset.from_list(rows), len(packed))
+    card = Path(trainer.args.output_dir, "README.md").read_text()
+    assert "packed rows per optimizer step" in card
     text = " ".join(capsys.readouterr().out.split())
     assert f"packing {packed}" in text
     assert f"15 rows in {len(packed)} packed rows of up to 48 tokens, " in text
