@@ -6,7 +6,9 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 
 import measuring
-from measuring import device_name, version
+import pytest
+import torch
+from measuring import device_name, is_out_of_memory, version, versions
 
 # In a process of its own: one that has trained on a CPU keeps the memory that it frees.
 SEE_PEAK = """
@@ -32,3 +34,18 @@ def test_libraries_and_devices_have_names() -> None:
     assert version("torch") == installed_version("torch")
     assert version("no-such-library") == "not installed"
     assert device_name(3)
+
+
+def test_errors_that_lack_memory_are_told_from_others() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(error.value)
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert not is_out_of_memory(ValueError("can't allocate memory"))
+
+
+def test_the_libraries_of_a_measurement_are_named() -> None:
+    assert f"torch {version('torch')}" in versions()
+    assert f"transformers {version('transformers')}" in versions()
