@@ -176,11 +176,12 @@ def padding_share(lengths: Sequence[int], batch_size: int) -> float:
     """The share of padding, 0 to 1, where every row of a micro-batch is as long as the longest.
 
     Examples:
-        >>> padding_share([4, 2, 3, 3], batch_size=2)
-        0.14285714285714285
+        >>> padding_share([4, 2, 1, 1], batch_size=2)
+        0.2
     """
     batches = [lengths[i : i + batch_size] for i in range(0, len(lengths), batch_size)]
-    return 1 - sum(lengths) / sum(len(batch) * max(batch) for batch in batches)
+    padded = sum(len(batch) * max(batch) for batch in batches)
+    return (padded - sum(lengths)) / padded
 
 
 def describe(setup: Setup, rows: Rows) -> str:

@@ -1,5 +1,6 @@
 """What a benchmark reads of the machine is right."""
 
+import os
 import subprocess
 import sys
 from importlib.metadata import version as installed_version
@@ -28,6 +29,28 @@ assert peak_memory() < with_block - 2**27
 def test_the_peak_of_memory_is_seen_and_forgotten() -> None:
     folder = Path(measuring.__file__).parent
     subprocess.run([sys.executable, "-c", SEE_PEAK], cwd=folder, check=True)
+
+
+# 256 MiB more than there is now can be had, 1 GiB more cannot.
+FAIL_AT_LIMIT = """
+from measuring import is_out_of_memory, limit_memory, peak_memory, reset_peak_memory
+import torch
+reset_peak_memory()
+limit_memory(peak_memory() / 2**30 + 0.5)
+torch.ones(2**28, dtype=torch.uint8)
+try:
+    torch.ones(2**30, dtype=torch.uint8)
+except RuntimeError as error:
+    assert is_out_of_memory(error)
+else:
+    raise AssertionError("there was more than the limit")
+"""
+
+
+def test_memory_ends_at_the_limit() -> None:
+    folder = Path(measuring.__file__).parent
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, "-c", FAIL_AT_LIMIT], cwd=folder, check=True, env=environment)
 
 
 def test_libraries_and_devices_have_names() -> None:

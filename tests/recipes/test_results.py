@@ -1,11 +1,13 @@
 """Results are printed, written with all measurements, and drawn."""
 
+import doctest
 import json
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 
 import pytest
+import results
 from results import Result, make_table, median_and_range, note_on_losses, publish, ratios
 from rich.console import Console
 from turns import Usage
@@ -47,6 +49,7 @@ def test_ratios_are_taken_pair_by_pair() -> None:
 
 
 def test_losses_that_differ_are_named() -> None:
+    assert doctest.testmod(results) == (0, 3)
     same = {"ours": 2.0, "plain": 2.0019, "trl": 1.9981}
     assert note_on_losses(same, "first losses") == ""
     note = note_on_losses({**same, "wrong": 3.0, "broken": float("nan")}, "first losses")
