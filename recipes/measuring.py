@@ -11,6 +11,8 @@ import torch
 def reset_peak_memory() -> None:
     """Begins a new measurement of `peak_memory`."""
     if torch.cuda.is_available():
+        # There are no statistics before.
+        torch.cuda.init()
         torch.cuda.reset_peak_memory_stats()
     else:
         # Writing 5 makes Linux forget the highest resident size so far.

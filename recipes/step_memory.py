@@ -9,7 +9,7 @@ from results import Result, make_table, median_and_range, note_on_losses, ratios
 from rich.table import Table
 from steps import StepRecord, make_step_rows, measure_steps
 from turns import ContestantEnded
-from workload import Rows, Setup, describe
+from workload import Rows, Setup, describe, row_lengths
 
 # By rows of a micro-batch and contestant; None where there was not memory enough.
 Measured = dict[int, dict[str, list[StepRecord] | None]]
@@ -55,11 +55,11 @@ def measure_memory(
 def memory_result(setup: Setup, rows: Rows, measured: Measured) -> Result:
     """Medians with their range, and the ratio over the first contestant, size by size."""
     sizes = list(measured)
-    largest = replace(setup, batch_size=sizes[-1])
+    largest = describe(replace(setup, batch_size=sizes[-1]), row_lengths(rows))
     limit = "" if setup.memory_limit is None else f", limit {setup.memory_limit:g} GiB"
     table = make_table(
-        f"Memory of one optimizer step beyond the weights; the largest of {describe(largest, rows)}"
-        f"{limit}, medians of {setup.repetitions}",
+        f"Memory of one optimizer step beyond the weights; the largest of {largest}{limit}"
+        f", medians of {setup.repetitions}",
         f"{versions()}; {who_ends_first(measured)}{_notes(measured)}",
         _COLUMNS,
     )

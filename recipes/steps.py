@@ -11,7 +11,7 @@ from measuring import peak_memory, reset_peak_memory, versions
 from results import Result, make_table, median_and_range, note_on_losses, ratios
 from transformers import TrainerCallback
 from turns import Stopwatch, Usage, take_turns
-from workload import Rows, Setup, describe, make_model, make_rows
+from workload import Rows, Setup, describe, make_model, make_rows, row_lengths
 
 
 @dataclass
@@ -89,8 +89,9 @@ class TurnsOfOneStep(TrainerCallback):
 def step_result(setup: Setup, rows: Rows, records: dict[str, list[StepRecord]]) -> Result:
     """Medians, and the ratio of each contestant over the first, step by step."""
     losses = {name: steps[0].loss for name, steps in records.items()}
+    what = describe(setup, row_lengths(rows))
     table = make_table(
-        f"One optimizer step of {describe(setup, rows)}, medians of {setup.repetitions}",
+        f"One optimizer step of {what}, medians of {setup.repetitions}",
         versions() + note_on_losses(losses, "first losses"),
         ("", "wall s", "ratio", "(range)", "cpu s", "peak GiB", "ratio", "first loss"),
     )

@@ -151,7 +151,7 @@ def run_result(setup: Setup, rows: Rows, runs: dict[str, TrainingRun]) -> Result
     notes += note_on_losses({name: run.final_loss for name, run in runs.items()}, "final losses")
     table = make_table(
         f"Training on {num_rows:,} rows with {sum(lengths):,} tokens in steps of "
-        f"{describe(setup, rows)}, {setup.repetitions} turns of {setup.steps_per_turn} steps",
+        f"{describe(setup, lengths)}, {setup.repetitions} turns of {setup.steps_per_turn} steps",
         f"{versions()}; wall and cpu: all of train(); ratio: median of turns; start: from the "
         f"constructor to the first step, with the preparation of {len(rows.raw):,} raw rows, which "
         f"plain and liger leave to others{notes}",

@@ -184,11 +184,11 @@ def padding_share(lengths: Sequence[int], batch_size: int) -> float:
     return (padded - sum(lengths)) / padded
 
 
-def describe(setup: Setup, rows: Rows) -> str:
-    """What is trained on what, for the title of a table."""
+def describe(setup: Setup, lengths: Sequence[int]) -> str:
+    """What is trained on rows of which lengths, for the title of a table."""
     made_up = f"made up at {setup.prompt_to_response}"
     source = made_up if setup.rows is None else Path(setup.rows).name
-    padding = padding_share(row_lengths(rows), setup.batch_size)
+    padding = padding_share(lengths, setup.batch_size)
     trained = f"LoRA r={_LORA_RANK}" if setup.lora else "all weights"
     return (
         f"{setup.accumulation} x {setup.batch_size} rows ({source}, "

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import steps
-from steps import StepRecord, TurnsOfOneStep, make_step_rows, measure_steps, step_result
+from steps import StepRecord, TurnsOfOneStep, make_step_rows, step_result
 from turns import Usage
 from workload import Setup
 
@@ -28,11 +28,6 @@ def test_ratios_are_medians_of_steps_taken_side_by_side(cells_of: Any) -> None:
     records["other"] = [replace(unmeasured, loss=5.1), *slow]
     caption = str(step_result(SETUP, make_step_rows(SETUP), records).table.caption)
     assert caption.endswith("; first losses differ from that of ours: other by 2.0%")
-
-
-def test_a_contestant_that_cannot_start_is_named() -> None:
-    with pytest.raises(SystemExit, match="'nobody' could not take part"):
-        measure_steps(SETUP, ["nobody"], make_step_rows(SETUP))
 
 
 class CountingStopwatch:

@@ -24,6 +24,9 @@ def work(name, setup, path, stopwatch):
         time.sleep(0.05)
         stopwatch.end((name, torch.get_num_threads(), stopwatch.read()))
 
+def fail(name, setup, stopwatch):
+    raise KeyError(name)
+
 def take_too_much(name, setup, stopwatch):
     stopwatch.begin()
     torch.ones(2**33, dtype=torch.uint8)
@@ -52,6 +55,12 @@ def test_contestants_take_turns(tasks: str, tmp_path: Path) -> None:
         # What others do in between is not counted.
         assert all(0.05 <= usage.wall < 5 for usage in usages)
         assert all(usage.cpu < usage.wall for usage in usages)
+
+
+def test_a_contestant_that_cannot_start_is_named(tasks: str) -> None:
+    with pytest.raises(ContestantEnded, match="'nobody' could not take part") as end:
+        take_turns(["nobody"], 1, pytest.importorskip(tasks).fail, SETUP)
+    assert not end.value.is_by_memory
 
 
 def test_who_takes_more_memory_than_allowed_is_told_from_one_that_failed(tasks: str) -> None:
