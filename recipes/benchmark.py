@@ -2,86 +2,71 @@
 
     python recipes/benchmark.py step
     python recipes/benchmark.py step --shape qwen3-0.6b --rows train.jsonl --contestants ours plain
+    python recipes/benchmark.py train --rows train.jsonl --output train.json --chart train.png
+    python recipes/benchmark.py memory --batch_sizes 1 2 4 8
     python recipes/benchmark.py head
     python recipes/benchmark.py prepare --rows train.jsonl
     python recipes/benchmark.py masks
 
 Every contestant trains the same model on the same rows in the same order, each in a process of its
-own. They take turns, one optimizer step at a time, so that whatever disturbs the machine disturbs
-all of them. The others need the extra `bench`: pip install "hf_sft_plugin[bench]".
+own. They take turns, one optimizer step (of `train`: some of them) at a time, so that whatever
+disturbs the machine disturbs all of them; in `memory` one runs after the other. The others need the
+extra `bench`: pip install "hf_sft_plugin[bench]". Charts need matplotlib, the extra `report`.
 """
 
 import argparse
 import importlib.resources
-import json
-import multiprocessing
+import importlib.util
 import os
-import signal
-import statistics
-import sys
-import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import CONTESTANTS, SHAPES, Setup, make_model, make_rows
+from contestants import CONTESTANTS, default_contestants, why_impossible
 from datasets import disable_progress_bars
-from heads import HEADS, PRECISIONS, HeadSetup, head_table, measure_heads
-from measuring import device_name, peak_memory, reset_peak_memory, version
-from preparation import measure_preparation, preparation_table
+from heads import HEADS, PRECISIONS, HeadSetup, head_result, measure_heads
+from preparation import measure_preparation, preparation_result
+from results import Result, publish
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from step_memory import measure_memory, memory_result
+from steps import make_step_rows, measure_steps, step_result
 from template_proof import proof_table, prove_templates
-from transformers import TrainerCallback
+from training_runs import make_run_rows, measure_runs, run_result
+from workload import SHAPES, WORDS, Setup
 
 # Where TRL keeps its chat templates.
 _TEMPLATES = "chat_templates"
 
 
-@dataclass
-class StepRecord:
-    """One optimizer step of one contestant.
-
-    Attributes:
-        wall: Seconds.
-        cpu: Processor seconds of the whole process.
-        peak: Bytes at the highest point: of the process, or of the GPU where there is one.
-        loss: What the trainer logged.
-    """
-
-    wall: float
-    cpu: float
-    peak: int
-    loss: float
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the benchmark that the arguments name."""
-    options = vars(make_parser().parse_args(argv))
+    parser = make_parser()
+    options = vars(parser.parse_args(argv))
     command = options.pop("command")
     # A file or pipe has no width of its own, and the default would cut the columns.
     console = Console(width=max(Console().width, 100 if command == "step" else 180))
     disable_progress_bars()
-    if command == "prepare":
-        measured = measure_preparation(options["rows"], options["repetitions"])
-        console.print(preparation_table(measured))
-    elif command == "head":
-        contestants, precisions = options.pop("contestants"), options.pop("precisions")
-        torch.set_num_threads(options["threads"])
-        for precision in precisions:
-            setup = HeadSetup(precision=precision, **options)
-            console.print(head_table(setup, measure_heads(setup, contestants)))
-    elif command == "masks":
+    if command == "masks":
         folder = options["templates"] or Path(str(importlib.resources.files("trl"))) / _TEMPLATES
         console.print(proof_table(prove_templates(folder)))
-    else:
-        _run_step(options, console)
+        return
+    output, chart = options.pop("output"), options.pop("chart")
+    if chart is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error(
+            '--chart needs matplotlib, which is not installed: pip install "hf_sft_plugin[report]"'
+        )
+    if command in _TRAINING:
+        impossible = why_impossible(options["contestants"])
+        if impossible:
+            parser.error(impossible)
+        if options["rows"] is not None and options["prompt_to_response"] is not None:
+            parser.error(
+                "--prompt_to_response is for rows made up, and --rows names rows that are as they "
+                "are: leave one of the two out."
+            )
+        options["prompt_to_response"] = options["prompt_to_response"] or next(iter(WORDS))
+    publish(_COMMANDS[command](options), console, output, chart)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -90,47 +75,71 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    step = commands.add_parser(
-        "step",
-        help="time and peak memory of one optimizer step",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    step.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="size of the model")
-    step.add_argument("--rows", help="rows with a question and an answer; none: rows made up")
+    step = _add_command(commands, "step", "time and peak memory of one optimizer step")
     step.add_argument("--batch_size", type=int, default=8, help="rows of a micro-batch")
-    step.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
-    step.add_argument("--repetitions", type=int, default=5, help="measured steps")
-    step.add_argument(
+    train = _add_command(commands, "train", "whole runs: wall and CPU time, time to start, losses")
+    train.add_argument("--batch_size", type=int, default=8, help="rows of a micro-batch")
+    train.add_argument("--steps_per_turn", type=int, default=10, help="optimizer steps of a turn")
+    memory = _add_command(commands, "memory", "memory of a step for growing micro-batches")
+    memory.add_argument(
+        "--batch_sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="rows of a micro-batch"
+    )
+    memory.add_argument(
+        "--memory_limit", type=float, help="GiB at which a contestant ends; none: all there are"
+    )
+    for each in (step, train, memory):
+        _add_training_options(each)
+    _add_other_commands(commands)
+    return parser
+
+
+def _add_command(commands: Any, name: str, purpose: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=purpose, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    command.add_argument("--repetitions", type=int, default=5, help="measured turns of each")
+    command.add_argument("--output", type=Path, help="JSON file for all measurements")
+    command.add_argument("--chart", type=Path, help="PNG file for the ratios as bars")
+    return command
+
+
+def _add_training_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--shape", choices=SHAPES, default="smollm2-135m", help="size of the model"
+    )
+    command.add_argument("--rows", help="rows with a question and an answer; none: rows made up")
+    command.add_argument(
+        "--prompt_to_response",
+        choices=WORDS,
+        help=f"how long prompts are in rows made up; none: {next(iter(WORDS))}",
+    )
+    command.add_argument(
         "--responses_per_prompt", type=int, default=1, help="rows in a row with one question"
     )
-    step.add_argument(
+    command.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
+    command.add_argument(
+        "--lora", action="store_true", help="train an adapter on all linear layers but the head"
+    )
+    command.add_argument(
         "--precision",
         choices=["bf16", "float32"],
         default="bf16" if torch.cuda.is_available() else "float32",
         help="bf16 is autocast, which few CPUs do well",
     )
-    step.add_argument("--threads", type=int, default=_num_cpus(), help="CPU threads of each")
-    step.add_argument(
+    command.add_argument("--threads", type=int, default=_num_cpus(), help="CPU threads of each")
+    command.add_argument(
         "--contestants",
         nargs="+",
         choices=CONTESTANTS,
-        default=[name for name in CONTESTANTS if "+" not in name],
+        default=default_contestants(),
         help="who takes part; ratios are over the first",
     )
-    step.add_argument("--output", type=Path, help="JSON file for all measurements")
-    _add_other_commands(commands)
-    return parser
 
 
 def _add_other_commands(commands: Any) -> None:
-    head = commands.add_parser(
-        "head",
-        help="time and transient memory of the LM head with its loss and gradients",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    head = _add_command(commands, "head", "time and transient memory of the LM head with its loss")
     head.add_argument("--shape", choices=SHAPES, default="qwen3-0.6b", help="size of the head")
     head.add_argument("--num_rows", type=int, default=512, help="response tokens")
-    head.add_argument("--repetitions", type=int, default=5, help="measured passes")
     head.add_argument(
         "--precisions",
         nargs="+",
@@ -146,13 +155,9 @@ def _add_other_commands(commands: Any) -> None:
         default=list(HEADS),
         help="who takes part; ratios are over the first",
     )
-    prepare = commands.add_parser(
-        "prepare",
-        help="rows per second from raw rows to tokens and masks, against TRL",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    purpose = "rows per second from raw rows to tokens and masks, against TRL"
+    prepare = _add_command(commands, "prepare", purpose)
     prepare.add_argument("--rows", help="rows with a question and an answer; none: rows made up")
-    prepare.add_argument("--repetitions", type=int, default=5, help="measured preparations")
     masks = commands.add_parser(
         "masks",
         help="the proof of the masks over real chat templates",
@@ -167,143 +172,46 @@ def _num_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _run_step(options: dict[str, Any], console: Console) -> None:
-    contestants, output = options.pop("contestants"), options.pop("output")
+def _run_step(options: dict[str, Any]) -> list[Result]:
+    contestants = options.pop("contestants")
     setup = Setup(**options)
-    records = measure_steps(setup, contestants)
-    console.print(result_table(setup, records))
-    if output is not None:
-        results = {name: [asdict(record) for record in each] for name, each in records.items()}
-        output.write_text(json.dumps({"setup": asdict(setup), "records": results}, indent=1))
+    rows = make_step_rows(setup)
+    return [step_result(setup, rows, measure_steps(setup, contestants, rows))]
 
 
-def measure_steps(setup: Setup, contestants: Sequence[str]) -> dict[str, list[StepRecord]]:
-    """Lets the contestants take one optimizer step each, in turn, until all steps are done.
-
-    Returns:
-        The steps by contestant. The first builds optimizer states and caches and counts for
-        nothing but its loss.
-    """
-    context = multiprocessing.get_context("spawn")
-    connections: dict[str, Connection] = {}
-    processes: dict[str, SpawnProcess] = {}
-    for name in contestants:
-        connections[name], theirs = context.Pipe()
-        process = context.Process(target=take_part, args=(name, setup, theirs), daemon=True)
-        process.start()
-        theirs.close()
-        processes[name] = process
-    records: dict[str, list[StepRecord]] = {name: [] for name in contestants}
-    for _ in track(range(setup.repetitions + 1), description="Measuring", transient=True):
-        for name, connection in connections.items():
-            try:
-                connection.send("step")
-                records[name].append(connection.recv())
-            except (EOFError, OSError):
-                processes[name].join()
-                raise SystemExit(why_it_ended(name, processes[name].exitcode)) from None
-    for connection in connections.values():
-        connection.send("stop")
-    for process in processes.values():
-        process.join()
-    return records
+def _run_train(options: dict[str, Any]) -> list[Result]:
+    contestants = options.pop("contestants")
+    setup = Setup(**options)
+    rows = make_run_rows(setup)
+    return [run_result(setup, rows, measure_runs(setup, contestants, rows))]
 
 
-def why_it_ended(name: str, exit_code: int | None) -> str:
-    """One sentence about a contestant that is gone."""
-    if exit_code == -signal.SIGKILL:
-        return (
-            f"'{name}' was killed, most likely because all contestants together need more memory "
-            "than there is. Choose a smaller --batch_size or --shape, or fewer --contestants."
-        )
-    return f"'{name}' could not take part; its error is above."
+def _run_memory(options: dict[str, Any]) -> list[Result]:
+    contestants, sizes = options.pop("contestants"), options.pop("batch_sizes")
+    setup = Setup(batch_size=max(sizes), **options)
+    return [memory_result(setup, *measure_memory(setup, contestants, sizes))]
 
 
-def take_part(name: str, setup: Setup, connection: Connection) -> None:
-    """The process of one contestant: trains, and stops before every step until it is told to go."""
-    torch.set_num_threads(setup.threads)
-    disable_progress_bars()
-    # The log lines of four trainers at once would hide the result.
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # until the process ends
-    rows, tokenizer = make_rows(setup)
-    model = make_model(setup, tokenizer)
-    with tempfile.TemporaryDirectory() as folder:
-        settings = {
-            "output_dir": folder,
-            "max_steps": setup.repetitions + 1,
-            "per_device_train_batch_size": setup.batch_size,
-            "gradient_accumulation_steps": setup.accumulation,
-            "train_sampling_strategy": "sequential",
-            "bf16": setup.precision == "bf16",
-            "use_cpu": not torch.cuda.is_available(),
-            "logging_steps": 1,
-            "learning_rate": 1e-4,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-        }
-        trainer = CONTESTANTS[name](model, rows, tokenizer, settings)
-        trainer.add_callback(TakingTurns(connection))
-        trainer.train()
+def _run_head(options: dict[str, Any]) -> list[Result]:
+    contestants, precisions = options.pop("contestants"), options.pop("precisions")
+    torch.set_num_threads(options["threads"])
+    setups = [HeadSetup(precision=precision, **options) for precision in precisions]
+    return [head_result(setup, measure_heads(setup, contestants)) for setup in setups]
 
 
-class TakingTurns(TrainerCallback):
-    """Waits for its turn before a step, and reports the step when the next one would begin."""
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Waits for the first turn."""
-        self._wait()
-
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        """Ends the turn: logging is the last thing that belongs to a step."""
-        logs = kwargs["logs"]
-        if "loss" not in logs:
-            return
-        wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
-        self.connection.send(StepRecord(wall, cpu, peak_memory(), float(logs["loss"])))
-        self._wait()
-
-    def _wait(self) -> None:
-        try:
-            self.connection.recv()
-        except EOFError:
-            # Another contestant ended the benchmark, and says why.
-            raise SystemExit(0) from None
-        reset_peak_memory()
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
+def _run_prepare(options: dict[str, Any]) -> list[Result]:
+    measured = measure_preparation(options["rows"], options["repetitions"])
+    return [preparation_result(options, measured)]
 
 
-def result_table(setup: Setup, records: dict[str, list[StepRecord]]) -> Table:
-    """Medians, and the ratio of each contestant over the first, step by step."""
-    title = (
-        f"One optimizer step of {setup.accumulation} x {setup.batch_size} rows, "
-        f"{setup.responses_per_prompt} per prompt, "
-        f"{setup.shape}, {setup.precision}, {device_name(setup.threads)}, medians of "
-        f"{setup.repetitions}"
-    )
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
-    table = Table(title=title, caption=versions, title_justify="left", caption_justify="left")
-    table.add_column("", no_wrap=True)
-    for column in ("wall s", "ratio", "(range)", "cpu s", "peak GiB", "ratio", "first loss"):
-        table.add_column(column, justify="right", no_wrap=True)
-    first = next(iter(records.values()))[1:]
-    for name, (unmeasured, *steps) in records.items():
-        slower = [step.wall / reference.wall for step, reference in zip(steps, first, strict=True)]
-        larger = [step.peak / reference.peak for step, reference in zip(steps, first, strict=True)]
-        table.add_row(
-            name,
-            f"{statistics.median(step.wall for step in steps):.3f}",
-            f"{statistics.median(slower):.2f}",
-            f"{min(slower):.2f}-{max(slower):.2f}",
-            f"{statistics.median(step.cpu for step in steps):.2f}",
-            f"{statistics.median(step.peak for step in steps) / 2**30:.2f}",
-            f"{statistics.median(larger):.2f}",
-            f"{unmeasured.loss:.4f}",
-        )
-    return table
+_TRAINING = ("step", "train", "memory")
+_COMMANDS = {
+    "step": _run_step,
+    "train": _run_train,
+    "memory": _run_memory,
+    "head": _run_head,
+    "prepare": _run_prepare,
+}
 
 
 if __name__ == "__main__":

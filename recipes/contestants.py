@@ -1,128 +1,79 @@
-"""Who takes part in a benchmark, and what all of them train: the same model on the same rows."""
+"""Who takes part in a benchmark: this plugin, with and without its levers, and the others."""
 
 import importlib
-import random
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from datasets import Dataset, load_dataset
-from quickstart import build_model, train_tokenizer
+import torch
+from datasets import Dataset
 from transformers import (
     DataCollatorForSeq2Seq,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
-    set_seed,
 )
+from workload import Setup
 
-from hf_sft_plugin import (
-    IGNORE_INDEX,
-    MaskedSFTConfig,
-    MaskedSFTTrainer,
-    keep_freed_memory,
-    prepare_dataset,
-)
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "vocab_size": 8192,
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-    },
-    "smollm2-135m": {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "head_dim": 64,
-    },
-    "qwen3-0.6b": {
-        "vocab_size": 151936,
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
-}
+from hf_sft_plugin import IGNORE_INDEX, MaskedSFTConfig, MaskedSFTTrainer, keep_freed_memory
 
 
-@dataclass
-class Setup:
-    """What is measured; the same for every contestant.
-
-    Attributes:
-        shape: Name of a model shape.
-        rows: Path of rows with the columns `question` and `answer`; None makes rows up.
-        batch_size: Rows of one micro-batch.
-        accumulation: Micro-batches of one optimizer step.
-        repetitions: Measured optimizer steps, after one that is not.
-        precision: `bf16` (autocast) or `float32`.
-        threads: Threads of each process on a CPU.
-        responses_per_prompt: Rows in a row that have the question of the first of them.
-    """
-
-    shape: str
-    rows: str | None
-    batch_size: int
-    accumulation: int
-    repetitions: int
-    precision: str
-    threads: int
-    responses_per_prompt: int = 1
+def trainer_settings(
+    setup: Setup, folder: str, num_steps: int, logging_steps: int
+) -> dict[str, Any]:
+    """The settings that all contestants get."""
+    return {
+        "output_dir": folder,
+        "max_steps": num_steps,
+        "per_device_train_batch_size": setup.batch_size,
+        "gradient_accumulation_steps": setup.accumulation,
+        "train_sampling_strategy": "sequential",
+        "bf16": setup.precision == "bf16",
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": logging_steps,
+        "logging_first_step": True,
+        "learning_rate": 1e-4,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
 
 
-def make_model(setup: Setup, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The untrained model, with the same weights for everyone."""
-    set_seed(0)
-    fields = {"model_type": "qwen3", "tie_word_embeddings": True, "max_position_embeddings": 4096}
-    return build_model({**fields, **SHAPES[setup.shape]}, tokenizer)
+def why_impossible(contestants: Sequence[str]) -> str | None:
+    """One sentence about the first contestant that cannot take part here; None if all can."""
+    for name in contestants:
+        if name == "liger" and not torch.cuda.is_available():
+            return (
+                "'liger' runs on CUDA alone, and there is no such device here: leave it out of "
+                "--contestants."
+            )
+        for prefix, package, install in (
+            ("liger", "liger_kernel", "liger-kernel"),
+            ("trl", "trl", '"hf_sft_plugin[bench]"'),
+        ):
+            if name.startswith(prefix) and importlib.util.find_spec(package) is None:
+                return (
+                    f"'{name}' needs {package}, which is not installed: pip install {install}, or "
+                    "leave it out of --contestants."
+                )
+    return None
 
 
-def make_rows(setup: Setup) -> tuple[Dataset, PreTrainedTokenizerBase]:
-    """Tokenized rows, as many as will be needed, and the tokenizer that made them."""
-    count = setup.batch_size * setup.accumulation * (setup.repetitions + 1)
-    if setup.rows is not None:
-        raw = load_dataset("json", data_files=setup.rows, split=f"train[:{count}]")
-    else:
-        raw = Dataset.from_list(invent_rows(count))
-    questions = raw["question"]
-    same = [questions[row - row % setup.responses_per_prompt] for row in range(len(raw))]
-    raw = Dataset.from_dict({"question": same, "answer": raw["answer"]})
-    texts = [text for column in ("question", "answer") for text in raw[column]]
-    tokenizer = train_tokenizer(texts, vocab_size=8192)
-    prepared, _ = prepare_dataset(
-        raw,
-        tokenizer,
-        prompt_column="question",
-        response_column="answer",
-        prompt_format="chat",
-    )
-    return prepared, tokenizer
-
-
-def invent_rows(count: int) -> list[dict[str, str]]:
-    """Questions three times as long as their answers, with lengths that vary as real ones do."""
-    rng = random.Random(0)  # noqa: S311  # nothing secret is drawn
-    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=5)) for _ in range(500)]
-
-    def text(mean: float) -> str:
-        return " ".join(rng.choices(words, k=max(2, int(mean * rng.lognormvariate(0, 0.5)))))
-
-    return [{"question": text(90), "answer": text(30)} for _ in range(count)]
+def import_ahead(name: str) -> None:
+    """Imports what a contestant needs, so that no measurement holds the import."""
+    if name.startswith("trl"):
+        # Its names are loaded when they are first asked for.
+        _ = importlib.import_module("trl").SFTTrainer
 
 
 def with_labels(rows: Dataset) -> Dataset:
-    """The form that other trainers take: `labels` instead of `response_mask`."""
+    """The form that other trainers take: `labels` instead of `response_mask`.
+
+    Rows that are not tokenized, or have their labels, are given back as they are.
+    """
+    if "response_mask" not in rows.column_names:
+        return rows
 
     def to_labels(row: dict[str, Any]) -> dict[str, Any]:
         pairs = zip(row["input_ids"], row["response_mask"], strict=True)
@@ -134,10 +85,14 @@ def with_labels(rows: Dataset) -> Dataset:
 
 
 def ours(
-    model: Any, rows: Dataset, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]
+    model: Any,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: dict[str, Any],
+    **own: Any,
 ) -> Trainer:
-    """This plugin as it comes."""
-    args = MaskedSFTConfig(**settings)
+    """This plugin as it comes, or with some settings of its own."""
+    args = MaskedSFTConfig(**settings, **own)
     return MaskedSFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
 
 
@@ -176,6 +131,13 @@ def trl_best(
     return trl_default(model, rows, tokenizer, best)
 
 
+def liger(
+    model: Any, rows: Dataset, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]
+) -> Trainer:
+    """The Trainer of transformers with Liger's kernels."""
+    return plain(model, rows, tokenizer, {**settings, "use_liger_kernel": True})
+
+
 def with_allocator(contestant: Callable[..., Trainer]) -> Callable[..., Trainer]:
     """A contestant whose process keeps the memory that it frees."""
 
@@ -191,8 +153,19 @@ CONTESTANTS: dict[str, Callable[..., Trainer]] = {
     "plain": plain,
     "trl-default": trl_default,
     "trl-best": trl_best,
+    "liger": liger,
+    # Ours without one of its levers, to show what each brings.
+    "ours-padded": partial(ours, padding_free="off"),
+    "ours-full-logits": partial(ours, fused_head="off"),
+    "ours-stock-allocator": partial(ours, keep_freed_memory=False),
     # The others with the allocator setting that we make ourselves.
     "plain+allocator": with_allocator(plain),
     "trl-default+allocator": with_allocator(trl_default),
     "trl-best+allocator": with_allocator(trl_best),
 }
+
+
+def default_contestants() -> list[str]:
+    """Those that are compared when nobody is named."""
+    names = ["ours", "plain", "trl-default", "trl-best"]
+    return names if why_impossible(["liger"]) else [*names, "liger"]

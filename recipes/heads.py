@@ -16,13 +16,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from contestants import SHAPES
-from measuring import device_name, peak_memory, reset_peak_memory, version
+from measuring import device_name, peak_memory, reset_peak_memory, versions, wait_for_device
+from results import Result, make_table, median_and_range, note_on_losses, ratios
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
+from workload import SHAPES
 
 from hf_sft_plugin import head_loss
 
@@ -220,49 +220,40 @@ def _fastest_dtype(inputs: HeadInputs, setup: HeadSetup) -> torch.dtype:
 
 
 def _seconds(run: Callable[[], None]) -> float:
-    _wait()
+    wait_for_device()
     start = time.perf_counter()
     run()
-    _wait()
+    wait_for_device()
     return time.perf_counter() - start
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def head_table(setup: HeadSetup, records: dict[str, list[HeadRecord]]) -> Table:
+def head_result(setup: HeadSetup, records: dict[str, list[HeadRecord]]) -> Result:
     """Medians with their range, ratios over the first, and the share of the bare products."""
     sizes = SHAPES[setup.shape]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
-    table = Table(
-        title=f"Head of {setup.shape} (V {sizes['vocab_size']:,}, D {sizes['hidden_size']:,}) with "
+    losses = {name: steps[0].loss for name, steps in records.items() if name != "products"}
+    table = make_table(
+        f"Head of {setup.shape} (V {sizes['vocab_size']:,}, D {sizes['hidden_size']:,}) with "
         f"{setup.num_rows:,} response rows, {setup.precision}, {device_name(setup.threads)}, "
         f"medians of {setup.repetitions}",
-        caption=f"{versions}; transient: beyond inputs and gradients",
-        title_justify="left",
-        caption_justify="left",
+        f"{versions()}; transient: beyond inputs and gradients"
+        + note_on_losses(losses, "first losses"),
+        ("", "ms per row", "(range)", "ratio", "(range)", "of products", "transient GB", "loss"),
     )
-    table.add_column("", no_wrap=True)
-    columns = ("ms per row", "(range)", "ratio", "(range)", "of products", "transient GB", "loss")
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    first = next(iter(records.values()))[1:]
+    first = [record.wall for record in next(iter(records.values()))[1:]]
     floor = [record.wall for record in records["products"][1:]]
+    slower: dict[str, list[float]] = {}
     for name, (_, *passes) in records.items():
-        per_row = [1000 * record.wall / setup.num_rows for record in passes]
-        ratios = [a.wall / b.wall for a, b in zip(passes, first, strict=True)]
-        shares = [b / a.wall for a, b in zip(passes, floor, strict=True)]
+        walls = [record.wall for record in passes]
         is_bare = name == "products"
+        label = "bare products" if is_bare else name
+        slower[label] = ratios(walls, first)
         table.add_row(
-            "bare products" if is_bare else name,
-            f"{statistics.median(per_row):.2f}",
-            f"{min(per_row):.2f}-{max(per_row):.2f}",
-            f"{statistics.median(ratios):.2f}",
-            f"{min(ratios):.2f}-{max(ratios):.2f}",
-            f"{statistics.median(shares):.0%}",
+            label,
+            *median_and_range([1000 * wall / setup.num_rows for wall in walls]),
+            *median_and_range(slower[label]),
+            f"{statistics.median(ratios(floor, walls)):.0%}",
             "" if is_bare else f"{max(record.transient for record in passes) / 1e9:.2f}",
             "" if is_bare else f"{passes[0].loss:.4f}",
         )
-    return table
+    unit = f"wall time over that of {next(iter(records))}"
+    return Result(table, slower, unit, setup, records)

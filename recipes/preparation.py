@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -10,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contestants import SHAPES, invent_rows
 from datasets import Dataset, disable_caching
+from measuring import device_name, versions
 from quickstart import build_model, train_tokenizer
-from rich.table import Table
+from results import Result, make_table, median_and_range, ratios
 from transformers import PreTrainedTokenizerBase
+from workload import SHAPES, invent_rows
 
 from hf_sft_plugin import IGNORE_INDEX, prepare_dataset
 
@@ -77,23 +79,26 @@ def measure_preparation(path: str | None, repetitions: int) -> list[Preparation]
     ]
 
 
-def preparation_table(measured: list[Preparation]) -> Table:
+def preparation_result(setup: dict[str, Any], measured: list[Preparation]) -> Result:
     """Rows per second of both, and the ratio."""
-    table = Table(title="Preparing rows: tokens and masks, in rows per second")
-    for column in ("", "rows", "ours", "TRL", "ratio", "(range)", "trained tokens", "of TRL"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = make_table(
+        "Preparing rows: tokens and masks, in rows per second, medians of "
+        f"{len(measured[0].ours)}, {device_name(len(os.sched_getaffinity(0)))}",
+        versions(),
+        ("", "rows", "ours", "TRL", "ratio", "(range)", "trained tokens", "of TRL"),
+    )
+    slower: dict[str, list[float]] = {}
     for each in measured:
-        ratios = [theirs / ours for ours, theirs in zip(each.ours, each.theirs, strict=True)]
+        slower[each.name] = ratios(each.theirs, each.ours)
         table.add_row(
             each.name,
             f"{each.num_rows:,}",
             f"{each.num_rows / statistics.median(each.ours):,.0f}",
             f"{each.num_rows / statistics.median(each.theirs):,.0f}",
-            f"{statistics.median(ratios):.2f}",
-            f"{min(ratios):.2f}-{max(ratios):.2f}",
+            *median_and_range(slower[each.name]),
             *(f"{number:,}" for number in each.num_trained),
         )
-    return table
+    return Result(table, slower, "wall time of TRL over that of ours", setup, measured)
 
 
 def _read(path: str) -> list[dict[str, str]]:

@@ -1,64 +1,100 @@
-"""The benchmark runs, lets everyone take turns, and computes the ratios it prints."""
+"""The benchmarks run from their commands, and refuse what cannot be measured."""
 
+import importlib.util
 import json
-from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import benchmark
 import pytest
-from benchmark import StepRecord, result_table
-from contestants import Setup
-from rich.console import Console
+import torch
 
-SETUP = Setup("tiny", None, 4, 1, 2, "float32", 2)
+TINY = ("--shape", "tiny", "--precision", "float32", "--threads", "1")
+
+
+def results_of(*argv: str, output: Path) -> Any:
+    benchmark.main([*argv, "--output", str(output)])
+    (result,) = json.loads(output.read_text())["results"]
+    return result["records"]
 
 
 def test_a_benchmark_measures_all_contestants(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "result.json"
-    benchmark.main(
-        [
-            *("step", "--shape", "tiny", "--batch_size", "2", "--repetitions", "2"),
-            *("--precision", "float32", "--threads", "1", "--contestants", "ours", "plain"),
-            *("--output", str(output)),
-        ]
-    )
+    step = ("step", *TINY, "--batch_size", "2", "--repetitions", "2")
+    records = results_of(*step, "--contestants", "ours", "plain", output=tmp_path / "result.json")
     printed = capfd.readouterr().out
     assert "ours" in printed
     assert "plain" in printed
-    records = json.loads(output.read_text())["records"]
     assert [len(steps) for steps in records.values()] == [3, 3]
     ours, plain = records["ours"][0], records["plain"][0]
     assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     assert all(step["wall"] > 0 and step["peak"] > 2**26 for step in records["ours"])
 
 
-def test_ratios_are_medians_of_steps_taken_side_by_side() -> None:
-    unmeasured = StepRecord(wall=99.0, cpu=99.0, peak=99 * 2**30, loss=5.0)
-    fast = [StepRecord(wall, 1.0, 2**30, 4.0) for wall in (1.0, 2.0, 4.0)]
-    slow = [StepRecord(wall, 2.0, 2**31, 4.0) for wall in (3.0, 4.0, 20.0)]
-    records = {"ours": [unmeasured, *fast], "other": [unmeasured, *slow]}
-    printed = StringIO()
-    Console(file=printed, width=120).print(result_table(SETUP, records))
-    line = next(line for line in printed.getvalue().splitlines() if "other" in line)
-    cells = [cell.strip() for cell in line.strip("\u2502").split("\u2502")]
-    assert cells == ["other", "4.000", "3.00", "2.00-5.00", "2.00", "2.00", "2.00", "5.0000"]
+def test_a_whole_run_is_measured(tmp_path: Path) -> None:
+    train = ("train", *TINY, "--batch_size", "1", "--repetitions", "2", "--steps_per_turn", "1")
+    records = results_of(*train, "--contestants", "ours", output=tmp_path / "result.json")
+    run = records["ours"]
+    assert len(run["turns"]) == 2
+    assert run["start"]["wall"] > run["constructor"]["wall"] > 0
+    assert all(turn["wall"] > 0 for turn in run["turns"])
 
 
-def test_a_contestant_that_cannot_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match="'nobody' could not take part"):
-        benchmark.measure_steps(SETUP, ["nobody"])
+def test_memory_ends_at_its_limit(tmp_path: Path) -> None:
+    # Hardly enough for the libraries alone.
+    memory = ("memory", *TINY, "--repetitions", "1", "--batch_sizes", "1", "2")
+    limit = ("--memory_limit", "0.05", "--contestants", "ours")
+    records = results_of(*memory, *limit, output=tmp_path / "result.json")
+    # Nobody is left for 2 rows.
+    assert records == {"1": {"ours": None}}
+
+
+def test_heads_are_measured_at_every_precision(tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    head = ("head", "--shape", "tiny", "--num_rows", "8", "--repetitions", "1", "--threads", "1")
+    benchmark.main([*head, "--contestants", "ours", "--output", str(output)])
+    setups = [result["setup"] for result in json.loads(output.read_text())["results"]]
+    assert [setup["precision"] for setup in setups] == ["bf16", "autocast", "float32"]
 
 
 def test_the_help_of_every_command_is_worth_reading(capsys: pytest.CaptureFixture[str]) -> None:
-    for argv, words in ((["--help"], "take turns"), (["step", "--help"], "--repetitions")):
+    commands = ("step", "train", "memory", "head", "prepare")
+    cases = [(["--help"], "take turns"), *(([name, "--help"], "--chart") for name in commands)]
+    for argv, words in cases:
         with pytest.raises(SystemExit) as end:
             benchmark.main(argv)
         assert end.value.code == 0
         assert words in capsys.readouterr().out
 
 
-def test_a_contestant_that_was_killed_is_told_from_one_that_failed() -> None:
-    assert "was killed, most likely because" in benchmark.why_it_ended("plain", -9)
-    assert "could not take part; its error is above" in benchmark.why_it_ended("plain", 1)
+@pytest.mark.parametrize("command", ["step", "train", "memory"])
+def test_five_repetitions_are_the_default(command: str) -> None:
+    options = benchmark.make_parser().parse_args([command])
+    assert options.repetitions == 5
+    assert options.contestants[:4] == ["ours", "plain", "trl-default", "trl-best"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (["step", "--contestants", "ours", "liger"], "'liger' runs on CUDA alone"),
+        (
+            ["step", "--contestants", "ours", "--rows", "a.jsonl", "--prompt_to_response", "1:1"],
+            "--prompt_to_response is for rows made up",
+        ),
+        (["step", "--contestants", "ours", "--chart", "a.png"], "--chart needs matplotlib"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_runs(
+    argv: list[str],
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        benchmark.main(argv)
+    assert end.value.code == 2
+    assert reason in capsys.readouterr().err

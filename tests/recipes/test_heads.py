@@ -1,11 +1,11 @@
 """Every head in the benchmark works out the same loss and the same gradients."""
 
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
-from heads import HEADS, PRECISIONS, HeadRecord, HeadSetup, head_table, make_inputs, measure_heads
-from rich.console import Console
+from heads import HEADS, PRECISIONS, HeadRecord, HeadSetup, head_result, make_inputs, measure_heads
 
 SETUP = HeadSetup("tiny", 40, 2, "float32", 1)
 
@@ -40,7 +40,7 @@ def test_heads_take_turns_and_the_bare_products_are_measured_with_them() -> None
     assert records["ours"][0].loss == pytest.approx(records["logits"][0].loss, rel=1e-5)
 
 
-def test_the_table_has_medians_ratios_and_the_share_of_the_products() -> None:
+def test_the_table_has_medians_ratios_and_the_share_of_the_products(cells_of: Any) -> None:
     def passes(*walls: float) -> list[HeadRecord]:
         return [HeadRecord(9.0, 0, 5.0), *(HeadRecord(w, 2 * 10**9, 5.0) for w in walls)]
 
@@ -49,11 +49,9 @@ def test_the_table_has_medians_ratios_and_the_share_of_the_products() -> None:
         "slow": passes(0.08, 0.24),
         "products": passes(0.02, 0.04),
     }
-    console = Console(width=160, record=True)
-    console.print(head_table(SETUP, records))
-    lines = [line for line in console.export_text().splitlines() if "\u2502" in line]
-    cells = [[cell.strip() for cell in line.strip("\u2502").split("\u2502")] for line in lines]
-    assert cells == [
+    result = head_result(SETUP, records)
+    assert result.ratios["slow"] == pytest.approx([2.0, 3.0])
+    assert cells_of(result.table) == [
         ["ours", "1.50", "1.00-2.00", "1.00", "1.00-1.00", "50%", "2.00", "5.0000"],
         ["slow", "4.00", "2.00-6.00", "2.50", "2.00-3.00", "21%", "2.00", "5.0000"],
         ["bare products", "0.75", "0.50-1.00", "0.50", "0.50-0.50", "100%", "", ""],

@@ -2,10 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import preparation
 import pytest
-from rich.console import Console
 
 
 def test_both_prepare_the_same_rows_and_train_the_same_tokens(tmp_path: Path) -> None:
@@ -20,10 +20,8 @@ def test_both_prepare_the_same_rows_and_train_the_same_tokens(tmp_path: Path) ->
         assert len(each.ours) == len(each.theirs) == 1
 
 
-def test_the_table_shows_rows_per_second_and_their_ratio() -> None:
+def test_the_table_shows_rows_per_second_and_their_ratio(cells_of: Any) -> None:
     measured = preparation.Preparation("rows", 100, [1.0, 2.0, 1.0], [4.0, 4.0, 2.0], (7, 8))
-    console = Console(width=120, record=True)
-    console.print(preparation.preparation_table([measured]))
-    (line,) = [line for line in console.export_text().splitlines() if "rows \u2502" in line]
-    cells = [cell.strip() for cell in line.strip("\u2502").split("\u2502")]
-    assert cells == ["rows", "100", "100", "25", "2.00", "2.00-4.00", "7", "8"]
+    result = preparation.preparation_result({}, [measured])
+    assert cells_of(result.table) == [["rows", "100", "100", "25", "2.00", "2.00-4.00", "7", "8"]]
+    assert result.ratios == {"rows": [4.0, 2.0, 2.0]}
