@@ -9,8 +9,6 @@ reads the tile once more.
 Nothing is added up by several programs at once, so equal inputs give equal bits.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -77,19 +75,20 @@ class TritonTile(LogitTile):
             _gradient_kernel[grid](*tile, top, *rows, block_size, num_warps=_NUM_WARPS)
 
 
-@triton.jit
+# Tiles begin at any row and have any number of them; none of that is worth a kernel of its own.
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["targets", "is_top1"])
 def _row_sums_kernel(
-    logits: Any,
-    row_stride: Any,
-    bias: Any,
-    targets: Any,
-    vocab_size: Any,
-    multiplier: Any,
-    divisor: Any,
-    softcap: Any,
-    sums: Any,
-    num_rows: Any,
-    is_top1: Any,
+    logits: tl.tensor,
+    row_stride: tl.tensor,
+    bias: tl.tensor,
+    targets: tl.tensor,
+    vocab_size: tl.tensor,
+    multiplier: tl.tensor,
+    divisor: tl.tensor,
+    softcap: tl.tensor,
+    sums: tl.tensor,
+    num_rows: tl.tensor,
+    is_top1: tl.tensor,
     block_size: tl.constexpr,
 ) -> None:
     """Writes the `RowSums` of one row, `(5, num_rows)`; reads its logits once, a block at a time.
@@ -103,9 +102,12 @@ def _row_sums_kernel(
     target_z = _scaled(logits, bias, target, None, multiplier, divisor)
     if softcap is not None:
         target_z = _tanh(tl.div_rn(target_z, softcap)) * softcap
+    # One by one, or Triton's interpreter leaves them Python numbers.
     top = _LOWEST
-    exp_sum, product_sum, z_sum = 0.0, 0.0, 0.0
-    is_beaten = tl.zeros((block_size,), tl.int32)
+    top_column = 0
+    exp_sum = 0.0
+    product_sum = 0.0
+    z_sum = 0.0
     for start in range(0, vocab_size, block_size):
         columns = start + tl.arange(0, block_size)
         mask = columns < vocab_size
@@ -113,10 +115,10 @@ def _row_sums_kernel(
         if softcap is not None:
             z = _tanh(tl.div_rn(z, softcap)) * softcap
         z = tl.where(mask, z, float("-inf"))
-        # Of equal logits the first is the most probable; beside NaN nothing is.
-        is_below = (z < target_z) | ((z == target_z) & (columns >= target))
-        is_beaten |= tl.where(is_below, 0, 1)
-        new_top = tl.maximum(top, tl.max(z, 0))
+        # Of equal logits the first counts as the most probable.
+        block_top, position = tl.max(z, 0, return_indices=True, return_indices_tie_break_left=True)
+        top_column = tl.where(block_top > top, start + position, top_column)
+        new_top = tl.maximum(top, block_top)
         down = tl.maximum(top - new_top, _LOWEST)
         shrink = tl.exp(down)
         top = new_top
@@ -132,25 +134,25 @@ def _row_sums_kernel(
     tl.store(sums + 2 * num_rows, exp_sum)
     tl.store(sums + 3 * num_rows, product_sum)
     tl.store(sums + 4 * num_rows, z_sum / vocab_size)
-    tl.store(is_top1 + row, 1.0 - tl.max(is_beaten, 0))
+    tl.store(is_top1 + row, (top_column == target).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["targets"])
 def _gradient_kernel(
-    logits: Any,
-    row_stride: Any,
-    bias: Any,
-    targets: Any,
-    vocab_size: Any,
-    multiplier: Any,
-    divisor: Any,
-    softcap: Any,
-    tops: Any,
-    exp_factors: Any,
-    at_targets: Any,
-    product_factors: Any,
-    offsets: Any,
-    spreads: Any,
+    logits: tl.tensor,
+    row_stride: tl.tensor,
+    bias: tl.tensor,
+    targets: tl.tensor,
+    vocab_size: tl.tensor,
+    multiplier: tl.tensor,
+    divisor: tl.tensor,
+    softcap: tl.tensor,
+    tops: tl.tensor,
+    exp_factors: tl.tensor,
+    at_targets: tl.tensor,
+    product_factors: tl.tensor,
+    offsets: tl.tensor,
+    spreads: tl.tensor,
     block_size: tl.constexpr,
 ) -> None:
     """Writes the gradient of some columns of a row over their logits."""
@@ -178,25 +180,27 @@ def _gradient_kernel(
     tl.store(logits + columns, gradient.to(logits.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["targets", "coefficients"]
+)
 def _bias_gradient_kernel(
-    logits: Any,
-    row_stride: Any,
-    bias: Any,
-    targets: Any,
-    vocab_size: Any,
-    multiplier: Any,
-    divisor: Any,
-    softcap: Any,
-    tops: Any,
-    exp_factors: Any,
-    at_targets: Any,
-    product_factors: Any,
-    offsets: Any,
-    spreads: Any,
-    num_rows: Any,
-    coefficients: Any,
-    bias_gradient: Any,
+    logits: tl.tensor,
+    row_stride: tl.tensor,
+    bias: tl.tensor,
+    targets: tl.tensor,
+    vocab_size: tl.tensor,
+    multiplier: tl.tensor,
+    divisor: tl.tensor,
+    softcap: tl.tensor,
+    tops: tl.tensor,
+    exp_factors: tl.tensor,
+    at_targets: tl.tensor,
+    product_factors: tl.tensor,
+    offsets: tl.tensor,
+    spreads: tl.tensor,
+    num_rows: tl.tensor,
+    coefficients: tl.tensor,
+    bias_gradient: tl.tensor,
     block_size: tl.constexpr,
 ) -> None:
     """Adds coefficient * gradient of all rows, at some columns, to the gradient of the bias."""
@@ -229,22 +233,22 @@ def _bias_gradient_kernel(
 
 @triton.jit
 def _gradient(
-    logits: Any,
-    bias: Any,
-    targets: Any,
-    multiplier: Any,
-    divisor: Any,
-    softcap: Any,
-    tops: Any,
-    exp_factors: Any,
-    at_targets: Any,
-    product_factors: Any,
-    offsets: Any,
-    spreads: Any,
-    row: Any,
-    columns: Any,
-    mask: Any,
-) -> Any:
+    logits: tl.tensor,
+    bias: tl.tensor,
+    targets: tl.tensor,
+    multiplier: tl.tensor,
+    divisor: tl.tensor,
+    softcap: tl.tensor,
+    tops: tl.tensor,
+    exp_factors: tl.tensor,
+    at_targets: tl.tensor,
+    product_factors: tl.tensor,
+    offsets: tl.tensor,
+    spreads: tl.tensor,
+    row: tl.tensor,
+    columns: tl.tensor,
+    mask: tl.tensor,
+) -> tl.tensor:
     """The gradient of some columns of a row as in `RowGradient`, through soft cap and all."""
     z = _scaled(logits, bias, columns, mask, multiplier, divisor)
     if softcap is not None:
@@ -266,7 +270,14 @@ def _gradient(
 
 
 @triton.jit
-def _scaled(logits: Any, bias: Any, columns: Any, mask: Any, multiplier: Any, divisor: Any) -> Any:
+def _scaled(
+    logits: tl.tensor,
+    bias: tl.tensor,
+    columns: tl.tensor,
+    mask: tl.tensor,
+    multiplier: tl.tensor,
+    divisor: tl.tensor,
+) -> tl.tensor:
     """Logits with their bias, as they are before the soft cap, in float32."""
     z = tl.load(logits + columns, mask=mask).to(tl.float32)
     if bias is not None:
@@ -279,7 +290,7 @@ def _scaled(logits: Any, bias: Any, columns: Any, mask: Any, multiplier: Any, di
 
 
 @triton.jit
-def _tanh(x: Any) -> Any:
+def _tanh(x: tl.tensor) -> tl.tensor:
     """The hyperbolic tangent to 2 units in the last place; Triton has none of its own.
 
     Near 0 a polynomial for (tanh(x) - x) / x^3 in x^2, fitted for the least largest error.
