@@ -116,8 +116,9 @@ def _row_sums_kernel(
             z = _tanh(tl.div_rn(z, softcap)) * softcap
         z = tl.where(mask, z, float("-inf"))
         # Of equal logits the first counts as the most probable.
-        block_top, position = tl.max(z, 0, return_indices=True, return_indices_tie_break_left=True)
-        top_column = tl.where(block_top > top, start + position, top_column)
+        block_top = tl.max(z, 0)
+        position = tl.min(tl.where(z == block_top, columns, vocab_size), 0)
+        top_column = tl.where(block_top > top, position, top_column)
         new_top = tl.maximum(top, block_top)
         down = tl.maximum(top - new_top, _LOWEST)
         shrink = tl.exp(down)
