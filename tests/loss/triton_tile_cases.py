@@ -24,7 +24,7 @@ from hf_sft_plugin.loss.triton_tile import TritonTile
 
 DEVICE = torch.device(os.environ["TRITON_CASES_DEVICE"], 0)
 IS_CUDA = DEVICE.type == "cuda"
-NUM_ROWS, VOCAB = 4, 37
+NUM_ROWS, VOCAB = 3, 37
 OBJECTIVES: list[dict[str, Any]] = [
     {},
     {"loss_type": "dft"},
@@ -145,9 +145,16 @@ def assert_errs_no_more(found: Answer, plain: Answer, true: Answer) -> None:
         assert (ours - exact).norm() <= (theirs - exact).norm() + slack
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("settings", OBJECTIVES, ids=str)
-@pytest.mark.parametrize("is_changed", [False, True], ids=["plain", "bias, scales and soft cap"])
+@pytest.mark.parametrize(
+    ("dtype", "settings", "is_changed"),
+    [
+        *((torch.float32, settings, False) for settings in OBJECTIVES),
+        *((torch.bfloat16, settings, True) for settings in OBJECTIVES),
+        *((dtype, EVERYTHING, True) for dtype in (torch.float32, torch.float16)),
+        *((dtype, {}, False) for dtype in (torch.bfloat16, torch.float16)),
+    ],
+    ids=str,
+)
 def test_every_objective_errs_no_more_than_plain_torch(
     dtype: torch.dtype,
     settings: dict[str, Any],
@@ -172,8 +179,9 @@ def test_every_transform_errs_no_more_than_plain_torch(
 
 
 @pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=str)
-@pytest.mark.parametrize("num_rows", [1, 2])
-@pytest.mark.parametrize("vocab_size", [1, 2, 31, 32, 33, 64, 131])
+@pytest.mark.parametrize(
+    ("num_rows", "vocab_size"), [(1, 1), (2, 2), (1, 31), (2, 32), (1, 33), (2, 64), (1, 131)]
+)
 def test_no_size_has_to_be_a_multiple_of_anything(
     vocab_size: int,
     num_rows: int,
@@ -197,11 +205,12 @@ def test_one_block_may_hold_a_whole_row(
     assert_errs_no_more(found, plain, problem.truth(reference_losses))
 
 
-@pytest.mark.parametrize("settings", OBJECTIVES, ids=str)
-@pytest.mark.parametrize("order", ["rising", "falling", "mixed"])
-def test_huge_logits_are_exact(
-    order: str, settings: dict[str, Any], reference_losses: Callable[..., Tensor]
-) -> None:
+@pytest.mark.parametrize(
+    ("order", "settings"),
+    [("rising", EVERYTHING), ("falling", EVERYTHING), *(("mixed", s) for s in OBJECTIVES)],
+    ids=str,
+)
+def test_huge_logits_are_exact(order: str, settings: dict[str, Any]) -> None:
     """From -10,000 to 10,000: the largest changes with every block, or never."""
     columns = torch.linspace(-1e4, 1e4, VOCAB)
     spread = {"rising": columns, "falling": columns.flip(0), "mixed": draw(VOCAB, scale=1e4)}
@@ -258,7 +267,7 @@ def test_what_is_not_finite_reaches_the_loss_of_its_row_and_no_other(value: floa
     problem = Problem(draw(NUM_ROWS, VOCAB))
     problem.logits[2, 20] = value
     losses = problem.run(TritonTile).values["token_losses"]
-    assert losses.isnan().tolist() == [False, False, True, False]
+    assert losses.isnan().tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
