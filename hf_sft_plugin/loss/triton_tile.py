@@ -9,6 +9,8 @@ reads the tile once more.
 Nothing is added up by several programs at once, so equal inputs give equal bits.
 """
 
+from dataclasses import astuple
+
 import torch
 import triton
 import triton.language as tl
@@ -44,9 +46,7 @@ class TritonTile(LogitTile):
             None if self.bias is None else self.bias.contiguous(),
             targets.contiguous(),
             vocab_size,
-            self.transform.multiplier,
-            self.transform.divisor,
-            self.transform.softcap,
+            *(None if value is None else float(value) for value in astuple(self.transform)),
         )
         sums = torch.empty(5, num_rows, dtype=torch.float32, device=logits.device)
         # Triton launches on the current device, which need not be that of the tile.

@@ -6,11 +6,15 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from hf_sft_plugin.loss.logit_tile import LogitTransform, RowValues
+from hf_sft_plugin.loss.objective import LossObjective
 
 ROOT = Path(__file__).parents[2]
 CASES = Path(__file__).with_name("triton_tile_cases.py")
@@ -55,47 +59,61 @@ def test_a_gpu_finds_all_cases_fulfilled(chosen: str) -> None:
     run_cases("cuda", chosen)
 
 
-TILE = {"logits": "*bf16", "row_stride": "i32", "targets": "*i64", "vocab_size": "i32"}
-CHANGES = {"bias": "*fp32", "multiplier": "fp32", "divisor": "fp32", "softcap": "fp32"}
-ROWS = dict.fromkeys(("tops", "exp_factors", "at_targets"), "*fp32")
-MORE_ROWS = dict.fromkeys(("product_factors", "offsets", "spreads"), "*fp32")
-KERNELS = {
-    "_row_sums_kernel": {"sums": "*fp32", "num_rows": "i32", "is_top1": "*fp32"},
-    "_gradient_kernel": ROWS,
-    "_bias_gradient_kernel": {
-        **ROWS,
-        "num_rows": "i32",
-        "coefficients": "*fp32",
-        "bias_gradient": "*fp64",
-    },
-}
+class AbsentGpu:
+    """Tells Triton what to compile for."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return device
+
+    def get_current_target(self) -> Any:
+        return importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """The kernels by name, of calls that end where their kernel would be launched."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    function = importlib.import_module("triton.runtime.jit").JITFunction
+    driver = importlib.import_module("triton.runtime").driver
+    run = function.run
+    kernels: dict[Any, Any] = {}
+
+    def compile_only(self: Any, *args: Any, **options: Any) -> None:
+        kernels[self] = run(self, *args, **{**options, "warmup": True})
+
+    monkeypatch.setattr(function, "run", compile_only)
+    monkeypatch.setattr(driver, "_active", AbsentGpu())
+    yield kernels
+    for kernel in kernels:
+        kernel.device_caches.clear()
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
-@pytest.mark.parametrize("more", [{}, {**CHANGES, **MORE_ROWS}], ids=["plain", "everything"])
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab_size", [4096, 4099])
+@pytest.mark.parametrize("is_changed", [False, True], ids=["plain", "everything"])
 def test_the_kernels_compile_for_a_gpu(
-    name: str, more: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_changed: bool, vocab_size: int, dtype: torch.dtype, compiled: dict[Any, Any]
 ) -> None:
     """Without one, because the interpreter takes much that the compiler refuses."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    compiler = importlib.import_module("triton.compiler")
-    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
-    module = importlib.import_module("hf_sft_plugin.loss.triton_tile")
-    kernel = getattr(module, name)
-    types = {**TILE, **KERNELS[name], **more}
-    given: dict[str, Any] = {"block_size": module._BLOCK_SIZE}
-    if name == "_bias_gradient_kernel":
-        given = {"block_size": module._BIAS_BLOCK_SIZE}
-    signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
-    constants = {
-        (position,): given.get(argument)
-        for position, argument in enumerate(kernel.arg_names)
-        if argument not in types
-    }
-    source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    options = {"num_warps": 4 if name == "_bias_gradient_kernel" else module._NUM_WARPS}
-    compiled = compiler.compile(source, target=target, options=options)
-    assert compiled.asm["cubin"]
-    # Nothing is added up in an order that may change.
-    assert not re.search(r"\b(atom|red)\.", compiled.asm["ptx"])
+    kind = importlib.import_module("hf_sft_plugin.loss.triton_tile").TritonTile
+    logits = torch.zeros(3, vocab_size, dtype=dtype)
+    values = RowValues.empty(3, like=logits, dtype=torch.float32)
+    # What a config holds may be a whole number.
+    transform, objective, bias = LogitTransform(), LossObjective(), None
+    if is_changed:
+        transform = LogitTransform(multiplier=2, divisor=1, softcap=30)
+        objective = LossObjective(label_smoothing=0.1, z_loss_coef=0.1, entropy_coef=0.1)
+        bias = torch.zeros(vocab_size)
+    bias_gradient = None if bias is None else bias.double()
+    work = kind(bias, transform, objective, torch.float32, True, bias_gradient)
+    work.consume(logits, torch.zeros(3, dtype=torch.long), torch.ones(3), values)
+    names = ["_row_sums_kernel", *(["_bias_gradient_kernel"] * is_changed), "_gradient_kernel"]
+    assert [kernel.__name__ for kernel in compiled] == names
+    for kernel in compiled.values():
+        assert kernel.asm["cubin"]
+        # Nothing is added up in an order that may change.
+        assert not re.search(r"\b(atom|red)\.", kernel.asm["ptx"])
