@@ -16,15 +16,13 @@ from hf_sft_plugin.loss.fused_head import HeadLoss, refuse_row_gradients
 from hf_sft_plugin.loss.logit_tile import LogitTile, LogitTransform, RowValues
 from hf_sft_plugin.loss.masked_loss import weighted_sum, widest_float
 from hf_sft_plugin.loss.objective import LossObjective
+from hf_sft_plugin.loss.tile_choice import choose_tile, tile_bytes
 from hf_sft_plugin.loss.token_stats import (
     TokenStats,
     refuse_second_derivative,
     statistics_dtype,
 )
 
-# Bytes of a tile: as large as the products need to run at full speed.
-_CPU_TILE_BYTES = 184 * 2**20
-_TILE_BYTES = 2**30
 # Numbers of the weight, or of its gradient, that are converted at a time.
 _PANEL_SIZE = 2**21
 _DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
@@ -133,7 +131,8 @@ class _LinearHeadFunction(torch.autograd.Function):
             else None
         )
         with torch.autocast(hidden_states.device.type, enabled=False):
-            work = LogitTile(float_bias, transform, objective, dtype, any(needs), grad_bias)
+            tile = choose_tile(hidden_states.device, matrix.dtype)
+            work = tile(float_bias, transform, objective, dtype, any(needs), grad_bias)
             values = _run_tiles(
                 hidden_states, matrix, targets, weights.to(dtype), work, grad_hidden, grad_weight
             )
@@ -191,11 +190,6 @@ def _num_tiles(count: int, matrix: "_Weight") -> int:
     return -(-count // max(1, tile_bytes(matrix.device) // row_bytes))
 
 
-def tile_bytes(device_type: str) -> int:
-    """The logits that are held at a time; no more than these, however many rows there are."""
-    return _CPU_TILE_BYTES if device_type == "cpu" else _TILE_BYTES
-
-
 class _Weight:
     """A weight `(V, D)` in the dtype of the products.
 
@@ -204,7 +198,7 @@ class _Weight:
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self.size, self.dtype, self.device = len(weight), dtype, weight.device.type
+        self.size, self.dtype, self.device = len(weight), dtype, weight.device
         is_widened = dtype.itemsize > weight.dtype.itemsize
         self._weight = weight if is_widened else weight.to(dtype)
         num_rows = _panel_rows(weight) if is_widened else len(weight)

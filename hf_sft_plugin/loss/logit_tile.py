@@ -77,6 +77,44 @@ class RowValues(NamedTuple):
         return cls(*like.new_zeros(len(cls._fields), count, dtype=dtype))
 
 
+class RowSums(NamedTuple):
+    """What one pass over the transformed logits of each row gives; all of one shape.
+
+    Attributes:
+        top: The largest logit; the others are taken less it.
+        target: The logit of the target, less the largest.
+        exp_sum: Sum of the exponentiated logits.
+        product_sum: Sum of each logit times its exponential.
+        mean: Mean of the logits; None where the objective has no need of it.
+    """
+
+    top: Tensor
+    target: Tensor
+    exp_sum: Tensor
+    product_sum: Tensor
+    mean: Tensor | None
+
+
+class RowGradient(NamedTuple):
+    """The gradient of each row, with z for its logits less the largest; all of one shape.
+
+        exp(z) * (exp_factor + product_factor * (z + offset)) + spread, and at_target at the target
+
+    Attributes:
+        exp_factor: See above.
+        at_target: See above.
+        product_factor: See above; None, like `offset`, where the objective has no entropy term.
+        offset: See above.
+        spread: See above; None without label smoothing.
+    """
+
+    exp_factor: Tensor
+    at_target: Tensor
+    product_factor: Tensor | None = None
+    offset: Tensor | None = None
+    spread: Tensor | None = None
+
+
 class LogitTile:
     """Turns logits into statistics and gradients.
 
@@ -138,33 +176,26 @@ class LogitTile:
         z.sub_(top)
         target_z = z.gather(1, targets)
         exp_z = torch.exp(z, out=self._buffer("exp", z))
-        sums = exp_z.sum(1, keepdim=True)
-        log_sums = sums.log()
+        exp_sum = exp_z.sum(1, keepdim=True)
         mean_z = z.mean(1, keepdim=True) if self.objective.label_smoothing else None
         if self.bias is not None or logits.dtype == torch.float16:
             # A probability of 0 meets a logarithm of -inf: their product is 0 in the limit.
             z.clamp_min_(torch.finfo(self.dtype).min)
         keeps_z = self.needs_gradient and self.objective.entropy_coef
         products = torch.mul(z, exp_z, out=self._buffer("products", z) if keeps_z else z)
-        terms = TokenTerms(
-            target_z - log_sums,
-            log_sums - products.sum(1, keepdim=True) / sums,
-            top + log_sums,
-            log_sums if mean_z is None else mean_z - log_sums,
-        )
-        values.log_probs.copy_(terms.log_probs)
-        values.token_entropy.copy_(terms.token_entropy)
+        sums = RowSums(top, target_z, exp_sum, products.sum(1, keepdim=True), mean_z)
         values.is_top1.copy_(top1 == targets)
-        losses, slopes = self._differentiate(terms)
-        values.token_losses.copy_(losses)
+        rows = self._finish_rows(sums, values, z.shape[1])
         if not self.needs_gradient:
             return
-        if self.objective.needs_vocabulary:
-            self._vocabulary_gradient(z, exp_z.mul_(1 / sums), targets, terms, slopes)
+        if rows.product_factor is None or rows.offset is None:
+            torch.mul(exp_z, rows.exp_factor, out=z)
         else:
-            # At the target p - 1, without the rounding of p.
-            torch.mul(exp_z, 1 / sums, out=z).scatter_(1, targets, torch.expm1(terms.log_probs))
-            values.coefficients.mul_(-slopes.log_probs)
+            z.add_(rows.offset).mul_(exp_z).mul_(rows.product_factor)
+            z.addcmul_(exp_z, rows.exp_factor)
+        if rows.spread is not None:
+            z.add_(rows.spread)
+        z.scatter_(1, targets, rows.at_target)
         if slope is not None:
             z.mul_(slope)
         if self.bias_gradient is not None:
@@ -187,6 +218,42 @@ class LogitTile:
         logits.mul_(self.transform.softcap)
         return slope
 
+    def _finish_rows(self, sums: RowSums, values: RowValues, vocab_size: int) -> RowGradient:
+        """Fills in the values of rows, except `is_top1`, from sums; tells what their gradient is.
+
+        Reads what `coefficients` hold already, the weights times the scale.
+        """
+        log_sums = sums.exp_sum.log()
+        terms = TokenTerms(
+            sums.target - log_sums,
+            log_sums - sums.product_sum / sums.exp_sum,
+            sums.top + log_sums,
+            log_sums if sums.mean is None else sums.mean - log_sums,
+        )
+        losses, slopes = self._differentiate(terms)
+        values.log_probs.copy_(terms.log_probs)
+        values.token_entropy.copy_(terms.token_entropy)
+        values.token_losses.copy_(losses)
+        inverse = 1 / sums.exp_sum
+        if not self.objective.needs_vocabulary:
+            values.coefficients.mul_(-slopes.log_probs)
+            # At the target p - 1, without the rounding of p.
+            return RowGradient(inverse, torch.expm1(terms.log_probs))
+        # The derivatives of the terms are given in `token_terms`.
+        entropy, spread = terms.token_entropy, slopes.mean_log_prob / vocab_size
+        pushed = slopes.log_normalizer - slopes.mean_log_prob
+        log_p = terms.log_probs.clamp_min(torch.finfo(self.dtype).min)
+        at_target = log_p.exp() * (pushed - slopes.token_entropy * (log_p + entropy))
+        at_target += spread - slopes.log_probs * torch.expm1(log_p)
+        has_entropy, is_smoothed = self.objective.entropy_coef, self.objective.label_smoothing
+        return RowGradient(
+            (pushed - slopes.log_probs) * inverse,
+            at_target,
+            -slopes.token_entropy * inverse if has_entropy else None,
+            entropy - log_sums if has_entropy else None,
+            spread if is_smoothed else None,
+        )
+
     def _differentiate(self, terms: TokenTerms) -> tuple[Tensor, TokenTerms]:
         """The loss of each token, and its derivatives with respect to the terms."""
         if self.objective.is_nll:
@@ -197,27 +264,6 @@ class LogitTile:
             losses = self.objective.token_losses(*leaves)
             slopes = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
         return losses.detach(), TokenTerms(*slopes)
-
-    def _vocabulary_gradient(
-        self, z: Tensor, p: Tensor, targets: Tensor, terms: TokenTerms, slopes: TokenTerms
-    ) -> None:
-        """Writes the gradient of a loss that depends on all logits over `z`, log p less a constant.
-
-        With the derivatives of the terms as given in `token_terms`.
-        """
-        entropy, spread = terms.token_entropy, slopes.mean_log_prob / z.shape[1]
-        pushed = slopes.log_normalizer - slopes.mean_log_prob
-        if self.objective.entropy_coef:
-            # log p = z - log Z, and top + log Z is what the terms call the normalizer.
-            log_p = z.add_(terms.log_probs - z.gather(1, targets))
-            log_p.add_(entropy).mul_(p).mul_(-slopes.token_entropy)
-            z.addcmul_(p, pushed - slopes.log_probs)
-        else:
-            torch.mul(p, pushed - slopes.log_probs, out=z)
-        log_p = terms.log_probs.clamp_min(torch.finfo(z.dtype).min)
-        pushed = pushed - slopes.token_entropy * (log_p + entropy)
-        at_target = log_p.exp() * pushed - slopes.log_probs * torch.expm1(log_p)
-        z.scatter_(1, targets, at_target).add_(spread)
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
         """Room of the shape of `like` that is used again for every block."""

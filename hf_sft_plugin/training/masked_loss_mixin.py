@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_sft_plugin.loss.linear_head import tile_bytes
 from hf_sft_plugin.loss.masked_loss import LossNormalization, widest_float
 from hf_sft_plugin.loss.objective import LossObjective
+from hf_sft_plugin.loss.tile_choice import tile_bytes
 from hf_sft_plugin.training.attention_choice import AttentionChoice, AttentionChooser
 from hf_sft_plugin.training.checkpoint import load_budget, load_totals, save_budget, save_totals
 from hf_sft_plugin.training.compilation import compile_for_all_sizes
@@ -292,7 +292,7 @@ class MaskedLossMixin(MemoryPlanMixin):
 
     def forward_limit(self) -> int | None:
         """As in `MemoryPlanMixin`: a fused head holds a tile of logits."""
-        return None if self._head.choice is None else tile_bytes(self.args.device.type)
+        return None if self._head.choice is None else tile_bytes(self.args.device)
 
     def describe_speed(self) -> dict[str, str]:
         """What decides on speed and memory, by name, as far as it has been decided."""

@@ -145,7 +145,7 @@ def values_of(result: HeadLoss) -> dict[str, Tensor]:
 @pytest.fixture(params=[1, 5, 1000], ids=lambda rows: f"{rows} rows per tile")
 def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles, blocks and panels that fit nothing."""
-    monkeypatch.setattr(f"{MODULE}._CPU_TILE_BYTES", request.param * VOCAB * 8)
+    monkeypatch.setattr("hf_sft_plugin.loss.tile_choice._CPU_BYTES", request.param * VOCAB * 8)
     monkeypatch.setattr(f"{MODULE}._PANEL_SIZE", 5 * HIDDEN)
     monkeypatch.setattr("hf_sft_plugin.loss.logit_tile._CPU_BLOCK_SIZE", 2 * VOCAB)
     monkeypatch.setattr("hf_sft_plugin.loss.logit_tile._TOP_BLOCK", 4)
@@ -196,7 +196,7 @@ def test_the_other_two_ways_have_them_as_well(
 def test_the_gradient_is_that_of_finite_differences(
     way: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(f"{MODULE}._CPU_TILE_BYTES", 2 * VOCAB * 8)
+    monkeypatch.setattr("hf_sft_plugin.loss.tile_choice._CPU_BYTES", 2 * VOCAB * 8)
     problem = Problem(num_rows=5, bias=True)
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -233,7 +233,9 @@ def test_it_errs_no_more_than_the_full_logits(
     """In root mean square, with one rounding of the working dtype as slack; see law 9."""
     monkeypatch.setattr(f"{MODULE}._has_instructions", lambda dtype: has_instructions)
     itemsize = 2 if has_instructions and mode != "float32" else 4
-    monkeypatch.setattr(f"{MODULE}._CPU_TILE_BYTES", 400 // num_tiles * VOCAB * itemsize)
+    monkeypatch.setattr(
+        "hf_sft_plugin.loss.tile_choice._CPU_BYTES", 400 // num_tiles * VOCAB * itemsize
+    )
     dtype = torch.bfloat16 if mode == "bfloat16" else torch.float32
     working_dtype = torch.float32 if mode == "float32" else torch.bfloat16
     problem = Problem(dtype, num_rows=400, bias=True)
@@ -390,7 +392,7 @@ def test_memory_beside_the_gradients_does_not_grow_with_the_rows(
     dtype: torch.dtype, has_instructions: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(f"{MODULE}._has_instructions", lambda dtype: has_instructions)
-    monkeypatch.setattr(f"{MODULE}._CPU_TILE_BYTES", 2**20)
+    monkeypatch.setattr("hf_sft_plugin.loss.tile_choice._CPU_BYTES", 2**20)
     monkeypatch.setattr(f"{MODULE}._PANEL_SIZE", 2**15)
     monkeypatch.setattr("hf_sft_plugin.loss.logit_tile._CPU_BLOCK_SIZE", 2**15)
     vocab, hidden = 8192, 32

@@ -65,7 +65,7 @@ def run(
 def test_the_fused_head_equals_the_models_own_logits(
     name: str, model_factory: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_sft_plugin.loss.linear_head._CPU_TILE_BYTES", 3 * 300 * 8)
+    monkeypatch.setattr("hf_sft_plugin.loss.tile_choice._CPU_BYTES", 3 * 300 * 8)
     model_type, fields = ARCHITECTURES[name]
     model = model_factory(model_type, **fields).double().eval()
     inputs, targets, weights = make_batch()
