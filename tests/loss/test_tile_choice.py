@@ -21,10 +21,10 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     """What was chosen is remembered for a whole process."""
-    for cached in (tile_choice._fastest_tile, tile_bytes):
+    for cached in (tile_choice._fastest_tile, tile_choice._accelerator_bytes):
         cached.cache_clear()
     yield
-    for cached in (tile_choice._fastest_tile, tile_bytes):
+    for cached in (tile_choice._fastest_tile, tile_choice._accelerator_bytes):
         cached.cache_clear()
 
 

@@ -379,7 +379,6 @@ def test_a_head_goes_through_the_kernels_and_errs_no_more_than_through_plain_tor
     num_rows, hidden_size = 11, 6
     linear = "hf_sft_plugin.loss.linear_head"
     tile_bytes = 5 * VOCAB * (4 if mode == "float32" else 2)
-    monkeypatch.setattr("hf_sft_plugin.loss.tile_choice._CPU_BYTES", tile_bytes)
     monkeypatch.setattr(f"{linear}.tile_bytes", lambda device: tile_bytes)
     monkeypatch.setattr(f"{linear}._has_instructions", lambda dtype: True)
     torch.manual_seed(0)
