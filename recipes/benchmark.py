@@ -158,6 +158,7 @@ def _add_other_commands(commands: Any) -> None:
     purpose = "rows per second from raw rows to tokens and masks, against TRL"
     prepare = _add_command(commands, "prepare", purpose)
     prepare.add_argument("--rows", help="rows with a question and an answer; none: rows made up")
+    prepare.add_argument("--num_proc", type=int, help="processes of each; none: one")
     masks = commands.add_parser(
         "masks",
         help="the proof of the masks over real chat templates",
@@ -200,7 +201,7 @@ def _run_head(options: dict[str, Any]) -> list[Result]:
 
 
 def _run_prepare(options: dict[str, Any]) -> list[Result]:
-    measured = measure_preparation(options["rows"], options["repetitions"])
+    measured = measure_preparation(**options)
     return [preparation_result(options, measured)]
 
 

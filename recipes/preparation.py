@@ -48,33 +48,37 @@ class Preparation:
     num_trained: tuple[int, int]
 
 
-def measure_preparation(path: str | None, repetitions: int) -> list[Preparation]:
+def measure_preparation(
+    rows: str | None, repetitions: int, num_proc: int | None = None
+) -> list[Preparation]:
     """Prepares single- and multi-turn chats in turn with this plugin and with TRL.
 
     Args:
-        path: Rows with `question` and `answer` as JSON lines; None makes rows up.
+        rows: File of rows with `question` and `answer` as JSON lines; None makes rows up.
         repetitions: How often.
+        num_proc: Processes of each; None: one.
 
     Returns:
         One measurement for single questions, one for conversations of three.
     """
     disable_caching()
-    rows = invent_rows(2000) if path is None else _read(path)
-    texts = [text for row in rows for text in (row["question"], row["answer"])]
+    pairs = invent_rows(2000) if rows is None else _read(rows)
+    texts = [text for pair in pairs for text in (pair["question"], pair["answer"])]
     tokenizer = train_tokenizer(texts, vocab_size=8192)
     tokenizer.chat_template = _TEMPLATE
-    chats = [_chat([row]) for row in rows]
+    chats = [_chat([pair]) for pair in pairs]
     single = [{"prompt": chat[:1], "completion": chat[1:]} for chat in chats]
-    triples = [rows[i : i + 3] for i in range(0, len(rows) - 2, 3)]
+    triples = [pairs[i : i + 3] for i in range(0, len(pairs) - 2, 3)]
     multi = [{"messages": _chat(each)} for each in triples]
     return [
-        _measure("single turn", Dataset.from_list(single), tokenizer, {}, repetitions),
+        _measure("single turn", Dataset.from_list(single), tokenizer, {}, repetitions, num_proc),
         _measure(
             "three turns",
             Dataset.from_list(multi),
             tokenizer,
             {"assistant_only_loss": True},
             repetitions,
+            num_proc,
         ),
     ]
 
@@ -83,7 +87,8 @@ def preparation_result(setup: dict[str, Any], measured: list[Preparation]) -> Re
     """Rows per second of both, and the ratio."""
     table = make_table(
         "Preparing rows: tokens and masks, in rows per second, medians of "
-        f"{len(measured[0].ours)}, {device_name(len(os.sched_getaffinity(0)))}",
+        f"{len(measured[0].ours)}, {setup['num_proc'] or 1} processes of each, "
+        f"{device_name(len(os.sched_getaffinity(0)))}",
         versions(),
         ("", "rows", "ours", "TRL", "ratio", "(range)", "trained tokens", "of TRL"),
     )
@@ -119,6 +124,7 @@ def _measure(
     tokenizer: PreTrainedTokenizerBase,
     settings: dict[str, Any],
     repetitions: int,
+    num_proc: int | None,
 ) -> Preparation:
     trl = importlib.import_module("trl")
     model = build_model({"model_type": "qwen3", **SHAPES["tiny"]}, tokenizer)
@@ -126,7 +132,12 @@ def _measure(
     def theirs(dataset: Dataset) -> Any:
         with tempfile.TemporaryDirectory() as folder:
             args = trl.SFTConfig(
-                output_dir=folder, max_length=None, report_to="none", bf16=False, **settings
+                output_dir=folder,
+                max_length=None,
+                report_to="none",
+                bf16=False,
+                dataset_num_proc=num_proc,
+                **settings,
             )
             return trl.SFTTrainer(
                 model, args, train_dataset=dataset, processing_class=tokenizer
@@ -136,7 +147,7 @@ def _measure(
     overhead = min(_seconds(lambda: theirs(rows.select(range(2))))[0] for _ in range(3))
     measured = Preparation(name, len(rows), [], [], (0, 0))
     for _ in range(repetitions):
-        mine, (_, ledger) = _seconds(lambda: prepare_dataset(rows, tokenizer))
+        mine, (_, ledger) = _seconds(lambda: prepare_dataset(rows, tokenizer, num_proc=num_proc))
         other, dataset = _seconds(lambda: theirs(rows))
         measured.ours.append(mine)
         measured.theirs.append(other - overhead)

@@ -184,6 +184,12 @@ def test_every_normalization_and_both_heads_take_rows_without_padding(
     assert_equal_runs(run("qwen3", "on", **options), run("qwen3", "off", **options), 1e-12)
 
 
+def test_activations_may_wait_elsewhere_for_the_backward_pass(run: Callable[..., Run]) -> None:
+    kept = run("qwen3", "on", dtype=torch.float64)
+    with torch.autograd.graph.save_on_cpu():
+        assert_equal_runs(run("qwen3", "on", dtype=torch.float64), kept, 1e-12)
+
+
 @pytest.fixture
 def make_trainer(model: Any, tokenizer: Any, make_config: Make) -> Callable[..., OwnTrainer]:
     def make(padding_free: str = "auto", cls: type[OwnTrainer] = OwnTrainer, **given: Any) -> Any:
