@@ -21,7 +21,7 @@ QWEN = {
     "vocab_size": 8192,
     "hidden_size": 256,
     "intermediate_size": 1024,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 32,
@@ -39,7 +39,7 @@ LLAMA = {
 }
 ONE = {"per_device_train_batch_size": 12}
 # More than the budget, so that gradients are there while the second part runs.
-TWO = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 3}
+TWO = {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 3}
 CASES = {
     "full": {"model": QWEN, "settings": ONE, "is_lora": False},
     "full, checkpointed": {
