@@ -363,7 +363,7 @@ class MaskedLossMixin(MemoryPlanMixin):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         trainer: Any = self
-        own = ["response_mask", "loss_weights"]
+        own = ["response_mask", "loss_weights", "documents"]
         trainer._signature_columns = [*(trainer._signature_columns or []), *own]
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
