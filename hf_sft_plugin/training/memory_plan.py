@@ -154,11 +154,11 @@ class MemoryPlanMixin(MicrobatchesMixin):
         memory = measure_step_memory(model, run, self.optimizer)
         # Which head it is was found out by running it.
         memory = replace(memory, forward_limit=self.forward_limit())
-        self._step_memory = memory
         # The weights are there already, and after a checkpoint was read so are the states.
         has_states = self.optimizer is not None and bool(self.optimizer.state)
         coming = memory.gradients + (0 if has_states else memory.optimizer)
         left = available_memory(self.args.device) - coming
+        self._step_memory = memory
         needed = memory.of_pass([longest])
         if needed > left:
             logger.warning(

@@ -122,13 +122,14 @@ def test_other_settings_overrule_the_budget_of_a_checkpoint(
     assert [sum(lengths) for lengths in ran] == expected
 
 
+@pytest.mark.parametrize("what", ["measure_step_memory", "available_memory"])
 def test_a_measurement_that_fails_leaves_the_batches_as_they_come(
-    train: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    what: str, train: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*args: Any) -> None:
         raise IndexError("no such position")
 
-    monkeypatch.setattr(memory_plan, "measure_step_memory", fail)
+    monkeypatch.setattr(memory_plan, what, fail)
     with caplog.at_level(logging.WARNING):
         trainer, ran = train()
     assert [sum(lengths) for lengths in ran] == [60] * 6
