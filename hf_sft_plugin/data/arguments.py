@@ -81,7 +81,7 @@ def require_rows_of_one(dataset: object) -> None:
             raise ValueError("dataset is a single row, but rows are needed. Write [row].")
         raise ValueError(
             f"There are several datasets, {', '.join(map(str, dataset))}, but the rows of one are "
-            f"shown. Pass one of them, such as dataset[{next(iter(dataset), 'train')!r}]."
+            f"needed. Pass one of them, such as dataset[{next(iter(dataset), 'train')!r}]."
         )
     refuse_name(dataset, "dataset")
     if isinstance(dataset, list | tuple):

@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset
 from numpy.typing import NDArray
 from torch.utils import data
 
+from hf_sft_plugin.data.arguments import require_rows_of_one
 from hf_sft_plugin.data.shards import ShardDataset
 from hf_sft_plugin.types import PackedRow, RowError, TokenizedExample
 
@@ -79,7 +80,7 @@ def pack_dataset(rows: Any, max_length: int) -> PackedDataset:
         and `remove_unused_columns=False`.
 
     Raises:
-        ValueError: If the rows are not prepared, are none, or a stream.
+        ValueError: If the rows are not prepared, are none, a stream, or several datasets.
         RowError: If a row is longer than `max_length`.
 
     Examples:
@@ -88,6 +89,7 @@ def pack_dataset(rows: Any, max_length: int) -> PackedDataset:
         >>> packed.plan, str(packed)
         ([[0, 3], [1, 2]], '4 rows in 2 packed rows of up to 8 tokens, 93.8% filled')
     """
+    require_rows_of_one(rows)
     if isinstance(rows, IterableDataset):
         raise ValueError(
             "A stream cannot be packed: which rows fit together is only known when the lengths of "

@@ -19,12 +19,17 @@ def available_memory(device: torch.device) -> int:
     """Bytes that this process may still take on a device.
 
     On a CPU the processes of a machine that were started together share what there is, and a limit
-    of the container counts as well.
+    of the container counts as well. What Apple calls MPS has the memory of the machine.
+
+    Raises:
+        ValueError: If the device is one that cannot be asked.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         # What torch has in store for tensors to come is not free to the driver.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type not in ("cpu", "mps"):
+        raise ValueError(f"nobody knows how much memory is left on a device of type {device.type}")
     free = psutil.virtual_memory().available
     limit = cgroup_memory()
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -147,6 +147,7 @@ class RunRecorder(TrainerCallback):
             self.ledgers.get("train"),
             self._optimizer,
             self._num_records_of_training,
+            _rows(self.describe_speed()),
         )
         facts.before = facts.before or self._before
         for name, value in card.items():
@@ -180,6 +181,7 @@ def card_facts(
     ledger: Ledger | None,
     optimizer: torch.optim.Optimizer | None = None,
     num_records_of_training: int | None = None,
+    rows: str = "rows",
 ) -> CardFacts:
     """Collects what a model card says from a run; nothing secret is among it.
 
@@ -190,6 +192,7 @@ def card_facts(
         ledger: Account of the training data; None where the data came prepared elsewhere.
         optimizer: The one that was used; None takes that of the settings.
         num_records_of_training: Log lines up to the end of training; None where it has not ended.
+        rows: What a batch is made of.
     """
     is_best = (
         args.load_best_model_at_end
@@ -218,7 +221,7 @@ def card_facts(
             "warm-up": f"{args.warmup_steps:g}",
             "optimizer": _optimizer_name(args, optimizer),
             "optimizer steps": f"{state.global_step:,}",
-            f"{_rows(args)} per optimizer step": args.per_device_train_batch_size
+            f"{rows} per optimizer step": args.per_device_train_batch_size
             * args.gradient_accumulation_steps
             * args.world_size,
             "loss normalization": getattr(args, "loss_normalization", "token"),
@@ -320,7 +323,7 @@ def summarize_run(
     epochs = f", {state.num_train_epochs:g} epochs" if state.num_train_epochs < sys.maxsize else ""
     table.add_row(
         "steps",
-        f"{state.max_steps:,} of {batch} {_rows(args)} "
+        f"{state.max_steps:,} of {batch} {_rows(speed or {})} "
         f"({args.per_device_train_batch_size} per batch x "
         f"{args.gradient_accumulation_steps} accumulated x {num_processes} processes){epochs}",
     )
@@ -335,8 +338,8 @@ def summarize_run(
     return table
 
 
-def _rows(args: TrainingArguments) -> str:
-    return "packed rows" if getattr(args, "packing", False) else "rows"
+def _rows(speed: Mapping[str, str]) -> str:
+    return "packed rows" if "packing" in speed else "rows"
 
 
 def _model_name(model: nn.Module) -> str:

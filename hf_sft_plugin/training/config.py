@@ -294,10 +294,12 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
             )
         strategy = str(self.train_sampling_strategy)
         if self.group_by_prompt or strategy not in ("random", "sequential"):
+            other, remedy = f"train_sampling_strategy {strategy!r}", " or set that to 'random'"
+            if self.group_by_prompt:
+                other, remedy = "group_by_prompt", " or the other"
             raise ValueError(
-                "packing chooses rows that fit together, and so "
-                f"{'group_by_prompt' if self.group_by_prompt else strategy} cannot choose others. "
-                "Leave one of the two out."
+                f"packing chooses rows that fit together, and so {other} cannot choose others. "
+                f"Leave packing out,{remedy}."
             )
 
     def _check_counts(self) -> None:

@@ -32,7 +32,7 @@ from hf_sft_plugin.training.metrics import (
     means_by_source,
     row_totals,
 )
-from hf_sft_plugin.training.microbatches import count_microbatches
+from hf_sft_plugin.training.microbatches import remember_tensors
 from hf_sft_plugin.training.packed_rows import refuse_padded_documents
 from hf_sft_plugin.training.prompt_sampler import GroupedSampler, group_prompts, require_rows
 from hf_sft_plugin.training.response_batch import (
@@ -140,7 +140,7 @@ class MaskedLossMixin(MemoryPlanMixin):
             if self.max_tokens_per_microbatch != "auto" or self._budget is not None:
                 batches = self.regroup_step(batches, is_padded, shares_prompts)
             self.describe_memory(batches, is_padded)
-        self._num_microbatches = max(count_microbatches(batches), 1)
+        self._num_microbatches = max(remember_tensors(batches), 1)
         return batches, count
 
     def compute_loss(
@@ -363,7 +363,7 @@ class MaskedLossMixin(MemoryPlanMixin):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         trainer: Any = self
-        own = ["response_mask", "loss_weights"]
+        own = ["response_mask", "loss_weights", "documents"]
         trainer._signature_columns = [*(trainer._signature_columns or []), *own]
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:

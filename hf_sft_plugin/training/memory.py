@@ -186,9 +186,12 @@ def measure_step_memory(
     weights = {_key(t): t for t in (*model.parameters(), *model.buffers())}.values()
     trained = [p for p in model.parameters() if p.requires_grad]
     config: Any = model.config
-    num_layers = config.get_text_config().num_hidden_layers
+    config = config.get_text_config()
+    num_layers = config.num_hidden_layers
     # So few that it takes no time; yet on an accelerator enough that kernels are the usual ones.
     length = 32 if trained[0].device.type == "cpu" else 128
+    # A row of twice the length has to have positions, too.
+    length = min(length, getattr(config, "max_position_embeddings", 2 * length) // 2)
     is_checkpointed = any(map(_is_checkpointed, model.modules()))
     with _undisturbed(model):
         # What is made once and stays is no part of it.

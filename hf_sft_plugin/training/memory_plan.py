@@ -81,12 +81,23 @@ class MemoryPlanMixin(MicrobatchesMixin):
         # Whoever wants padding to a certain length, or tries out batch sizes, gets those batches.
         is_fixed = is_padded and getattr(self.args, "pad_to_multiple_of", None)
         if is_sharded or is_fixed or self.args.auto_find_batch_size:
+            # Nor is one that a checkpoint brought along.
+            self._budget = None
             return
         possible, longest = 0, 0
         if batches and can_regroup(batches) and batches[0].keys() <= _OF_ROWS:
             lengths, extents = row_extents(batches)
             longest = self.longest_row() or max(lengths)
-            possible = self._measure(batches, extents if is_padded else lengths, longest)
+            try:
+                possible = self._measure(batches, extents if is_padded else lengths, longest)
+            except Exception as error:
+                # An estimate is no reason to stop a training.
+                logger.warning(
+                    "What a step needs could not be measured, so batches run as they come. Set "
+                    "max_tokens_per_microbatch to a number to put rows together. The cause: %s: %s",
+                    type(error).__name__,
+                    error,
+                )
         if self.accelerator.num_processes > 1:
             # Processes see different rows and memory, and have to agree.
             found = torch.tensor([possible, -longest], device=self.accelerator.device)
@@ -107,7 +118,7 @@ class MemoryPlanMixin(MicrobatchesMixin):
 
     def choose_max_tokens(self, largest: int) -> int:
         """As in `MicrobatchesMixin`; `auto` takes the budget of memory."""
-        if self._budget is None:
+        if self._budget is None or self.max_tokens_per_microbatch != "auto":
             return super().choose_max_tokens(largest)
         return self._budget.for_step(largest)
 
@@ -143,11 +154,11 @@ class MemoryPlanMixin(MicrobatchesMixin):
         memory = measure_step_memory(model, run, self.optimizer)
         # Which head it is was found out by running it.
         memory = replace(memory, forward_limit=self.forward_limit())
-        self._step_memory = memory
         # The weights are there already, and after a checkpoint was read so are the states.
         has_states = self.optimizer is not None and bool(self.optimizer.state)
         coming = memory.gradients + (0 if has_states else memory.optimizer)
         left = available_memory(self.args.device) - coming
+        self._step_memory = memory
         needed = memory.of_pass([longest])
         if needed > left:
             logger.warning(

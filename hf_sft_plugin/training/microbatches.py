@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import Trainer
 
-from hf_sft_plugin.training.response_batch import OURS, ROW_LAYOUT, layout_of_rows
+from hf_sft_plugin.training.response_batch import (
+    FOUND_IN,
+    OURS,
+    ROW_LAYOUT,
+    FoundIn,
+    layout_of_rows,
+)
 from hf_sft_plugin.training.shared_prompts import bundle_rows
 from hf_sft_plugin.training.trained_positions import TRAINED_POSITIONS, positions_of_rows
 from hf_sft_plugin.types import IGNORE_INDEX
@@ -102,9 +108,17 @@ def row_extents(batches: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[i
     return lengths, extents
 
 
-def count_microbatches(batches: Sequence[Any]) -> int:
-    """How many micro-batches run in the place of these batches."""
-    return sum(len(each) if isinstance(each, Microbatches) else 1 for each in batches)
+def remember_tensors(batches: Sequence[Any]) -> int:
+    """Has each micro-batch remember what its layout and its trained positions were found in.
+
+    Returns:
+        How many micro-batches run in the place of these batches.
+    """
+    parts = [p for b in batches for p in (b if isinstance(b, Microbatches) else [b])]
+    for part in parts:
+        if TRAINED_POSITIONS in part or ROW_LAYOUT in part:
+            part[FOUND_IN] = FoundIn(part)
+    return len(parts)
 
 
 def can_regroup(batches: Sequence[Mapping[str, Any]]) -> bool:

@@ -22,11 +22,34 @@ from hf_sft_plugin.types import IGNORE_INDEX
 
 # The name under which a batch carries its `RowLayout`.
 ROW_LAYOUT = "row_layout"
+# The name under which it carries the `FoundIn` of both.
+FOUND_IN = "found_in"
 # What a batch carries for us beside its tensors.
-OURS = (ROW_LAYOUT, TRAINED_POSITIONS)
+OURS = (ROW_LAYOUT, TRAINED_POSITIONS, FOUND_IN)
 _NOT_FOR_THE_MODEL = ("labels", "response_mask", "loss_weights", *OURS)
+_FOUND_FROM = ("input_ids", "attention_mask", "position_ids", "labels")
 # Tensors that are known to hold one value per token; any other might mean something else.
 _PER_TOKEN = ("input_ids", "attention_mask", "position_ids", *_NOT_FOR_THE_MODEL)
+
+
+class FoundIn:
+    """The tensors in which layout and trained positions of a batch were found.
+
+    Somebody may change a batch before its loss is computed, as to mask tokens at random. That is
+    seen without waiting for a device: another tensor took a place, or one was written to.
+    """
+
+    def __init__(self, batch: Mapping[str, Any]) -> None:
+        self._tensors = {name: batch.get(name) for name in _FOUND_FROM}
+        self._versions = self._count_writes()
+
+    def is_still_in(self, batch: Mapping[str, Any]) -> bool:
+        """Whether a batch holds these tensors, and as they were."""
+        are_same = all(batch.get(name) is tensor for name, tensor in self._tensors.items())
+        return are_same and self._count_writes() == self._versions
+
+    def _count_writes(self) -> list[int]:
+        return [each._version for each in self._tensors.values() if isinstance(each, Tensor)]
 
 
 @dataclass(frozen=True)
@@ -238,7 +261,8 @@ def count_divisors(inputs: Mapping[str, Any], normalization: LossNormalization) 
 def split_batch(inputs: Mapping[str, Any], normalization: LossNormalization) -> ResponseBatch:
     """Takes a batch apart into what the model reads and what the loss needs.
 
-    Waits for the device where the batch does not come with its trained positions.
+    Waits for the device where the batch does not come with its trained positions, or was changed
+    since.
 
     Args:
         inputs: A batch of `DataCollatorForPromptResponse`, or of any collator that gives labels.
@@ -248,6 +272,9 @@ def split_batch(inputs: Mapping[str, Any], normalization: LossNormalization) -> 
         ValueError: If the batch has no labels.
     """
     targets, weights, divisors = _weigh(inputs, normalization)
+    found_in: FoundIn | None = inputs.get(FOUND_IN)
+    if found_in is not None and not found_in.is_still_in(inputs):
+        inputs = {name: value for name, value in inputs.items() if name not in OURS}
     trained: TrainedPositions | None = inputs.get(TRAINED_POSITIONS)
     # A process that was sent its part of a larger batch got the positions of the whole.
     if trained is None or trained.shape != targets.shape:

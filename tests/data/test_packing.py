@@ -123,17 +123,19 @@ def refusals(tmp_path: Path, tokenizer: Any) -> list[tuple[Any, str]]:
         ([{"prompt": "a"}], "columns prompt, but no input_ids"),
         ([], "There are no rows to pack"),
         (prepared, r"Row 0: the row has 9 tokens, but a packed row has 8, and no row is split"),
+        ({"train": prepared}, r"several datasets, train, .* Pass one of them"),
+        ("rows.jsonl", r"dataset is 'rows.jsonl', but the rows themselves are needed"),
     ]
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(8))
 def test_what_cannot_be_packed_is_refused_with_the_reason(
     number: int, tmp_path: Path, tokenizer: Any
 ) -> None:
     rows, message = refusals(tmp_path, tokenizer)[number]
     with pytest.raises(ValueError, match=message) as error:
         pack_dataset(rows, 8)
-    assert isinstance(rows, IterableDataset | ShardDataset | Dataset | list)
+    assert isinstance(rows, IterableDataset | ShardDataset | Dataset | list | dict | str)
     assert isinstance(error.value, RowError) == (number == 5)
 
 

@@ -51,3 +51,8 @@ def test_processes_of_a_machine_share_it(
     monkeypatch.setattr(module, "cgroup_memory", lambda: limit)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert available_memory(torch.device("cpu")) == expected
+
+
+def test_the_memory_of_the_machine_is_not_that_of_an_accelerator() -> None:
+    with pytest.raises(ValueError, match="left on a device of type xpu"):
+        available_memory(torch.device("xpu"))

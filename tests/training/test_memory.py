@@ -113,6 +113,18 @@ def test_the_measurement_leaves_weights_gradients_mode_and_random_numbers_alone(
     assert all(map(torch.equal, before, model.parameters()))
 
 
+def test_no_row_is_longer_than_the_model_has_positions(model_factory: Callable[..., Any]) -> None:
+    model = model_factory("gpt2", max_position_embeddings=40)
+    lengths = []
+
+    def run(num_rows: int, length: int) -> Any:
+        lengths.append(length)
+        return model(torch.ones(num_rows, length, dtype=torch.long), use_cache=False).logits.sum()
+
+    assert measure_step_memory(model, run, None).kept.per_token > 0
+    assert lengths == [20, 20, 20, 40]
+
+
 class Known(nn.Module):
     """Keeps what can be counted by hand: a constant, a share per token and one per square."""
 

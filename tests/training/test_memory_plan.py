@@ -108,6 +108,36 @@ def test_a_resumed_run_keeps_its_budget_whatever_memory_there_is(
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({"max_tokens_per_microbatch": 64}, [60] * 3), ({"auto_find_batch_size": True}, [60] * 3)],
+)
+def test_other_settings_overrule_the_budget_of_a_checkpoint(
+    settings: dict[str, Any], expected: list[int], train: Train, tmp_path: Path
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    train(output_dir=str(tmp_path / "whole"), **saving)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-1")
+    _, ran = train(checkpoint, output_dir=str(tmp_path / "resumed"), **settings)
+    assert [sum(lengths) for lengths in ran] == expected
+
+
+@pytest.mark.parametrize("what", ["measure_step_memory", "available_memory"])
+def test_a_measurement_that_fails_leaves_the_batches_as_they_come(
+    what: str, train: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any) -> None:
+        raise IndexError("no such position")
+
+    monkeypatch.setattr(memory_plan, what, fail)
+    with caplog.at_level(logging.WARNING):
+        trainer, ran = train()
+    assert [sum(lengths) for lengths in ran] == [60] * 6
+    assert "memory" not in trainer.describe_speed()
+    assert "batches run as they come" in caplog.text
+    assert "IndexError: no such position" in caplog.text
+
+
 @pytest.mark.parametrize("value", ["most", "-5", "1.5"])
 def test_a_budget_is_a_number_or_auto(
     value: str, make_config: Callable[..., MaskedSFTConfig]
