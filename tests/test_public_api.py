@@ -108,6 +108,7 @@ CONFIG_FIELDS = {
     "fused_head": "auto",
     "padding_free": "auto",
     "shared_prompts": "auto",
+    "trained_positions_only": "auto",
     "group_by_prompt": False,
     "max_tokens_per_microbatch": "auto",
     "packing": False,

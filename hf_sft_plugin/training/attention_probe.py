@@ -171,7 +171,7 @@ def find_problem(
 def _run_probe(wrapped: nn.Module, model: nn.Module, switch: AttentionSwitch | None) -> str | None:
     unwrapped = cast(Any, model)
     config = unwrapped.config.get_text_config()
-    rows = _probe_rows(config.vocab_size, unwrapped.device)
+    rows = probe_rows(config.vocab_size, unwrapped.device)
 
     def logits(batch: Mapping[str, Any], implementation: str | None = None) -> Tensor:
         set_or_not = switch.set_to(implementation) if switch and implementation else nullcontext()
@@ -182,15 +182,15 @@ def _run_probe(wrapped: nn.Module, model: nn.Module, switch: AttentionSwitch | N
     if switch is not None:
         # A single document: its masks can be asked about positions that it does not have.
         witness = _Witness()
-        logits(_end_to_end(rows[-1:]), _PROBE)
+        logits(end_to_end(rows[-1:]), _PROBE)
         limit = getattr(config, "max_position_embeddings", None) or _NUM_POSITIONS
         problem = witness.problem(min(limit, _MAX_POSITIONS))
         if problem is not None:
             return problem
         tolerance = _TOLERANCES.get(witness.dtype)
-    flat = logits(_end_to_end(rows), IMPLEMENTATION)[0]
+    flat = logits(end_to_end(rows), IMPLEMENTATION)[0]
     with _disturbance(unwrapped.get_input_embeddings(), _DISTURBED):
-        disturbed = logits(_end_to_end(rows), IMPLEMENTATION)[0]
+        disturbed = logits(end_to_end(rows), IMPLEMENTATION)[0]
     others = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
     others[_DISTURBED] = False
     if disturbed[~others].isfinite().any():
@@ -199,17 +199,17 @@ def _run_probe(wrapped: nn.Module, model: nn.Module, switch: AttentionSwitch | N
     # what they mask by 0 are judged by the tokens: not a bit may change with those of another.
     is_apart = bool(disturbed[others].isfinite().all())
     if switch is None:
-        changed = logits(_end_to_end([rows[0], rows[1].flip(0), rows[2]]))[0]
+        changed = logits(end_to_end([rows[0], rows[1].flip(0), rows[2]]))[0]
         is_apart = is_apart or torch.equal(changed[others], flat[others])
     if not is_apart:
         return "tokens of one row reach another, as in recurrent or convolutional layers"
     padded_rows = logits(_padded(rows))
     padded = torch.cat([row[: len(ids)] for row, ids in zip(padded_rows, rows, strict=True)])
-    error, noise = _largest_error(flat, padded), 0.0
+    error, noise = largest_error(flat, padded), 0.0
     if tolerance is None:
         # In half precision padding itself changes results, as where experts are chosen.
         alone = torch.cat([logits({"input_ids": ids.unsqueeze(0)})[0] for ids in rows])
-        error, noise = _largest_error(flat, alone), _largest_error(padded, alone)
+        error, noise = largest_error(flat, alone), largest_error(padded, alone)
     bound = (tolerance or _TOLERANCE_OF_HALVES) + 2 * noise
     if not error <= bound:
         return f"without padding its logits differ by {error:.1e}, and {bound:.1e} is rounding"
@@ -222,9 +222,7 @@ def _run_probe_of_sharing(
     """The same with two rows that begin alike, and end in more tokens than that and in fewer."""
     assert switch is not None, "nothing else attends to documents that go on from others"
     unwrapped = cast(Any, model)
-    prompt, one, other = _probe_rows(
-        unwrapped.config.get_text_config().vocab_size, unwrapped.device
-    )
+    prompt, one, other = probe_rows(unwrapped.config.get_text_config().vocab_size, unwrapped.device)
     rows = [torch.cat([prompt, ending]) for ending in (one, other)]
     shared = find_shared_prompts([row.cpu().numpy().astype(np.int64) for row in rows], at_least=1)
     assert shared is not None, "they begin alike"
@@ -232,7 +230,7 @@ def _run_probe_of_sharing(
     ids = torch.cat(rows)[shared.index].unsqueeze(0)
     witness = _Witness()
     with switch.set_to(_PROBE):
-        wrapped(**_end_to_end(rows[:1]), use_cache=False)
+        wrapped(**end_to_end(rows[:1]), use_cache=False)
     dtype = witness.dtype
     alone = [wrapped(input_ids=row.unsqueeze(0), use_cache=False) for row in rows]
     if any(getattr(output, "aux_loss", None) is not None for output in alone):
@@ -248,14 +246,15 @@ def _run_probe_of_sharing(
             disturbed = wrapped(**inputs).logits[0]
     if disturbed[last].isfinite().any() or not disturbed[: last.start].isfinite().all():
         return "tokens of one response reach another"
-    error = _largest_error(flat[shared.places], expected)
-    bound = _TOLERANCES.get(dtype, _TOLERANCE_OF_HALVES) + 2 * _largest_error(padded, expected)
+    error = largest_error(flat[shared.places], expected)
+    bound = tolerance_of(dtype) + 2 * largest_error(padded, expected)
     if not error <= bound:
         return f"its logits then differ by {error:.1e}, and {bound:.1e} is rounding"
     return None
 
 
-def _probe_rows(vocab_size: int, device: torch.device) -> list[Tensor]:
+def probe_rows(vocab_size: int, device: torch.device) -> list[Tensor]:
+    """The documents of the probe."""
     ids = (torch.arange(sum(_LENGTHS), device=device) * 7 + 3) % vocab_size
     return list(ids.split(list(_LENGTHS)))
 
@@ -267,7 +266,8 @@ def _padded(rows: list[Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _end_to_end(rows: list[Tensor]) -> dict[str, Any]:
+def end_to_end(rows: list[Tensor]) -> dict[str, Any]:
+    """What a model reads of documents without padding."""
     batch = _padded(rows)
     layout = find_layout(batch)
     assert layout is not None, "rows padded on the right have one"
@@ -275,7 +275,13 @@ def _end_to_end(rows: list[Tensor]) -> dict[str, Any]:
     return {"input_ids": layout.flatten(batch["input_ids"]), **layout.model_inputs()}
 
 
-def _largest_error(logits: Tensor, reference: Tensor) -> float:
+def tolerance_of(dtype: torch.dtype) -> float:
+    """The largest relative difference that rounding explains, for values of this dtype."""
+    return _TOLERANCES.get(dtype, _TOLERANCE_OF_HALVES)
+
+
+def largest_error(logits: Tensor, reference: Tensor) -> float:
+    """The largest relative difference between the logits of a token, `(N, V)`."""
     # A head that begins with zeros gives no size to compare with.
     sizes = reference.norm(dim=-1).clamp(min=torch.finfo(reference.dtype).tiny)
     errors = (logits - reference).norm(dim=-1) / sizes

@@ -12,6 +12,14 @@ from hf_sft_plugin.loss.masked_loss import LossNormalization
 from hf_sft_plugin.loss.objective import LossObjective, LossType
 from hf_sft_plugin.types import DataOptions
 
+# Settings that can be off, and what else they can be.
+_SWITCHES = {
+    "fused_head": "auto, on",
+    "padding_free": "auto, on",
+    "shared_prompts": "auto",
+    "trained_positions_only": "auto",
+}
+
 
 @dataclass
 class MaskedSFTConfig(DataOptions, TrainingArguments):
@@ -91,6 +99,15 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
             "help": "Whether rows of a micro-batch that begin with the same tokens, as several "
             "responses to one prompt do, run them once: 'auto' without padding, where a test run "
             "proves that nothing changes; 'off' never. See group_by_prompt.",
+            "choices": ["auto", "off"],
+        },
+    )
+    trained_positions_only: str = field(
+        default="auto",
+        metadata={
+            "help": "Whether what the last layer does for the prediction at a position is left out "
+            "where that is not trained: 'auto' without padding, where a test run proves that "
+            "nothing changes; 'off' never.",
             "choices": ["auto", "off"],
         },
     )
@@ -205,8 +222,7 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
                 "which has no such exponent. Set loss_type to 'focal', or leave focal_gamma out."
             )
         self.objective()
-        switches = {"fused_head": "auto, on", "padding_free": "auto, on", "shared_prompts": "auto"}
-        for name, others in switches.items():
+        for name, others in _SWITCHES.items():
             value = getattr(self, name)
             if value not in (*others.split(", "), "off"):
                 raise ValueError(

@@ -168,7 +168,7 @@ class FusedHead:
 
         hook = self.model.register_forward_hook(attach_result, prepend=True)
         try:
-            with _replaced_forward(self.lm_head, answer_with_loss):
+            with replaced_forward(self.lm_head, answer_with_loss):
                 result = model(**inputs, use_cache=False)[_RESULT_KEY]
         finally:
             hook.remove()
@@ -263,7 +263,7 @@ def find_transform(
     }
     try:
         wrapped.eval()
-        replaced = _replaced_forward(lm_head, answer_with_known_values)
+        replaced = replaced_forward(lm_head, answer_with_known_values)
         # Compiling would take longer than the run, for a shape that does not come again.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), replaced:
             logits = wrapped(**first_row, use_cache=False).logits
@@ -307,7 +307,7 @@ def _lm_head(model: nn.Module) -> nn.Module | None:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Gives one module instance another forward for a while."""
     # Accelerate and others leave a forward of their own on the instance; it has to come back.
     own = module.__dict__.get("forward")

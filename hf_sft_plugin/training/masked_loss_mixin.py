@@ -18,6 +18,7 @@ from hf_sft_plugin.training.attention_choice import AttentionChoice, AttentionCh
 from hf_sft_plugin.training.checkpoint import load_budget, load_totals, save_budget, save_totals
 from hf_sft_plugin.training.compilation import compile_for_all_sizes
 from hf_sft_plugin.training.exact_settings import refuse_inexact_settings
+from hf_sft_plugin.training.last_layer import LastLayerMixin
 from hf_sft_plugin.training.lm_head import (
     HeadChooser,
     ResponseResult,
@@ -45,7 +46,7 @@ from hf_sft_plugin.training.response_batch import (
 from hf_sft_plugin.types import RowError
 
 
-class MaskedLossMixin(MemoryPlanMixin):
+class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
     """Gives a `Trainer` the response-masked loss, divided by one global count, and exact logs.
 
     Put it in front: `class MyTrainer(MaskedLossMixin, Trainer)`. It works with every collator that
@@ -276,7 +277,8 @@ class MaskedLossMixin(MemoryPlanMixin):
         flat = without_padding(batch, shares_prompts) if attention.is_padding_free else None
         batch = flat or batch
         inputs = batch.model_inputs, batch.targets, batch.weights, objective, batch.positions
-        with nullcontext() if flat is None else attention.running():
+        last_layer = self.run_last_layer(unwrapped, flat)
+        with nullcontext() if flat is None else attention.running(), last_layer:
             if head is None:
                 result, _ = forward_full(model, *inputs, batch.places)
             else:
@@ -296,9 +298,9 @@ class MaskedLossMixin(MemoryPlanMixin):
 
     def describe_speed(self) -> dict[str, str]:
         """What decides on speed and memory, by name, as far as it has been decided."""
-        compiler = self.args.torch_compile_backend if self.args.torch_compile else None
         lines = {"attention": self.attention_summary, "head": self._head.summary}
-        lines |= {"memory": self._memory_line, "compiled": compiler}
+        lines |= {"last layer": self.last_layer_summary, "memory": self._memory_line}
+        lines |= {"compiled": self.args.torch_compile_backend if self.args.torch_compile else None}
         return {name: line for name, line in lines.items() if line is not None}
 
     def _choose_attention(self, model: nn.Module) -> AttentionChoice:

@@ -49,6 +49,7 @@ _SETTINGS_OF_THE_MIXIN = (
     "fused_head",
     "padding_free",
     "shared_prompts",
+    "trained_positions_only",
     "group_by_prompt",
     "max_tokens_per_microbatch",
 )

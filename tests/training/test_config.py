@@ -31,6 +31,7 @@ OWN_DEFAULTS = {
     "keep_freed_memory": True,
     "padding_free": "auto",
     "shared_prompts": "auto",
+    "trained_positions_only": "auto",
     "group_by_prompt": False,
     "max_dropped_share": 0.05,
     "dataset_num_proc": None,
@@ -96,6 +97,7 @@ def test_every_setting_of_our_own_has_its_default_and_a_help_text() -> None:
             for value in (0.0, -1.0, math.nan, math.inf)
         ),
         ({"shared_prompts": "on"}, "shared_prompts is 'on'; choose auto or off"),
+        ({"trained_positions_only": "on"}, "trained_positions_only is 'on'; choose auto or off"),
         (
             {"group_by_prompt": True, "train_sampling_strategy": "sequential"},
             "group_by_prompt is set, and train_sampling_strategy is 'sequential'",
