@@ -109,7 +109,8 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
         if self.state.global_step == 0 and self.state.max_steps > 0:
             raise ValueError(
                 "Nothing was trained: the training data gave no batch. A stream whose rows are all "
-                "left out does so; the warnings before name the first of them."
+                "left out does so; the warnings before name the first of them. So do fewer (packed)"
+                " rows than a batch has, with dataloader_drop_last."
             )
         # The Trainer's own figure is a mean over steps of means over tokens.
         exact = output.metrics.get("train_loss", output.training_loss)

@@ -302,3 +302,16 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
     assert logs[0] == logs[1]
     pairs = zip(resumed.model.parameters(), whole.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_too_few_packed_rows_for_a_batch_are_named_as_a_cause(
+    model: Any, tokenizer: Any, make_config: Make
+) -> None:
+    config = make_config(
+        packing=True,
+        max_length=MAX_LENGTH,
+        per_device_train_batch_size=64,
+        dataloader_drop_last=True,
+    )
+    with pytest.raises(ValueError, match=r"fewer \(packed\) rows .* dataloader_drop_last"):
+        make_trainer(model, tokenizer, config).train()
