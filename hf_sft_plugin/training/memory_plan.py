@@ -134,8 +134,11 @@ class MemoryPlanMixin(MicrobatchesMixin):
             rows.append([max(extents)] * len(extents) if is_padded else lengths)
         needed = memory.peak(rows)
         whole = memory.weights + available_memory(self.args.device)
+        num_trained = sum(int((part["labels"] != IGNORE_INDEX).sum()) for part in parts)
         self._memory_line = (
-            f"{_gigabytes(needed)} of {_gigabytes(whole)} GB needed, gradient "
+            f"{_gigabytes(needed)} of {_gigabytes(whole)} GB needed for {sum(map(sum, rows)):,} "
+            f"tokens, {num_trained:,} of them trained, in {len(parts)} "
+            f"micro-batch{'es' if len(parts) > 1 else ''}; gradient "
             f"checkpointing {'on' if memory.is_checkpointed else 'off'}"
         )
 

@@ -57,7 +57,8 @@ def test_a_step_runs_at_once_where_there_is_memory(train: Train) -> None:
     speed = trainer.describe_speed()
     assert speed["attention"] == "per-document SDPA, no padding, shared prompts once"
     assert speed["head"] == "3 products over response rows"
-    assert speed["memory"].endswith("GB needed, gradient checkpointing off")
+    needed = "GB needed for 180 tokens, 174 of them trained, in 1 micro-batch; gradient"
+    assert f"{needed} checkpointing off" in speed["memory"]
 
 
 def test_little_memory_makes_small_micro_batches_and_a_warning(
