@@ -92,6 +92,17 @@ class AttentionChooser:
         self.choice, self._asked = choice, (model, padding_free)
         return choice
 
+    def describe(self, share_prompts: bool) -> str | None:
+        """One line for the user; None before the first choice.
+
+        Args:
+            share_prompts: Whether prompts are shared where that is possible.
+        """
+        if self.choice is None:
+            return None
+        shares_prompts = share_prompts and self.choice.shares_prompts
+        return self.choice.summary + (", shared prompts once" if shares_prompts else "")
+
     def give_back(self) -> None:
         """Leaves the model with the attention that it came with, whatever was broken off."""
         if self.choice is not None and self.choice.switch is not None:

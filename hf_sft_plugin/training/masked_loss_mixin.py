@@ -250,11 +250,7 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
     @property
     def attention_summary(self) -> str | None:
         """How rows are attended to, in a few words; None before the model was first run."""
-        choice = self._attention.choice
-        if choice is None:
-            return None
-        shares_prompts = choice.shares_prompts and self.shared_prompts != "off"
-        return choice.summary + (", shared prompts once" if shares_prompts else "")
+        return self._attention.describe(self.shared_prompts != "off")
 
     @property
     def _eval_normalization(self) -> LossNormalization:

@@ -141,7 +141,8 @@ class Keeper(TrainerCallback):
         model.get_input_embeddings().register_forward_hook(self._count)
 
     def _count(self, module: Any, inputs: Any, output: Tensor) -> None:
-        if module.training:
+        # Trials of the model leave no graph.
+        if module.training and torch.is_grad_enabled():
             self.num_read += inputs[0].numel()
             self.parts += 1
 
