@@ -33,7 +33,7 @@ SIGNATURES = {
     "diff_rows": "dataset, here, there, *, num_rows=5, containing=None, source=None",
     "get_response_log_probs": "model, input_ids, labels, return_token_entropy=False",
     "head_loss": "head, hidden_states, targets, weights, *, transform=None, objective=None, "
-    "forward=None",
+    "forward=None, weight=None",
     "make_tokenization_setup": "tokenizer, options, model",
     "mix_datasets": "datasets, weights=None, *, seed=0",
     "masked_normalize": "tensor, mask, dim=None, normalize_constant=1.0",

@@ -19,6 +19,7 @@ def head_loss(
     transform: LogitTransform | None = None,
     objective: LossObjective | None = None,
     forward: Callable[[Tensor], Tensor] | None = None,
+    weight: Tensor | None = None,
 ) -> HeadLoss:
     """The summed loss of what an LM head predicts, without its logits ever being held all at once.
 
@@ -36,6 +37,7 @@ def head_loss(
         transform: What the model does to the logits; None: nothing.
         objective: The loss of a token; None: the negative log-likelihood.
         forward: The forward of the head, where something else stands in its place for the moment.
+        weight: Stands for that of a plain linear head, where its gradient goes another way.
 
     Returns:
         The loss, the losses of the rows, and their log-probabilities, entropies and hits.
@@ -48,7 +50,7 @@ def head_loss(
     transform = transform or LogitTransform()
     objective = objective or LossObjective()
     if is_plain_linear(head, forward, hidden_states):
-        tensors = head.weight, head.bias
+        tensors = head.weight if weight is None else weight, head.bias
         return linear_head_loss(hidden_states, targets, weights, *tensors, transform, objective)
     parameters = list(head.parameters())
     return fused_head_loss(

@@ -20,6 +20,7 @@ from hf_sft_plugin.loss.linear_head import is_plain_linear
 from hf_sft_plugin.loss.logit_tile import LogitTransform
 from hf_sft_plugin.loss.objective import LossObjective
 from hf_sft_plugin.loss.token_stats import TokenStats
+from hf_sft_plugin.training.tied_gradient import shared_gradient
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +157,7 @@ class FusedHead:
                 transform=self.transform,
                 objective=objective,
                 forward=own_forward,
+                weight=handed_on[0] if handed_on else None,
             )
             answers.append(answer)
             # The model goes on with this as if it were logits; whatever it computes is discarded.
@@ -168,7 +170,10 @@ class FusedHead:
 
         hook = self.model.register_forward_hook(attach_result, prepend=True)
         try:
-            with replaced_forward(self.lm_head, answer_with_loss):
+            with (
+                shared_gradient(model, self.model, self.lm_head) as handed_on,
+                replaced_forward(self.lm_head, answer_with_loss),
+            ):
                 result = model(**inputs, use_cache=False)[_RESULT_KEY]
         finally:
             hook.remove()
