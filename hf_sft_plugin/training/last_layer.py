@@ -83,6 +83,11 @@ class LastLayer:
             self._is_proven = True
         return self.problem is None
 
+    def train(self) -> None:
+        """Sets it to training mode, which a probe of the whole model is not in."""
+        assert self._layer is not None, "else there is a problem, and nothing to try"
+        self._layer.train()
+
     @contextmanager
     def running_at(
         self, places: Tensor, num_tokens: int, fill: float = 0.0, are_distinct: bool = True
@@ -158,8 +163,9 @@ def find_problem(model: nn.Module, last_layer: LastLayer) -> str | None:
     devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices, device_type=kind):
-            # Dropout is only seen while training.
-            model.train()
+            model.eval()
+            # Dropout is only seen while training. That of other layers stays as it is.
+            last_layer.train()
             return _run_probe(model, last_layer)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         return f"a run at a few positions failed ({type(error).__name__}: {error})"
@@ -174,7 +180,7 @@ def _run_probe(model: nn.Module, last_layer: LastLayer) -> str | None:
     before = _random_states(device)
     outputs = model(**batch, use_cache=False)
     if any(not torch.equal(*states) for states in zip(before, _random_states(device), strict=True)):
-        return "the model draws random numbers, as for dropout"
+        return "it draws random numbers, as for dropout"
     if getattr(outputs, "aux_loss", None) is not None:
         return "the loss of its router counts every token"
     places = torch.tensor(_PROBED, device=device)

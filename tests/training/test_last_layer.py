@@ -224,11 +224,11 @@ ROUTER_LOSS = {"output_router_logits": True, "router_aux_loss_coef": 1.0}
         ({"gradient_checkpointing": True}, "gradient checkpointing runs it again"),
         (
             {"fields": {"attention_dropout": 0.1}},
-            "the model draws random numbers, as for dropout",
+            "it draws random numbers, as for dropout",
         ),
         (
             {"adapter": LoraConfig(target_modules="all-linear", r=4, lora_dropout=0.01)},
-            "the model draws random numbers, as for dropout",
+            "it draws random numbers, as for dropout",
         ),
         (
             {"model_type": "mixtral", "fields": ROUTER_LOSS},
@@ -249,6 +249,12 @@ def test_it_runs_everywhere_where_it_has_to_and_the_summary_says_why(
     trainer.train()
     assert trainer.describe_speed()["last layer"] == f"everywhere, because {reason}"
     assert NUM_TRAINED not in {shape[1] for shape in seen}
+
+
+def test_dropout_before_it_draws_the_same_numbers_as_ever(train: Callable[..., Run]) -> None:
+    dropout = LoraConfig(target_modules=r".*layers\.0\..*_proj", r=4, lora_dropout=0.3)
+    runs = (train(adapter=dropout, trained_positions_only=how) for how in ("auto", "off"))
+    assert_equal_runs(*runs, 1e-12)
 
 
 def test_padded_rows_have_no_such_line(make_trainer: Make) -> None:
