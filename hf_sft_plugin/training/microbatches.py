@@ -77,14 +77,18 @@ def plan_microbatches(
             plan[widest : widest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
         return [sorted(rows) for rows in plan]
     for count in range(max(num_at_least, -(-sum(lengths) // limit)), len(lengths) + 1):
-        plan, loads = [[] for _ in range(count)], [0] * count
-        for row in longest_first:
-            least = loads.index(min(loads))
-            plan[least].append(row)
-            loads[least] += lengths[row]
-        if max(loads) <= limit:
-            break
-    return [sorted(rows) for rows in plan]
+        # Evenly, and where that does not fit, as tightly as can be.
+        for is_even in (True, False):
+            plan, loads = [[] for _ in range(count)], [0] * count
+            for row in longest_first:
+                fitting = (n for n, load in enumerate(loads) if load + lengths[row] <= limit)
+                least = loads.index(min(loads))
+                chosen = least if is_even else next(fitting, least)
+                plan[chosen].append(row)
+                loads[chosen] += lengths[row]
+            if max(loads) <= limit and all(plan):
+                return [sorted(rows) for rows in plan]
+    return []
 
 
 def row_extents(batches: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:

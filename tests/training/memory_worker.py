@@ -99,7 +99,7 @@ def measure(model: dict[str, Any], settings: dict[str, Any], is_lora: bool) -> N
 
 
 def main(cases: list[dict[str, Any]]) -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     # What libraries take at their first use is not the model's.
     warm = torch.nn.Linear(256, 256)
     warm(torch.randn(512, 256)).sum().backward()

@@ -67,7 +67,7 @@ CASES = {
 def measured() -> dict[str, dict[str, float]]:
     """Estimate and peak of each case."""
     # Every tensor is a mapping of its own, so that the process holds what is in use and no gaps.
-    surroundings = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "2"}
+    surroundings = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     answer = subprocess.run(
         [sys.executable, str(WORKER), json.dumps([*CASES.values()])],
         capture_output=True,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import Trainer, TrainerCallback
 
@@ -38,6 +38,7 @@ def test_every_row_is_planned_once_within_the_budget(
         assert cost <= max(max_tokens, max(lengths))
 
 
+@example([3, 23, 23, 25, 25], 50)
 @given(LENGTHS, st.integers(50, 200))
 def test_no_more_micro_batches_than_rows_packed_as_they_come_would_need(
     lengths: list[int], max_tokens: int
