@@ -18,7 +18,7 @@ import argparse
 import importlib.resources
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +126,16 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
         default="bf16" if torch.cuda.is_available() else "float32",
         help="bf16 is autocast, which few CPUs do well",
     )
+    _add_contestants(command, CONTESTANTS, default_contestants())
+
+
+def _add_contestants(command: Any, known: Collection[str], default: Sequence[str]) -> None:
     command.add_argument("--threads", type=int, default=_num_cpus(), help="CPU threads of each")
     command.add_argument(
         "--contestants",
         nargs="+",
-        choices=CONTESTANTS,
-        default=default_contestants(),
+        choices=known,
+        default=default,
         help="who takes part; ratios are over the first",
     )
 
@@ -147,14 +151,7 @@ def _add_other_commands(commands: Any) -> None:
         default=list(PRECISIONS),
         help="dtype of all tensors; autocast: products in bf16, the rest in float32",
     )
-    head.add_argument("--threads", type=int, default=_num_cpus(), help="CPU threads")
-    head.add_argument(
-        "--contestants",
-        nargs="+",
-        choices=HEADS,
-        default=list(HEADS),
-        help="who takes part; ratios are over the first",
-    )
+    _add_contestants(head, HEADS, list(HEADS))
     purpose = "rows per second from raw rows to tokens and masks, against TRL"
     prepare = _add_command(commands, "prepare", purpose)
     prepare.add_argument("--rows", help="rows with a question and an answer; none: rows made up")

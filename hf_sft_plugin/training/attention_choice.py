@@ -63,25 +63,28 @@ class AttentionChooser:
 
     def __init__(self) -> None:
         self.choice: AttentionChoice | None = None
-        self._asked: tuple[nn.Module, str] | None = None
+        self._asked: tuple[nn.Module, str, bool] | None = None
 
-    def choose(self, wrapped: nn.Module, model: nn.Module, padding_free: str) -> AttentionChoice:
+    def choose(
+        self, wrapped: nn.Module, model: nn.Module, padding_free: str, share_prompts: bool = True
+    ) -> AttentionChoice:
         """Chooses how a model attends.
 
         Args:
             wrapped: The model as Accelerate prepared it.
             model: The same model, unwrapped from Accelerate.
             padding_free: `auto`, `on` or `off`; see `MaskedSFTConfig`.
+            share_prompts: See `choose_attention`.
 
         Raises:
             ValueError: If it is `on`, and rows have to be padded.
         """
-        if self.choice is not None and self._asked == (model, padding_free):
+        if self.choice is not None and self._asked == (model, padding_free, share_prompts):
             return self.choice
         if padding_free == "off":
             choice = AttentionChoice(False, "padded, because padding_free is 'off'", None)
         else:
-            choice = choose_attention(wrapped, model)
+            choice = choose_attention(wrapped, model, share_prompts)
             if not choice.is_padding_free and padding_free == "on":
                 raise ValueError(
                     f"padding_free is 'on', but rows have to be {choice.summary}. Set it to 'auto' "
@@ -89,19 +92,8 @@ class AttentionChooser:
                 )
             if not choice.is_padding_free:
                 logger.warning("Rows are %s.", choice.summary)
-        self.choice, self._asked = choice, (model, padding_free)
+        self.choice, self._asked = choice, (model, padding_free, share_prompts)
         return choice
-
-    def describe(self, share_prompts: bool) -> str | None:
-        """One line for the user; None before the first choice.
-
-        Args:
-            share_prompts: Whether prompts are shared where that is possible.
-        """
-        if self.choice is None:
-            return None
-        shares_prompts = share_prompts and self.choice.shares_prompts
-        return self.choice.summary + (", shared prompts once" if shares_prompts else "")
 
     def give_back(self) -> None:
         """Leaves the model with the attention that it came with, whatever was broken off."""
@@ -109,12 +101,15 @@ class AttentionChooser:
             self.choice.switch.give_back()
 
 
-def choose_attention(wrapped: nn.Module, model: nn.Module) -> AttentionChoice:
+def choose_attention(
+    wrapped: nn.Module, model: nn.Module, share_prompts: bool = True
+) -> AttentionChoice:
     """Chooses how a model attends, and says why; costs a few forward passes of 20 tokens or less.
 
     Args:
         wrapped: The model as Accelerate prepared it.
         model: The same model, unwrapped from Accelerate.
+        share_prompts: Whether what rows begin with in common shall run once, where it may.
     """
     config = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig):
@@ -138,8 +133,10 @@ def choose_attention(wrapped: nn.Module, model: nn.Module) -> AttentionChoice:
     kernel = (
         "varlen_attn in half precision, else per-document SDPA" if is_half else "per-document SDPA"
     )
+    if not share_prompts:
+        return AttentionChoice(True, f"{kernel}, no padding", switch)
     problem = find_problem(wrapped, model, switch, shares_prompts=True)
     if problem is not None:
         summary = f"{kernel}, no padding, prompts once per row, because {problem}"
         return AttentionChoice(True, summary, switch)
-    return AttentionChoice(True, f"{kernel}, no padding", switch, True)
+    return AttentionChoice(True, f"{kernel}, no padding, shared prompts once", switch, True)

@@ -20,6 +20,8 @@ from hf_sft_plugin.training.attention import IMPLEMENTATION, document_attention
 from hf_sft_plugin.training.response_batch import find_layout
 from hf_sft_plugin.training.shared_prompts import find_shared_prompts
 
+# What a model may raise that is run in a way it was not made for.
+MODEL_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 _PROBE = "document_attention_probe"
 _OURS = (IMPLEMENTATION, _PROBE)
 # Documents of the probe; the one in the middle is disturbed, and the others must not notice.
@@ -162,7 +164,7 @@ def find_problem(
             return _run_probe(wrapped, model, switch)
     except _UnsupportedError as error:
         return str(error)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except MODEL_ERRORS as error:
         return f"a run without padding failed ({type(error).__name__}: {error})"
     finally:
         wrapped.train(was_training)

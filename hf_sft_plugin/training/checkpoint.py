@@ -10,8 +10,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from hf_sft_plugin.training.memory_plan import TokenBudget
 from hf_sft_plugin.training.metrics import Totals, WindowedTotals
+from hf_sft_plugin.training.microbatches import TokenBudget
 
 _FILE = "response_totals.json"
 _BUDGET_FILE = "microbatch_budget.json"

@@ -17,6 +17,7 @@ from transformers import Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_sft_plugin.training.attention_probe import (
+    MODEL_ERRORS,
     end_to_end,
     largest_error,
     probe_rows,
@@ -167,7 +168,7 @@ def find_problem(model: nn.Module, last_layer: LastLayer) -> str | None:
             # Dropout is only seen while training. That of other layers stays as it is.
             last_layer.train()
             return _run_probe(model, last_layer)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except MODEL_ERRORS as error:
         return f"a run at a few positions failed ({type(error).__name__}: {error})"
     finally:
         model.train(was_training)

@@ -136,11 +136,9 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
                 count = self.accelerator.reduce(count, reduction="sum")
         if self.max_tokens_per_microbatch is not None:
             attention = self._choose_attention(self.model_wrapped)
-            shares_prompts = attention.shares_prompts and self.shared_prompts != "off"
             is_padded = not attention.is_padding_free
             self.plan_memory(batches, is_padded)
-            if self.max_tokens_per_microbatch != "auto" or self._budget is not None:
-                batches = self.regroup_step(batches, is_padded, shares_prompts)
+            batches = self.regroup_step(batches, is_padded, attention.shares_prompts)
             self.describe_memory(batches, is_padded)
         self._num_microbatches = max(remember_tensors(batches), 1)
         return batches, count
@@ -250,7 +248,7 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
     @property
     def attention_summary(self) -> str | None:
         """How rows are attended to, in a few words; None before the model was first run."""
-        return self._attention.describe(self.shared_prompts != "off")
+        return None if self._attention.choice is None else self._attention.choice.summary
 
     @property
     def _eval_normalization(self) -> LossNormalization:
@@ -270,7 +268,7 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         head = self._head.choose(model, unwrapped, batch.model_inputs, self.fused_head)
         attention = self._choose_attention(model)
-        shares_prompts = attention.shares_prompts and self.shared_prompts != "off"
+        shares_prompts = attention.shares_prompts
         flat = without_padding(batch, shares_prompts) if attention.is_padding_free else None
         batch = flat or batch
         inputs = batch.model_inputs, batch.targets, batch.weights, objective, batch.positions
@@ -302,7 +300,8 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
 
     def _choose_attention(self, model: nn.Module) -> AttentionChoice:
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        return self._attention.choose(model, unwrapped, self.padding_free)
+        shares_prompts = self.shared_prompts != "off"
+        return self._attention.choose(model, unwrapped, self.padding_free, shares_prompts)
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         # Lengths are found where the batch is made, before it is on a device.

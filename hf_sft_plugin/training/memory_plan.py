@@ -2,23 +2,24 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from hf_sft_plugin.training.attention_probe import MODEL_ERRORS
 from hf_sft_plugin.training.available_memory import available_memory
 from hf_sft_plugin.training.memory import StepMemory, measure_step_memory
 from hf_sft_plugin.training.microbatches import (
     Microbatches,
     MicrobatchesMixin,
+    TokenBudget,
     can_regroup,
     row_extents,
 )
-from hf_sft_plugin.training.response_batch import ROW_LAYOUT
-from hf_sft_plugin.training.trained_positions import TRAINED_POSITIONS
+from hf_sft_plugin.training.response_batch import OURS
 from hf_sft_plugin.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -27,32 +28,7 @@ logger = logging.getLogger(__name__)
 _CPU_TOKENS, _TOKENS = 4096, 16384
 _NUM_MOST = 2**20
 # What a batch of rows may hold to be imitated.
-_OF_ROWS = {
-    "input_ids",
-    "labels",
-    "attention_mask",
-    "response_mask",
-    "loss_weights",
-    ROW_LAYOUT,
-    TRAINED_POSITIONS,
-}
-
-
-@dataclass(frozen=True)
-class TokenBudget:
-    """Tokens of a micro-batch.
-
-    Attributes:
-        wanted: As many as are worth it.
-        possible: As many as there is memory for; a batch of the user's own size may go up to it.
-    """
-
-    wanted: int
-    possible: int
-
-    def for_step(self, largest: int) -> int:
-        """The budget of an optimizer step whose largest batch has so many tokens."""
-        return min(self.possible, max(self.wanted, largest))
+_OF_ROWS = {"input_ids", "labels", "attention_mask", "response_mask", "loss_weights", *OURS}
 
 
 class MemoryPlanMixin(MicrobatchesMixin):
@@ -90,7 +66,7 @@ class MemoryPlanMixin(MicrobatchesMixin):
             longest = self.longest_row() or max(lengths)
             try:
                 possible = self._measure(batches, extents if is_padded else lengths, longest)
-            except Exception as error:
+            except MODEL_ERRORS as error:
                 # An estimate is no reason to stop a training.
                 logger.warning(
                     "What a step needs could not be measured, so batches run as they come. Set "
@@ -116,11 +92,12 @@ class MemoryPlanMixin(MicrobatchesMixin):
         """Tokens of the longest row of the training data, where that is known."""
         return None
 
-    def choose_max_tokens(self, largest: int) -> int:
-        """As in `MicrobatchesMixin`; `auto` takes the budget of memory."""
-        if self._budget is None or self.max_tokens_per_microbatch != "auto":
-            return super().choose_max_tokens(largest)
-        return self._budget.for_step(largest)
+    @property
+    def token_budget(self) -> TokenBudget | None:
+        """As in `MicrobatchesMixin`; `auto` takes that of memory, where there is one."""
+        if self.max_tokens_per_microbatch == "auto":
+            return self._budget
+        return super().token_budget
 
     def describe_memory(self, batches: Sequence[Any], is_padded: bool) -> None:
         """Works out the line about memory once, for the step that is about to run."""

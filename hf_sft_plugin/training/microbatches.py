@@ -6,6 +6,7 @@ changes. A micro-batch has a cost of its own however short its rows are, so few 
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -248,6 +249,23 @@ def _keep_prompts_together(
     return [sorted(row for number in numbers for row in bundles[number]) for numbers in bundled]
 
 
+@dataclass(frozen=True)
+class TokenBudget:
+    """Tokens of a micro-batch.
+
+    Attributes:
+        wanted: As many as are worth it.
+        possible: As many as there is memory for; a batch of the user's own size may go up to it.
+    """
+
+    wanted: int
+    possible: int
+
+    def for_step(self, largest: int) -> int:
+        """The budget of an optimizer step whose largest batch has so many tokens."""
+        return min(self.possible, max(self.wanted, largest))
+
+
 class MicrobatchesMixin(_TrainerBase):
     """Lets a `Trainer` run the rows of an optimizer step in other micro-batches than they came in.
 
@@ -260,10 +278,11 @@ class MicrobatchesMixin(_TrainerBase):
 
     max_tokens_per_microbatch: int | str | None = None
 
-    def choose_max_tokens(self, largest: int) -> int:
-        """Tokens of a micro-batch, in a step whose largest batch has so many."""
-        assert isinstance(self.max_tokens_per_microbatch, int), "else it was made one"
-        return self.max_tokens_per_microbatch
+    @property
+    def token_budget(self) -> TokenBudget | None:
+        """How many tokens run at a time; None: batches run as they come."""
+        tokens = self.max_tokens_per_microbatch
+        return TokenBudget(tokens, tokens) if isinstance(tokens, int) else None
 
     def regroup_step(
         self, batches: list[Any], is_padded: bool, shares_prompts: bool = False
@@ -281,13 +300,16 @@ class MicrobatchesMixin(_TrainerBase):
         is_overridden = type(self).training_step is not MicrobatchesMixin.training_step
         # DeepSpeed counts the backward passes of a step itself.
         is_counted = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        if is_overridden or is_counted or not batches or not can_regroup(batches):
+        budget = self.token_budget
+        if budget is None or is_overridden or is_counted:
+            return batches
+        if not batches or not can_regroup(batches):
             return batches
         lengths, extents = row_extents(batches)
         sizes = extents if is_padded else lengths
         as_they_come = rows_of(batches)
         costs = [_cost([sizes[row] for row in rows], is_padded) for rows in as_they_come]
-        max_tokens = self.choose_max_tokens(max(costs))
+        max_tokens = budget.for_step(max(costs))
         plan = plan_microbatches(sizes, max_tokens, is_padded)
         if len(plan) > len(batches) and max(costs) <= max_tokens:
             plan = as_they_come

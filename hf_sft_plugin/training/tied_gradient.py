@@ -6,7 +6,7 @@ that were read, and has all of it added to that of the head.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -54,20 +54,21 @@ def _tied_embedding(model: nn.Module, head: nn.Module) -> nn.Embedding | None:
     weight = head.weight if type(head) is nn.Linear else None
     if not torch.is_grad_enabled() or type(weight) is not nn.Parameter:
         return None
-    tied = [m for m in model.modules() if type(m) is nn.Embedding and m.weight is weight]
+    embedding: Any = cast(Any, model).get_input_embeddings()
     is_usual = (
-        len(tied) == 1
+        type(embedding) is nn.Embedding
+        and embedding.weight is weight
         and weight.requires_grad
         # Elsewhere sums would depend on their order, and in half precision on their number.
         and weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.float64)
-        and tied[0].max_norm is None
-        and not tied[0].scale_grad_by_freq
-        and not tied[0].sparse
-        and "forward" not in vars(tied[0])
+        and embedding.max_norm is None
+        and not embedding.scale_grad_by_freq
+        and not embedding.sparse
+        and "forward" not in vars(embedding)
         and model._compiled_call_impl is None
     )
-    return tied[0] if is_usual else None
+    return cast(nn.Embedding, embedding) if is_usual else None
 
 
 class _EmbedFunction(torch.autograd.Function):

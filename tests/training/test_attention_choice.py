@@ -72,7 +72,7 @@ def test_models_whose_rows_see_themselves_alone_need_no_padding(
     model_type: str, dtype: torch.dtype, model_factory: Make
 ) -> None:
     choice = choose(model_factory(model_type, **SUPPORTED[model_type]).to(dtype))
-    assert choice.summary == "per-document SDPA, no padding"
+    assert choice.summary == "per-document SDPA, no padding, shared prompts once"
     assert choice.shares_prompts
     assert choice.is_padding_free
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
 from hf_sft_plugin.training import memory_plan
-from hf_sft_plugin.training.memory_plan import TokenBudget
+from hf_sft_plugin.training.microbatches import TokenBudget
 
 Train = Callable[..., tuple[MaskedSFTTrainer, list[list[int]]]]
 
