@@ -1,20 +1,14 @@
 """Two processes over gloo give the numbers of one."""
 
-import json
-import os
-import runpy
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from processes import run_on_processes
+from worker import run_all
 
-WORKER = Path(__file__).parent / "worker.py"
 SETTINGS: dict[str, dict[str, Any]] = {
     "token": {},
     "token, full logits": {"fused_head": "off"},
@@ -68,40 +62,9 @@ def results(
             "per_device_eval_batch_size": 2,
         }
         settings = [{**split, **each} for each in SETTINGS.values()]
-        (folder / "settings.json").write_text(json.dumps(settings))
-        if num_processes == 1:
-            runpy.run_path(str(WORKER))["main"](folder)
-        else:
-            launch(num_processes, folder)
-        results = json.loads((folder / "results.json").read_text())
+        results = run_on_processes(num_processes, run_all, folder, settings)[0]
         found[num_processes] = dict(zip(SETTINGS, results, strict=True))
     return found
-
-
-def launch(num_processes: int, folder: Path) -> None:
-    """Starts the processes as torchrun does, without the seconds that torchrun itself takes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder)],
-            env={
-                **os.environ,
-                **shared,
-                "WORLD_SIZE": str(num_processes),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-            },
-        )
-        for rank in range(num_processes)
-    ]
-    try:
-        assert [process.wait(timeout=300) for process in processes] == [0] * num_processes
-    finally:
-        for process in processes:
-            process.kill()
 
 
 def relative(found: Any, expected: Any) -> float:

@@ -1,18 +1,14 @@
-"""What every process of a distributed test runs: `torchrun worker.py FOLDER`.
+"""What every process of a distributed test runs.
 
-FOLDER holds a model, a tokenizer, the datasets `train` and `eval` and `settings.json`, a list of
-settings. For each a trainer takes its steps and evaluates; the main process writes what it found
-to `results.json`.
+The folder holds a model, a tokenizer and the datasets `train` and `eval`. For each of the settings
+a trainer takes its steps and evaluates.
 """
 
-import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -81,15 +77,6 @@ def run(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main(folder: Path) -> None:
+def run_all(folder: Path, settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Runs all settings, one after the other."""
-    settings = json.loads((folder / "settings.json").read_text())
-    results = [run(folder, each) for each in settings]
-    state = PartialState()
-    if state.is_main_process:
-        (folder / "results.json").write_text(json.dumps(results))
-    state.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return [run(folder, each) for each in settings]
