@@ -14,6 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from hf_sft_plugin.loss.masked_loss import LossNormalization, widest_float
 from hf_sft_plugin.loss.objective import LossObjective
 from hf_sft_plugin.loss.tile_choice import tile_bytes
+from hf_sft_plugin.training.allocator import allocator_hint
 from hf_sft_plugin.training.attention_choice import AttentionChoice, AttentionChooser
 from hf_sft_plugin.training.checkpoint import load_budget, load_totals, save_budget, save_totals
 from hf_sft_plugin.training.compilation import compile_for_all_sizes
@@ -296,6 +297,7 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
         lines = {"attention": self.attention_summary, "head": self._head.summary}
         lines |= {"last layer": self.last_layer_summary, "memory": self._memory_line}
         lines |= {"compiled": self.args.torch_compile_backend if self.args.torch_compile else None}
+        lines |= {"allocator": allocator_hint(self.args.device.type)}
         return {name: line for name, line in lines.items() if line is not None}
 
     def _choose_attention(self, model: nn.Module) -> AttentionChoice:

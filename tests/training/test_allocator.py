@@ -74,3 +74,14 @@ def test_training_on_a_cpu_sets_it_unless_told_not_to(
     assert not calls
     trainer.train()
     assert len(calls) == is_on
+
+
+def test_a_gpu_gets_a_hint_unless_its_allocator_was_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    hint = allocator.allocator_hint("cuda")
+    assert hint is not None
+    assert "PYTORCH_ALLOC_CONF=expandable_segments:True" in hint
+    assert allocator.allocator_hint("cpu") is None
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:128")
+    assert allocator.allocator_hint("cuda") is None
