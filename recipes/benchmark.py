@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import CONTESTANTS, default_contestants, why_impossible
+from contestants import CONTESTANTS, OTHERS, default_contestants, why_impossible
 from datasets import disable_progress_bars
 from heads import HEADS, PRECISIONS, HeadSetup, head_result, measure_heads
 from preparation import measure_preparation, preparation_result
@@ -56,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(
             '--chart needs matplotlib, which is not installed: pip install "hf_sft_plugin[report]"'
         )
+    impossible = why_impossible(options.get("contestants", ()))
+    if impossible:
+        parser.error(impossible)
     if command in _TRAINING:
-        impossible = why_impossible(options["contestants"])
-        if impossible:
-            parser.error(impossible)
         if options["rows"] is not None and options["prompt_to_response"] is not None:
             parser.error(
                 "--prompt_to_response is for rows made up, and --rows names rows that are as they "
@@ -126,7 +126,8 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
         default="bf16" if torch.cuda.is_available() else "float32",
         help="bf16 is autocast, which few CPUs do well",
     )
-    _add_contestants(command, CONTESTANTS, default_contestants())
+    names = default_contestants(*OTHERS)
+    _add_contestants(command, CONTESTANTS, names)
 
 
 def _add_contestants(command: Any, known: Collection[str], default: Sequence[str]) -> None:
@@ -151,7 +152,7 @@ def _add_other_commands(commands: Any) -> None:
         default=list(PRECISIONS),
         help="dtype of all tensors; autocast: products in bf16, the rest in float32",
     )
-    _add_contestants(head, HEADS, list(HEADS))
+    _add_contestants(head, HEADS, default_contestants("logits", "trl"))
     purpose = "rows per second from raw rows to tokens and masks, against TRL"
     prepare = _add_command(commands, "prepare", purpose)
     prepare.add_argument("--rows", help="rows with a question and an answer; none: rows made up")

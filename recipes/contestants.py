@@ -164,8 +164,10 @@ CONTESTANTS: dict[str, Callable[..., Trainer]] = {
     "trl-best+allocator": with_allocator(trl_best),
 }
 
+# Who is compared with ours when nobody is named.
+OTHERS = ("plain", "trl-default", "trl-best")
 
-def default_contestants() -> list[str]:
-    """Those that are compared when nobody is named."""
-    names = ["ours", "plain", "trl-default", "trl-best"]
-    return names if why_impossible(["liger"]) else [*names, "liger"]
+
+def default_contestants(*others: str) -> list[str]:
+    """Those that are compared when nobody is named: ours, the others, Liger where it runs."""
+    return ["ours", *others, *([] if why_impossible(["liger"]) else ["liger"])]

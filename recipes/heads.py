@@ -126,6 +126,18 @@ def trl(inputs: HeadInputs) -> Callable[[], Tensor]:
     return run
 
 
+def liger(inputs: HeadInputs) -> Callable[[], Tensor]:
+    """Liger's fused head, on CUDA alone; gives neither entropy nor, unless asked, hits."""
+    module = importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
+    fused = module.LigerFusedLinearCrossEntropyLoss()
+
+    def run() -> Tensor:
+        loss: Tensor = fused(inputs.head.weight, inputs.rows, inputs.targets)
+        return loss
+
+    return run
+
+
 class Bodiless(nn.Module):
     """A model whose body passes on what it is given."""
 
@@ -147,6 +159,7 @@ HEADS: dict[str, Callable[[HeadInputs], Callable[[], Tensor]]] = {
     "ours": ours,
     "logits": logits,
     "trl": trl,
+    "liger": liger,
 }
 
 

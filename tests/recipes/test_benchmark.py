@@ -79,6 +79,7 @@ def test_five_repetitions_are_the_default(command: str) -> None:
     ("argv", "reason"),
     [
         (["step", "--contestants", "ours", "liger"], "'liger' runs on CUDA alone"),
+        (["head", "--contestants", "ours", "liger"], "'liger' runs on CUDA alone"),
         (
             ["step", "--contestants", "ours", "--rows", "a.jsonl", "--prompt_to_response", "1:1"],
             "--prompt_to_response is for rows made up",

@@ -99,7 +99,7 @@ def test_liger_is_refused_where_there_is_no_cuda(monkeypatch: pytest.MonkeyPatch
         "'liger' runs on CUDA alone, and there is no such device here: leave it out of "
         "--contestants."
     )
-    assert default_contestants() == ["ours", "plain", "trl-default", "trl-best"]
+    assert default_contestants("logits", "trl") == ["ours", "logits", "trl"]
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,10 @@
 """Every head in the benchmark works out the same loss and the same gradients."""
 
-import importlib.util
 from typing import Any
 
 import pytest
 import torch
+from contestants import why_impossible
 from heads import HEADS, PRECISIONS, HeadRecord, HeadSetup, head_result, make_inputs, measure_heads
 
 SETUP = HeadSetup("tiny", 40, 2, "float32", 1)
@@ -13,8 +13,9 @@ SETUP = HeadSetup("tiny", 40, 2, "float32", 1)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", HEADS)
 def test_every_head_gives_the_loss_and_gradients_of_the_formula(name: str, precision: str) -> None:
-    if name == "trl" and importlib.util.find_spec("trl") is None:
-        pytest.skip("TRL, the extra `bench`, is not installed")
+    impossible = why_impossible([name])
+    if impossible is not None:
+        pytest.skip(impossible)
     inputs = make_inputs(HeadSetup("tiny", 40, 2, precision, 1))
     weight, rows = (t.detach().double().requires_grad_() for t in (inputs.head.weight, inputs.rows))
     log_p = torch.log_softmax(rows @ weight.T, dim=-1)
