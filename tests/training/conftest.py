@@ -1,6 +1,12 @@
 """Trainings of a few rows draw no curves, which would take longer than the training."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 # Here the curves are looked at.
 WITH_CURVES = ("test_callbacks.py", "test_trainer.py")
@@ -10,3 +16,40 @@ WITH_CURVES = ("test_callbacks.py", "test_trainer.py")
 def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.path.name not in WITH_CURVES:
         monkeypatch.setattr("hf_sft_plugin.training.callbacks.write_report", lambda folder: [])
+
+
+class InFloat64(TorchFunctionMode):
+    """Norms and routers work in float64 too.
+
+    They cast to float32 whatever the dtype of the model, and so their gradients are rounded; that
+    of a sum, as at tokens that are shared, is rounded otherwise than its parts.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        wider = [torch.float64 if each is torch.float32 else each for each in args]
+        named = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return func(*wider, **named)
+
+
+def widen_norms_and_routers(model: nn.Module) -> None:
+    """Lets them compute in float64, in the forward pass and when it is run again."""
+
+    def widen(module: nn.Module) -> None:
+        own = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with InFloat64():
+                return own(*args, **kwargs)
+
+        module.forward = forward
+
+    for module in model.modules():
+        if type(module).__name__.endswith(("Norm", "Router")):
+            widen(module)
+
+
+@pytest.fixture(scope="session")
+def widen() -> Callable[[nn.Module], None]:
+    """See `widen_norms_and_routers`."""
+    return widen_norms_and_routers

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformers import Trainer, TrainerCallback
 
 from hf_sft_plugin import DataCollatorForPromptResponse, MaskedLossMixin, MaskedSFTConfig
@@ -98,31 +97,6 @@ def test_bundles_hold_every_row_once_within_the_budget(
         assert shared is not None or len(bundle) == 1
 
 
-class InFloat64(TorchFunctionMode):
-    """Norms and routers work in float64 too.
-
-    They cast to float32 whatever the dtype of the model, and so their gradients are rounded; that
-    of a sum, as at tokens that are shared, is rounded otherwise than its parts.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        func = torch.Tensor.double if func is torch.Tensor.float else func
-        wider = [torch.float64 if each is torch.float32 else each for each in args]
-        named = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
-        return func(*wider, **named)
-
-
-def widen(module: torch.nn.Module) -> None:
-    """Lets a module compute in float64, in the forward pass and when it is run again."""
-    own = module.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with InFloat64():
-            return own(*args, **kwargs)
-
-    module.forward = forward
-
-
 class Rows(UserList[Any]):
     """Rows that the trainer leaves to the collator."""
 
@@ -188,7 +162,9 @@ def make_rows() -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def train(model_factory: Make, tokenizer: Any, make_config: Make) -> Callable[..., Any]:
+def train(
+    model_factory: Make, tokenizer: Any, make_config: Make, widen: Callable[[Any], None]
+) -> Callable[..., Any]:
     def run(
         model_type: str = "qwen3",
         shared_prompts: str = "auto",
@@ -213,9 +189,8 @@ def train(model_factory: Make, tokenizer: Any, make_config: Make) -> Callable[..
             }
         )
         model = model_factory(model_type, **(FAMILIES[model_type] | (fields or {}))).to(dtype)
-        for module in model.modules():
-            if dtype == torch.float64 and type(module).__name__.endswith(("Norm", "Router")):
-                widen(module)
+        if dtype == torch.float64:
+            widen(model)
         if adapter is not None:
             torch.manual_seed(5)
             model = get_peft_model(model, adapter)
@@ -276,7 +251,7 @@ def test_gradient_loss_and_metrics_are_those_of_separate_rows(
 def test_it_goes_with_everything_else(
     model_type: str, settings: dict[str, Any], train: Callable[..., Any]
 ) -> None:
-    # Layers that run again in the backward pass are out of reach of `InFloat64`.
+    # Layers that run again in the backward pass are out of reach of `widen`.
     is_double = "gradient_checkpointing" not in settings
     settings = {"dtype": torch.float64 if is_double else torch.float32, **settings}
     runs = [train(model_type, how, **settings) for how in ("auto", "off")]
