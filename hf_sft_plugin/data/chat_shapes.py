@@ -3,20 +3,22 @@
 Most chats of a dataset differ in their contents alone: the same roles in the same order. Where a
 template treats contents as opaque text, what it writes around them is the same for all of them. So
 one chat of each shape is rendered in full, with a placeholder for each content, and the others are
-filled in. Of every row the whole and the prompt of the last response are still rendered, and must
-equal what was filled in; rows whose contents a template might look at, and every hundredth row,
-take the full way.
+filled in. Where it is proven that the template cannot tell contents apart, that is all; else the
+whole and the prompt of the last response of every row are still rendered, and must equal what was
+filled in. Rows whose contents a template might look at, and every hundredth row, take the full way.
 """
 
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain, zip_longest
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin.data.chat_template import TEMPLATE_ERRORS, render_messages, render_turns
+from hf_sft_plugin.data.opaque_contents import OpaqueTemplate
 from hf_sft_plugin.data.rendering import Range, RenderedText, Span, render_chat
 from hf_sft_plugin.types import Conversation, DataOptions, RowError
 
@@ -40,11 +42,14 @@ class _Shape:
             does not treat contents as opaque.
         prompt: What inference supplies before the last response, cut at its placeholders; None
             where nothing is generated.
+        needles: The template is proven to write all contents so that hold none of these; None
+            where that is not proven.
         num_rows: Rows seen so far.
     """
 
     texts: list[RenderedText] | None
     prompt: list[str] | None = None
+    needles: set[str] | None = None
     num_rows: int = 0
 
 
@@ -62,7 +67,7 @@ class _Candidate:
     shape: _Shape
     texts: list[RenderedText]
     prompt: str | None
-    is_as_rendered: bool = False
+    is_as_rendered: bool
 
 
 @dataclass
@@ -78,7 +83,11 @@ class ChatRenderer:
     tokenizer: PreTrainedTokenizerBase
     options: DataOptions
     stop_texts: Collection[str]
-    _shapes: dict[Any, _Shape] = field(default_factory=dict)
+    _shapes: dict[Any, _Shape | None] = field(default_factory=dict)
+
+    @cached_property
+    def _template(self) -> OpaqueTemplate:
+        return OpaqueTemplate(self.tokenizer, self.options)
 
     def __call__(
         self, conversations: Sequence[Conversation], indices: Sequence[int]
@@ -88,7 +97,7 @@ class ChatRenderer:
         filled = [
             (conversation, candidate)
             for conversation, candidate in zip(conversations, candidates, strict=True)
-            if candidate is not None
+            if candidate is not None and not candidate.is_as_rendered
         ]
         wholes = self._render_all([each.messages for each, _ in filled])
         asked = [
@@ -115,18 +124,26 @@ class ChatRenderer:
         if contents is None:
             return None
         key = tuple((t.message["role"], t.train, t.weight) for t in conversation.turns)
-        shape = self._shapes.get(key)
+        if key not in self._shapes:
+            # Most shapes of long chats are seen once, and then not worth the while.
+            self._shapes[key] = None
+            return None
+        shape = self._shapes[key]
         if shape is None:
             shape = self._shapes[key] = self._find_shape(conversation)
         if shape.texts is None:
             return None
         texts = [_fill(text, contents) for text in shape.texts]
+        if shape.needles is not None:
+            told = "\n".join(contents)
+            if not any(needle in told for needle in shape.needles):
+                return _Candidate(shape, texts, None, is_as_rendered=True)
         prompt = None
         if shape.prompt is not None:
             # What is written around the contents, and the contents, in turn.
             filled = zip_longest(shape.prompt, contents[: len(shape.prompt) - 1], fillvalue="")
             prompt = "".join(chain.from_iterable(filled))
-        return _Candidate(shape, texts, prompt)
+        return _Candidate(shape, texts, prompt, is_as_rendered=False)
 
     def _decide(
         self, conversation: Conversation, candidate: _Candidate | None, index: int
@@ -181,8 +198,30 @@ class ChatRenderer:
         except RowError:
             return _Shape(None)
         is_whole = len(texts[-1].contents) == len(turns)
-        is_clear = all(_is_clear(text) for text in texts)
-        return _Shape(texts if is_whole and is_clear else None, prompt)
+        if not is_whole or not all(_is_clear(text) for text in texts):
+            return _Shape(None)
+        return _Shape(texts, prompt, self._find_needles(hollow))
+
+    def _find_needles(self, hollow: Conversation) -> set[str] | None:
+        """What contents may not hold, or the template might not write them like placeholders."""
+        count = len(hollow.turns)
+        trained = [number for number, turn in enumerate(hollow.turns) if turn.train and number > 0]
+        # All that `render_chat` renders.
+        asked = {(count, False)}
+        asked |= {(turn, is_prompt) for turn in trained for is_prompt in (False, True)}
+        asked |= {(turn + 1, False) for turn in trained}
+        needles: set[str] = set()
+        for number, is_prompt in asked:
+            try:
+                text = render_turns(hollow, number, self.tokenizer, 0, self.options, is_prompt)
+            except RowError:
+                # Not needed, as the shape was found without it.
+                continue
+            written = self._template.write(hollow.messages[:number], is_prompt)
+            if written is None or written[0] != text:
+                return None
+            needles |= written[1]
+        return needles
 
 
 def _opaque_contents(conversation: Conversation) -> list[str] | None:

@@ -119,8 +119,8 @@ def test_plain_chats_take_the_fast_way(
         chat = conversation_of(ROLES[0], [f"question {number}", "answer " * (number % 5) + "."])
         full = render_chat(chat, tokenizer, number, options, each.stops)
         assert render([chat], [number]) == [full]
-    # One for the shape, three trials, and the hundredth and two hundredth rows.
-    assert num_full == 6
+    # The first row, one for the shape, three trials, and one of every hundred rows.
+    assert num_full == 7
 
 
 @pytest.mark.parametrize("text", ["\u00a0x", "x\u3000", "\x1cx"])
