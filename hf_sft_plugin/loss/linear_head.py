@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from hf_sft_plugin.loss.fused_head import HeadLoss, refuse_row_gradients
 from hf_sft_plugin.loss.logit_tile import LogitTile, LogitTransform, RowValues
@@ -74,29 +75,26 @@ def is_plain_linear(
 ) -> TypeGuard[nn.Linear]:
     """Whether a head is one for `linear_head_loss`: a linear layer that nobody has changed.
 
-    Adapters, quantized layers, hooks, parametrizations, weights that are sharded or elsewhere, and
-    a forward of the instance's own (Accelerate leaves one where it moves weights) are not.
+    Adapters, quantized layers, parametrizations, weights that are sharded or elsewhere, and a
+    forward of the instance's own (Accelerate leaves one where it moves weights) are not. Hooks run
+    before and after it, whichever way is taken: those of FSDP2 have the weight whole meanwhile.
 
     Args:
         head: The LM head.
         forward: Its forward, as it was before anything of ours replaced it.
         hidden_states: What it is called with.
     """
-    if type(head) is not nn.Linear or getattr(forward, "__func__", None) is not _LINEAR_FORWARD:
+    if getattr(forward, "__func__", None) is not _LINEAR_FORWARD:
         return False
-    hooks = (
-        head._forward_pre_hooks,
-        head._forward_hooks,
-        head._backward_pre_hooks,
-        head._backward_hooks,
-    )
+    # `fully_shard` puts a class of its own in the place of that of a module.
+    if type(head) is not nn.Linear and type(head).__bases__ != (FSDPModule, nn.Linear):
+        return False
     tensors = [hidden_states, *(t for t in (head.weight, head.bias) if t is not None)]
     dtypes = {tensor.dtype for tensor in tensors}
     # Under autocast they may differ, but it leaves float64 alone.
     is_cast = torch.is_autocast_enabled(hidden_states.device.type) and torch.float64 not in dtypes
     return (
-        not any(hooks)
-        and all(type(t) in (Tensor, nn.Parameter) and type(t.data) is Tensor for t in tensors)
+        all(type(t) in (Tensor, nn.Parameter) and type(t.data) is Tensor for t in tensors)
         and all(tensor.device == hidden_states.device for tensor in tensors)
         and dtypes <= _DTYPES
         and (is_cast or len(dtypes) == 1)

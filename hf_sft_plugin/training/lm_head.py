@@ -121,17 +121,21 @@ class FusedHead:
         self.model = model
         self.lm_head = lm_head
         self.transform = transform
+        # What is known about a sharded head while it is whole.
+        self._summary: str | None = None
 
     @property
     def summary(self) -> str:
         """One line for the user."""
+        return self._summary or self._summarize(self.lm_head.forward)
+
+    def _summarize(self, own_forward: Callable[..., Any]) -> str:
         weight = getattr(self.lm_head, "weight", None)
-        if not isinstance(weight, Tensor):
-            return "a tile of logits at a time, response rows only"
-        like_hidden = weight.new_empty(0, weight.shape[-1])
-        if not is_plain_linear(self.lm_head, self.lm_head.forward, like_hidden):
-            return "a tile of logits at a time, response rows only"
-        return f"{3 if weight.requires_grad else 2} products over response rows"
+        if isinstance(weight, Tensor):
+            like_hidden = weight.new_empty(0, weight.shape[-1])
+            if is_plain_linear(self.lm_head, own_forward, like_hidden):
+                return f"{3 if weight.requires_grad else 2} products over response rows"
+        return "a tile of logits at a time, response rows only"
 
     def forward(
         self,
@@ -146,10 +150,12 @@ class FusedHead:
         """Like `forward_full`, within rounding, in memory that does not grow with the batch."""
         own_forward = self.lm_head.forward
         answers: list[HeadLoss] = []
+        losses: list[Tensor] = []
 
         # The compiler of the model would compile the tiles anew for every number of rows.
         @torch.compiler.disable
         def answer_with_loss(hidden_states: Tensor) -> Tensor:
+            self._summary = self._summary or self._summarize(own_forward)
             answer = head_loss(
                 self.lm_head,
                 _choose(hidden_states, targets.shape[1], positions, places),
@@ -160,25 +166,34 @@ class FusedHead:
                 weight=handed_on[0] if handed_on else None,
             )
             answers.append(answer)
+            return answer.loss
+
+        @torch.compiler.disable
+        def take_loss(_: nn.Module, __: Any, loss: Tensor) -> Tensor:
+            losses.append(loss)
             # The model goes on with this as if it were logits; whatever it computes is discarded.
-            return answer.loss.view(1, 1, 1)
+            return loss.new_zeros(1, 1, 1)
 
         def attach_result(_: nn.Module, __: Any, outputs: Any) -> dict[str, Any]:
             # Wrappers such as DDP look at the outputs to find what the gradient will reach.
-            (answer,) = answers
-            return {_RESULT_KEY: ResponseResult(*answer, outputs.get("aux_loss"))}
+            return {_RESULT_KEY: (*losses, outputs.get("aux_loss"))}
 
-        hook = self.model.register_forward_hook(attach_result, prepend=True)
+        # After those of an engine, which prepares its weights when it meets the gradient.
+        take = self.lm_head.register_forward_hook(take_loss)
+        attach = self.model.register_forward_hook(attach_result, prepend=True)
         try:
             with (
                 shared_gradient(model, self.model, self.lm_head) as handed_on,
                 replaced_forward(self.lm_head, answer_with_loss),
             ):
-                result = model(**inputs, use_cache=False)[_RESULT_KEY]
+                loss, aux_loss = model(**inputs, use_cache=False)[_RESULT_KEY]
         finally:
-            hook.remove()
-        assert isinstance(result, ResponseResult)
-        return result
+            take.remove()
+            attach.remove()
+        (answer,) = answers
+        # FSDP2 rounds outputs, after it put its hooks on what they were.
+        loss = loss if loss.dtype == answer.loss.dtype else answer.loss
+        return ResponseResult(loss, answer.token_losses, answer.stats, aux_loss)
 
 
 class HeadChooser:

@@ -7,7 +7,7 @@ changes. A micro-batch has a cost of its own however short its rows are, so few 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ class Microbatches(list[dict[str, Any]]):
 
 
 def plan_microbatches(
-    lengths: Sequence[int], max_tokens: int, is_padded: bool = False, num_at_least: int = 1
+    lengths: Sequence[int], max_tokens: int, is_padded: bool = False
 ) -> list[list[int]]:
     """Distributes rows over as few micro-batches as a budget allows, as evenly as it can.
 
@@ -51,7 +51,6 @@ def plan_microbatches(
         lengths: Tokens of each row.
         max_tokens: Tokens of a micro-batch, or as many as the longest row has, if that is more.
         is_padded: Whether every row of a micro-batch costs as much as the longest.
-        num_at_least: Micro-batches that there have to be, as far as there are rows.
 
     Returns:
         The rows of each micro-batch, in order.
@@ -63,7 +62,6 @@ def plan_microbatches(
         [[1], [0, 2], [3]]
     """
     longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    num_at_least = max(1, min(num_at_least, len(lengths)))
     limit = max(max_tokens, max(lengths, default=0))
     plan: list[list[int]] = []
     if is_padded:
@@ -72,12 +70,8 @@ def plan_microbatches(
             if not plan or width * (len(plan[-1]) + 1) > limit:
                 plan.append([])
             plan[-1].append(row)
-        while len(plan) < num_at_least:
-            widest = max(range(len(plan)), key=lambda number: len(plan[number]))
-            rows = plan[widest]
-            plan[widest : widest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
         return [sorted(rows) for rows in plan]
-    for count in range(max(num_at_least, -(-sum(lengths) // limit)), len(lengths) + 1):
+    for count in range(max(1, -(-sum(lengths) // limit)), len(lengths) + 1):
         # Evenly, and where that does not fit, as tightly as can be.
         for is_even in (True, False):
             plan, loads = [[] for _ in range(count)], [0] * count
@@ -90,6 +84,21 @@ def plan_microbatches(
             if max(loads) <= limit and all(plan):
                 return [sorted(rows) for rows in plan]
     return []
+
+
+def split_up(plan: list[list[int]], num_microbatches: int) -> list[list[int]]:
+    """Splits micro-batches in two, those of most rows first, until there are so many.
+
+    Examples:
+        >>> split_up([[1], [0, 2, 3]], 3)
+        [[1], [0], [2, 3]]
+    """
+    plan = list(plan)
+    while len(plan) < num_microbatches:
+        widest = max(range(len(plan)), key=lambda number: len(plan[number]))
+        rows = plan[widest]
+        plan[widest : widest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+    return plan
 
 
 def row_extents(batches: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
@@ -266,6 +275,31 @@ class TokenBudget:
         return min(self.possible, max(self.wanted, largest))
 
 
+class _StepPlan(NamedTuple):
+    """The rows of each micro-batch of a step, the positions after their last tokens, the budget."""
+
+    plan: list[list[int]]
+    extents: list[int]
+    max_tokens: int
+
+
+def _plan_step(
+    batches: Sequence[Mapping[str, Any]], budget: TokenBudget, is_padded: bool
+) -> _StepPlan:
+    """Plans the rows of some batches; plans nothing where those have to stay as they are."""
+    if not batches or not can_regroup(batches):
+        return _StepPlan([], [], 0)
+    lengths, extents = row_extents(batches)
+    sizes = extents if is_padded else lengths
+    as_they_come = rows_of(batches)
+    costs = [_cost([sizes[row] for row in rows], is_padded) for rows in as_they_come]
+    max_tokens = budget.for_step(max(costs))
+    plan = plan_microbatches(sizes, max_tokens, is_padded)
+    if len(plan) > len(batches) and max(costs) <= max_tokens:
+        plan = as_they_come
+    return _StepPlan(plan, extents, max_tokens)
+
+
 class MicrobatchesMixin(_TrainerBase):
     """Lets a `Trainer` run the rows of an optimizer step in other micro-batches than they came in.
 
@@ -277,6 +311,7 @@ class MicrobatchesMixin(_TrainerBase):
     """
 
     max_tokens_per_microbatch: int | str | None = None
+    _first_synced: nn.Module | None = None
 
     @property
     def token_budget(self) -> TokenBudget | None:
@@ -301,32 +336,31 @@ class MicrobatchesMixin(_TrainerBase):
         # DeepSpeed counts the backward passes of a step itself.
         is_counted = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         budget = self.token_budget
-        if budget is None or is_overridden or is_counted:
+        if budget is None or is_overridden or is_counted or self._is_graph_new(self.model_wrapped):
             return batches
-        if not batches or not can_regroup(batches):
-            return batches
-        lengths, extents = row_extents(batches)
-        sizes = extents if is_padded else lengths
-        as_they_come = rows_of(batches)
-        costs = [_cost([sizes[row] for row in rows], is_padded) for rows in as_they_come]
-        max_tokens = budget.for_step(max(costs))
-        plan = plan_microbatches(sizes, max_tokens, is_padded)
-        if len(plan) > len(batches) and max(costs) <= max_tokens:
-            plan = as_they_come
+        plan, extents, max_tokens = _plan_step(batches, budget, is_padded)
         if self.accelerator.distributed_type == DistributedType.FSDP:
             # Each forward pass gathers weights, so all processes need as many.
-            count = torch.tensor(len(plan), device=self.accelerator.device)
-            most = int(self.accelerator.gather(count).max())
-            plan = plan_microbatches(sizes, max_tokens, is_padded, num_at_least=most)
-        elif shares_prompts:
+            most = self._agree_on_number(len(plan), len(extents))
+            plan = split_up(plan, most) if most else []
+        elif plan and shares_prompts:
             plan = _keep_prompts_together(plan, batches, max_tokens)
+        if not plan:
+            return batches
         return share_out(regroup(batches, plan, extents), len(batches))
+
+    def _agree_on_number(self, num_planned: int, num_rows: int) -> int:
+        """Micro-batches of every process; 0 where one has too few rows for as many."""
+        counts = torch.tensor([num_planned, -num_rows], device=self.accelerator.device)
+        most, fewest = self.accelerator.gather(counts).view(-1, 2).amax(0).tolist()
+        return most if most <= -fewest else 0
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """As in `Trainer`, for every micro-batch that stands in the place of a batch."""
         if not isinstance(inputs, Microbatches):
+            self._sync_first_pass(model)
             return super().training_step(model, inputs, num_items_in_batch)
         loss = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(inputs):
@@ -334,6 +368,20 @@ class MicrobatchesMixin(_TrainerBase):
             with nullcontext() if is_last else self.accelerator.no_sync(model):
                 loss = loss + super().training_step(model, batch, num_items_in_batch)
         return loss
+
+    def _is_graph_new(self, model: Any) -> bool:
+        """Whether DDP is about to get to know a static graph, in its first pass.
+
+        It counts then how often each parameter is used, and fails where gradients are only added:
+        so it has to sync, in all processes.
+        """
+        return getattr(model, "static_graph", False) and self._first_synced is not model
+
+    def _sync_first_pass(self, model: Any) -> None:
+        if self._is_graph_new(model):
+            self._first_synced = model
+            # The context that gradients are added in sets it back.
+            model.require_backward_grad_sync = True
 
     def floating_point_ops(self, inputs: Any) -> int:
         """As in `Trainer`, over all micro-batches."""

@@ -18,6 +18,7 @@ from hf_sft_plugin.training.microbatches import (
     regroup,
     row_extents,
     share_out,
+    split_up,
 )
 from hf_sft_plugin.training.response_batch import ROW_LAYOUT, CollatorWithLayout, find_layout
 
@@ -28,9 +29,11 @@ LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 def test_every_row_is_planned_once_within_the_budget(
     lengths: list[int], max_tokens: int, is_padded: bool, num_at_least: int
 ) -> None:
-    plan = plan_microbatches(lengths, max_tokens, is_padded, num_at_least)
+    planned = plan_microbatches(lengths, max_tokens, is_padded)
+    num_at_least = min(num_at_least, len(lengths))
+    plan = split_up(planned, num_at_least)
+    assert len(plan) == max(len(planned), num_at_least)
     assert sorted(row for rows in plan for row in rows) == list(range(len(lengths)))
-    assert len(plan) >= min(num_at_least, len(lengths))
     for rows in plan:
         assert rows
         sizes = [lengths[row] for row in rows]
