@@ -298,12 +298,14 @@ class TokenizedExample(TypedDict):
         input_ids: Token ids of prompt and response.
         response_mask: 1 where a token is trained, else 0.
         loss_weights: How much a trained token counts; absent where every one counts 1.
+        eval_masks: To which masks of an evaluation each token belongs; see `data/eval_masks.py`.
         source: Where the row came from; absent where the dataset does not say.
     """
 
     input_ids: list[int]
     response_mask: list[int]
     loss_weights: NotRequired[list[float]]
+    eval_masks: NotRequired[list[int]]
     source: NotRequired[str]
 
 

@@ -362,7 +362,8 @@ def print_results(trainer: MaskedSFTTrainer, num_samples: int) -> None:
         step = max(len(trainer.responses) // num_samples, 1)
         for response in trainer.responses[::step][:num_samples]:
             same = response.response.strip() == response.reference.strip()
-            texts = (" ".join(text.split()) for text in response)
+            told = (response.prompt, response.response, response.reference)
+            texts = (" ".join(text.split()) for text in told)
             table.add_row(*texts, "yes" if same else "no")
         console.print(table)
     folder = Path(str(trainer.args.output_dir))

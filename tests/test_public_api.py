@@ -19,7 +19,7 @@ from hf_sft_plugin import MaskedLossMixin, MaskedSFTConfig, MaskedSFTTrainer
 SIGNATURES = {
     "DataCollatorForPromptResponse": "tokenizer, *, pad_to_multiple_of=None, "
     "return_response_mask=True, stop_token_ids=None, **options",
-    "GeneratedResponse": "prompt, response, reference",
+    "GeneratedResponse": "prompt, response, reference, num_tokens=0, is_stopped=False",
     "MaskedLossMixin": "*args, **kwargs",
     "MaskedSFTTrainer": "model, args=None, data_collator=None, train_dataset=None, "
     "eval_dataset=None, processing_class=None, peft_config=None, compute_metrics=None, "

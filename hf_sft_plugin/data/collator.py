@@ -99,9 +99,9 @@ class DataCollatorForPromptResponse:
 
         Returns:
             `input_ids`, `attention_mask`, `labels` and `response_mask`, int64 of shape `(B, S)`,
-            and `loss_weights`, float32 of the same shape, where the rows carry them. B exceeds
-            the number of rows where the chat template rewrites earlier turns, and where they are
-            packed.
+            and `loss_weights`, float32 of the same shape, and `eval_masks`, int64, where the rows
+            carry them. B exceeds the number of rows where the chat template rewrites earlier
+            turns, and where they are packed.
 
         Raises:
             RowError: If a row cannot be trained; its number is the position in `rows`.
@@ -148,6 +148,11 @@ class DataCollatorForPromptResponse:
             batch["loss_weights"] = torch.from_numpy(
                 loss_weights * response_mask.astype(np.float32)
             )
+        if all("eval_masks" in example for example in examples):
+            eval_masks = np.zeros(shape, dtype=np.int64)
+            for row, example in enumerate(examples):
+                eval_masks[row, : len(example["eval_masks"])] = example["eval_masks"]
+            batch["eval_masks"] = torch.from_numpy(eval_masks)
         return batch
 
     def _tokenized(self, rows: Sequence[Mapping[str, Any]]) -> list[TokenizedExample]:

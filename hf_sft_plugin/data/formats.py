@@ -30,7 +30,7 @@ _OPTIONAL: dict[RowKind, tuple[str, ...]] = {
     "alpaca": ("input", "weight", "source"),
     "text": ("weight", "source"),
     "segments": ("weight", "source"),
-    "tokenized": (*TOKEN_MARKS, "attention_mask", "loss_weights", "source"),
+    "tokenized": (*TOKEN_MARKS, "attention_mask", "loss_weights", "eval_masks", "source"),
 }
 # Columns that give a format away. A prompt alone does: its response may go by any name.
 _SIGNS: dict[RowKind, tuple[str, ...]] = {**_REQUIRED, "prompt_response": ("prompt",)}

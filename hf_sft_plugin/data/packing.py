@@ -80,7 +80,8 @@ def pack_dataset(rows: Any, max_length: int) -> PackedDataset:
         and `remove_unused_columns=False`.
 
     Raises:
-        ValueError: If the rows are not prepared, are none, a stream, or several datasets.
+        ValueError: If the rows are not prepared, are none, a stream, or several datasets; if
+            `max_length` is no number of tokens.
         RowError: If a row is longer than `max_length`.
 
     Examples:
@@ -90,6 +91,11 @@ def pack_dataset(rows: Any, max_length: int) -> PackedDataset:
         ([[0, 3], [1, 2]], '4 rows in 2 packed rows of up to 8 tokens, 93.8% filled')
     """
     require_rows_of_one(rows)
+    if type(max_length) is not int or max_length < 1:
+        raise ValueError(
+            f"max_length is {max_length!r}, but a packed row has a number of tokens, of which its "
+            "rows fill as many as they can. Set it to what the memory allows, such as 2048."
+        )
     if isinstance(rows, IterableDataset):
         raise ValueError(
             "A stream cannot be packed: which rows fit together is only known when the lengths of "

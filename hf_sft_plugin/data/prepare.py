@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin.data.arguments import refuse_name
 from hf_sft_plugin.data.certificate import certify_masks, preparation_key
+from hf_sft_plugin.data.eval_masks import needs_column
 from hf_sft_plugin.data.formats import RowFormat, detect_format
 from hf_sft_plugin.data.ledger import Ledger, account_of
 from hf_sft_plugin.data.row_tokenizer import RowTokenizer
@@ -32,6 +33,7 @@ def prepare_dataset(
     stop_token_ids: Collection[int] | None = None,
     max_dropped_share: float = 0.05,
     num_proc: int | None = None,
+    eval_masks: Collection[str] = (),
     **options: Any,
 ) -> tuple[Dataset, Ledger]:
     """Tokenizes a dataset, marks what is trained, and accounts for every row and token.
@@ -43,6 +45,9 @@ def prepare_dataset(
         stop_token_ids: See `tokenize_example`.
         max_dropped_share: Largest share of rows, 0 to 1, that may be dropped before it is an error.
         num_proc: Processes that tokenize. None: one.
+        eval_masks: Of rows to evaluate on: `response`, `last_response` and `all`, as they are asked
+            for in `MaskedSFTConfig`. Rows get a column `eval_masks`, unless their `response_mask`
+            tells it all.
         **options: Fields of `DataOptions`, such as `max_length` or `prompt_format`.
 
     Returns:
@@ -57,11 +62,13 @@ def prepare_dataset(
     _require_dataset(dataset)
     data_options = make_options(options)
     row_format = detect_format(dataset.column_names, data_options)
-    features = _features(dataset.column_names)
+    has_masks = needs_column(data_options, eval_masks)
+    features = _features(dataset.column_names, has_masks)
+    key = preparation_key(dataset, tokenizer, data_options, stop_token_ids)
     accounted = dataset.with_format(None).map(
         partial(
             _prepare_batch,
-            tokenize=RowTokenizer(tokenizer, data_options, stop_token_ids),
+            tokenize=RowTokenizer(tokenizer, data_options, stop_token_ids, eval_masks),
             row_format=row_format,
             schema=features.arrow_schema,
         ),
@@ -71,7 +78,7 @@ def prepare_dataset(
         remove_columns=dataset.column_names,
         features=features,
         desc="Tokenizing",
-        new_fingerprint=preparation_key(dataset, tokenizer, data_options, stop_token_ids),
+        new_fingerprint=f"{key}-eval-masks" if has_masks else key,
     )
     ledger = Ledger(num_rows=len(dataset), columns=row_format.describe())
     ledger.unused_columns = row_format.unused(dataset.column_names, data_options)
@@ -102,13 +109,14 @@ def _require_dataset(dataset: object) -> None:
         raise ValueError("The dataset is empty: it needs at least one row.")
 
 
-def _features(columns: Collection[str]) -> Features:
+def _features(columns: Collection[str], has_masks: bool) -> Features:
     """The columns of the prepared dataset, and the account of each row."""
     return Features(
         {
             "input_ids": List(Value("int32")),
             "response_mask": List(Value("int8")),
             "loss_weights": List(Value("float32")),
+            **({"eval_masks": List(Value("int8"))} if has_masks else {}),
             **({"source": Value("string")} if "source" in columns else {}),
             _ACCOUNT: Value("string"),
         }

@@ -11,6 +11,12 @@ from hf_sft_plugin.data.arguments import require_tokenizer
 from hf_sft_plugin.data.chat_shapes import ChatRenderer
 from hf_sft_plugin.data.control_tokens import ControlTokenMarker
 from hf_sft_plugin.data.conversation import to_conversation
+from hf_sft_plugin.data.eval_masks import (
+    mark_masks,
+    missing_column,
+    needs_column,
+    with_every_response,
+)
 from hf_sft_plugin.data.formats import RowFormat
 from hf_sft_plugin.data.rendering import RenderedText
 from hf_sft_plugin.data.response_mask import check_parts, mask_text
@@ -28,6 +34,7 @@ from hf_sft_plugin.data.truncation import (
     keep,
     mask_runs,
     max_row_length,
+    nothing_left,
     plan_truncation,
     without_oldest_exchange,
 )
@@ -103,6 +110,7 @@ class RowTokenizer:
         tokenizer: See `tokenize_example`.
         options: See `DataOptions`.
         stop_token_ids: See `tokenize_example`.
+        eval_masks: See `prepare_dataset`.
     """
 
     def __init__(
@@ -110,16 +118,19 @@ class RowTokenizer:
         tokenizer: PreTrainedTokenizerBase,
         options: DataOptions,
         stop_token_ids: Collection[int] | None,
+        eval_masks: Collection[str] = (),
     ) -> None:
         require_tokenizer(tokenizer)
         self._tokenizer = tokenizer
-        self._options = options
+        self._trains_all = not options.use_loss_mask or options.train_on == "all"
+        self._trains_last = options.train_on == "last_response" and not self._trains_all
+        self._eval_masks = eval_masks if needs_column(options, eval_masks) else ()
+        self._options = options = with_every_response(options) if self._eval_masks else options
         self._stops = resolve_stop_tokens(tokenizer, options.stop_token, stop_token_ids)
         self._limit = max_row_length(tokenizer, options.max_length)
         self._marker = ControlTokenMarker(tokenizer)
         self._encode = TextEncoder(tokenizer)
         self._render = ChatRenderer(tokenizer, options, self._stops.values())
-        self._trains_all = not options.use_loss_mask or options.train_on == "all"
 
     def __call__(
         self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int], row_format: RowFormat
@@ -134,6 +145,10 @@ class RowTokenizer:
                     ignored = self._options.ignored_columns or ()
                     seen = {name: value for name, value in row.items() if name not in ignored}
                     example = check_tokenized_row(seen, outcome.row, len(self._tokenizer))
+                    if self._eval_masks and "eval_masks" not in example:
+                        raise missing_column(
+                            self._eval_masks, f"Row {outcome.row} and maybe others"
+                        )
                     runs = mask_runs(example["response_mask"])
                     outcome.add(example, [TrainedSpan(a, b, 0, "given") for a, b in runs])
                     continue
@@ -144,6 +159,8 @@ class RowTokenizer:
         self._prove([*self._tokenize_chats(chats), *self._tokenize_texts(texts)])
         for outcome, conversation in chats:
             self._shorten(outcome, conversation)
+        for outcome, _ in (*chats, *texts) if self._eval_masks else ():
+            mark_masks(outcome.examples, outcome.spans, self._trains_last)
         for row, outcome in zip(rows, outcomes, strict=True):
             if outcome.error is None:
                 self._finish(outcome)
@@ -343,7 +360,7 @@ class RowTokenizer:
             for piece, left in pieces:
                 # Nothing comes before the first token, so nothing predicts it.
                 piece["response_mask"][0:1] = [0] * len(piece["response_mask"][0:1])
-                if any(piece["response_mask"]):
+                if any(piece["response_mask"]) or any(piece.get("eval_masks", ())):
                     outcome.add(piece, left)
                     if _ends_with(piece, self._stops):
                         outcome.num_stopped += 1
@@ -353,23 +370,7 @@ class RowTokenizer:
         outcome.num_lost = outcome.num_tokens - num_after
         if not outcome.examples and outcome.error is None:
             is_cut = limit is not None and longest > limit
-            outcome.drop(_nothing_left(outcome.row, limit if is_cut else None, longest))
-
-
-def _nothing_left(row: int, limit: int | None, longest: int) -> RowError:
-    if limit is not None:
-        return RowError(
-            row,
-            f"the response begins after the first {limit} tokens of {longest}, where the row is "
-            "cut. Raise max_length, set overflow to 'keep_response', or remove the row.",
-            "no response left within max_length",
-        )
-    return RowError(
-        row,
-        "no token of the row is trained: its response_mask is 0 everywhere (or its labels are all "
-        "ignored, or its weight is 0). Mark the response, or remove the row.",
-        "no trained token",
-    )
+            outcome.drop(nothing_left(outcome.row, limit if is_cut else None, longest))
 
 
 def _no_token(row: int) -> RowError:
@@ -381,9 +382,8 @@ def _no_token(row: int) -> RowError:
 
 
 def _ends_with(example: TokenizedExample, stops: Collection[int]) -> bool:
-    mask = example["response_mask"]
-    last = len(mask) - 1 - mask[::-1].index(1)
-    return example["input_ids"][last] in stops
+    runs = mask_runs(example["response_mask"])
+    return bool(runs) and example["input_ids"][runs[-1][1] - 1] in stops
 
 
 def _with_conversations(

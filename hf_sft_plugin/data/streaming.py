@@ -7,6 +7,7 @@ from typing import Any
 from datasets import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from hf_sft_plugin.data.eval_masks import needs_column
 from hf_sft_plugin.data.formats import RowFormat, detect_format
 from hf_sft_plugin.data.ledger import Ledger, account_of
 from hf_sft_plugin.data.prepare import name_in_errors
@@ -28,6 +29,7 @@ def prepare_stream(
     stop_token_ids: Collection[int] | None = None,
     max_dropped_share: float = 0.05,
     name: str = "train",
+    eval_masks: Collection[str] = (),
     **options: Any,
 ) -> IterableDataset:
     """Tokenizes a stream and marks what is trained, as `prepare_dataset` does for a dataset.
@@ -41,11 +43,12 @@ def prepare_stream(
         stop_token_ids: See `tokenize_example`.
         max_dropped_share: Largest share of the rows so far, 0 to 1, that may be dropped.
         name: What messages call the stream.
+        eval_masks: See `prepare_dataset`.
         **options: Fields of `DataOptions`.
 
     Returns:
-        A stream with `input_ids`, `response_mask`, `loss_weights` and `source`; the latter two are
-        None where a row does not bring them.
+        A stream with `input_ids`, `response_mask`, `loss_weights` and `source`, the latter two
+        None where a row does not bring them, and `eval_masks` where it is needed.
 
     Raises:
         ValueError: If columns or options do not fit each other or the stream is empty; while it is
@@ -62,8 +65,10 @@ def prepare_stream(
     if not columns:
         raise ValueError("The stream is empty: it needs at least one row.")
     row_format = detect_format(columns, data_options)
-    tokenize = RowTokenizer(tokenizer, data_options, stop_token_ids)
-    preparer = _StreamPreparer(tokenize, row_format, max_dropped_share, name)
+    tokenize = RowTokenizer(tokenizer, data_options, stop_token_ids, eval_masks)
+    marks = ("eval_masks",) if needs_column(data_options, eval_masks) else ()
+    made = (*_COLUMNS, *marks)
+    preparer = _StreamPreparer(tokenize, row_format, max_dropped_share, name, made)
     return dataset.map(
         preparer, batched=True, batch_size=64, with_indices=True, remove_columns=columns
     )
@@ -73,12 +78,18 @@ class _StreamPreparer:
     """Tokenizes one batch after the other, and keeps the account of this process."""
 
     def __init__(
-        self, tokenize: RowTokenizer, row_format: RowFormat, max_dropped_share: float, name: str
+        self,
+        tokenize: RowTokenizer,
+        row_format: RowFormat,
+        max_dropped_share: float,
+        name: str,
+        columns: Sequence[str],
     ) -> None:
         self._tokenize = tokenize
         self._row_format = row_format
         self._max_dropped_share = max_dropped_share
         self._name = name
+        self._columns = columns
         self._ledger = Ledger(num_rows=0)
 
     def __call__(
@@ -86,7 +97,7 @@ class _StreamPreparer:
     ) -> dict[str, list[Any]]:
         values = zip(*batch.values(), strict=True)
         rows = [dict(zip(batch, row, strict=True)) for row in values]
-        table: dict[str, list[Any]] = {column: [] for column in _COLUMNS}
+        table: dict[str, list[Any]] = {column: [] for column in self._columns}
         with name_in_errors(self._name):
             outcomes = self._tokenize(rows, indices, self._row_format)
         for outcome in outcomes:
@@ -95,7 +106,7 @@ class _StreamPreparer:
             if outcome.error is not None and self._ledger.num_rows_dropped <= _NUM_NAMED_ROWS:
                 logger.warning("A row of the %s stream is left out. %s", self._name, outcome.error)
             for example in outcome.examples:
-                for column in _COLUMNS:
+                for column in self._columns:
                     table[column].append(example.get(column))
         if self._ledger.num_rows >= _NUM_ROWS_FOR_SHARE:
             with name_in_errors(self._name):

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from itertools import compress
 from typing import Any
 
+from hf_sft_plugin.data.eval_masks import EVAL_MASK_BITS
 from hf_sft_plugin.types import IGNORE_INDEX, RowError, TokenizedExample
 
 # 1 where a token is trained, under the names that libraries have for it.
 _MASKS = ("response_mask", "completion_mask", "assistant_masks")
-_COLUMNS = ("input_ids", "attention_mask", *_MASKS, "labels", "loss_weights")
+_COLUMNS = ("input_ids", "attention_mask", *_MASKS, "labels", "loss_weights", "eval_masks")
 
 
 def check_tokenized_row(row: Mapping[str, Any], index: int, vocab_size: int) -> TokenizedExample:
@@ -19,6 +20,7 @@ def check_tokenized_row(row: Mapping[str, Any], index: int, vocab_size: int) -> 
         row: Has `response_mask`, `completion_mask` or `assistant_masks`, or `labels`, from which
             the mask is derived. `loss_weights` and `attention_mask` may come with it: positions
             where the latter is 0 are padding. Lists, arrays and tensors are taken.
+            `eval_masks` is carried along.
         index: Its position in the dataset, for error messages.
         vocab_size: Number of the tokenizer's ids.
 
@@ -46,6 +48,8 @@ def check_tokenized_row(row: Mapping[str, Any], index: int, vocab_size: int) -> 
     }
     if "loss_weights" in lists:
         example["loss_weights"] = _weights(lists["loss_weights"], index)
+    if "eval_masks" in lists:
+        example["eval_masks"] = _marks(lists["eval_masks"], index)
     return example
 
 
@@ -153,6 +157,19 @@ def _one_mask(masks: Mapping[str, list[int]], index: int) -> list[int]:
                 f"{first} and {name} contradict each other",
             )
     return mask
+
+
+def _marks(marks: list[Any], index: int) -> list[int]:
+    for mark in marks:
+        if type(mark) is not int or not 0 <= mark <= sum(EVAL_MASK_BITS.values()):
+            bits = " and ".join(f"{bit} ({name})" for name, bit in EVAL_MASK_BITS.items())
+            raise RowError(
+                index,
+                f"eval_masks holds {mark!r}; of each token it is the sum of {bits}, as far as the "
+                "token belongs to it.",
+                "eval_masks are not sums of masks",
+            )
+    return list(marks)
 
 
 def _weights(weights: list[Any], index: int) -> list[float]:

@@ -1,7 +1,8 @@
 """What becomes of an example that is longer than the limit; no token goes uncounted."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -83,13 +84,11 @@ def keep(
         >>> keep(example, [TrainedSpan(2, 4, 1, "exact")], [(0, 1), (2, 3)])[0]
         {'input_ids': [5, 7], 'response_mask': [0, 1]}
     """
-    kept: TokenizedExample = {
-        "input_ids": [t for start, end in ranges for t in example["input_ids"][start:end]],
-        "response_mask": [m for start, end in ranges for m in example["response_mask"][start:end]],
+    lists = cast(Mapping[str, list[Any]], example)
+    kept = {
+        name: [value for start, end in ranges for value in values[start:end]]
+        for name, values in lists.items()
     }
-    if "loss_weights" in example:
-        weights = example["loss_weights"]
-        kept["loss_weights"] = [w for start, end in ranges for w in weights[start:end]]
     left = []
     for span in spans:
         position = 0
@@ -101,7 +100,30 @@ def keep(
             position += end - start
         if parts:
             left.append(TrainedSpan(parts[0], parts[-1], span.turn, span.kind))
-    return kept, left
+    return cast(TokenizedExample, kept), left
+
+
+def nothing_left(row: int, limit: int | None, longest: int) -> RowError:
+    """The error about a row of which no trained token is left.
+
+    Args:
+        row: Of the dataset.
+        limit: Tokens of the longest example, where the row was cut to it.
+        longest: Tokens that the row had.
+    """
+    if limit is not None:
+        return RowError(
+            row,
+            f"the response begins after the first {limit} tokens of {longest}, where the row is "
+            "cut. Raise max_length, set overflow to 'keep_response', or remove the row.",
+            "no response left within max_length",
+        )
+    return RowError(
+        row,
+        "no token of the row is trained: its response_mask is 0 everywhere (or its labels are all "
+        "ignored, or its weight is 0). Mark the response, or remove the row.",
+        "no trained token",
+    )
 
 
 def mask_runs(mask: Sequence[int]) -> list[Range]:

@@ -5,6 +5,7 @@ models build no mask. The lengths of the documents come with the forward pass, a
 tensor would have to be read, and each layer would wait for it.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar, overload
@@ -12,7 +13,6 @@ from typing import Any, TypeVar, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 IMPLEMENTATION = "document_attention"
@@ -178,7 +178,8 @@ def _attend_varlen(
     if key_index is not None:
         key, value = (tensor.index_select(2, key_index) for tensor in (key, value))
     # Where there are more keys than queries, the queries belong to the last of them.
-    output = varlen_attn(
+    # Loaded here, so that nobody waits for it who has no GPU.
+    output = importlib.import_module("torch.nn.attention.varlen").varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),

@@ -1,12 +1,11 @@
 """Evaluation by generating: the prompts of prepared rows are continued and judged."""
 
+import importlib
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
-import datasets
-import evaluate
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
@@ -21,14 +20,31 @@ logger = logging.getLogger(__name__)
 
 
 class GeneratedResponse(NamedTuple):
-    """One prompt, what the model answered and what it should have answered, as text."""
+    """One prompt, what the model answered and what it should have answered, as text.
+
+    Attributes:
+        prompt: Everything before the response.
+        response: What was generated.
+        reference: The expected response.
+        num_tokens: Tokens that were generated, the stop token among them.
+        is_stopped: Whether the last of them is a stop token; else the limit was reached.
+    """
 
     prompt: str
     response: str
     reference: str
+    num_tokens: int = 0
+    is_stopped: bool = False
 
 
-class ExactMatch(evaluate.Metric):
+class Metric(Protocol):
+    """What judges responses: an `evaluate.Metric`, or anything that computes like one."""
+
+    def compute(self, *, predictions: list[str], references: list[str]) -> Mapping[str, Any]:
+        """Figures by name."""
+
+
+class ExactMatch:
     """Share of predictions that equal their reference, ignoring space around them.
 
     Works offline, unlike `evaluate.load("exact_match")`.
@@ -38,28 +54,21 @@ class ExactMatch(evaluate.Metric):
         {'exact_match': 0.5}
     """
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Share of predictions that equal their reference.",
-            citation="",
-            inputs_description="predictions and references: lists of texts of equal length.",
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
-            ),
-        )
-
-    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+    def compute(self, *, predictions: list[str], references: list[str]) -> dict[str, float]:
+        """As in `evaluate.Metric`, for texts."""
         pairs = list(zip(predictions, references, strict=True))
         hits = sum(prediction.strip() == reference.strip() for prediction, reference in pairs)
         return {"exact_match": hits / len(pairs)}
 
 
-def load_metric(name: str) -> evaluate.Metric:
+def load_metric(name: str) -> Metric:
     """The built-in `exact_match`, or any other metric of `evaluate` by its name or path."""
-    # In memory, because the processes of a run would share a file.
     if name == "exact_match":
-        return ExactMatch(keep_in_memory=True)
-    return evaluate.load(name, keep_in_memory=True)
+        return ExactMatch()
+    # Imported here, because that takes longer than to import everything else of this package. In
+    # memory, because the processes of a run would share a file.
+    metric: Metric = importlib.import_module("evaluate").load(name, keep_in_memory=True)
+    return metric
 
 
 def examples_to_answer(
@@ -157,7 +166,7 @@ def generate(
         progress: Title of a progress bar; None shows none.
 
     Returns:
-        Per prompt, in order, the new tokens up to and without the stop token.
+        Per prompt, in order, the new tokens up to and with the stop token.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     config = GenerationConfig(
@@ -184,10 +193,8 @@ def generate(
                 generation_config=config,
             )
             for index, sequence in zip(indices, sequences[:, width:].tolist(), strict=True):
-                stop = next(
-                    (i for i, t in enumerate(sequence) if t in stop_token_ids), len(sequence)
-                )
-                responses[index] = sequence[:stop]
+                stops = (i + 1 for i, token in enumerate(sequence) if token in stop_token_ids)
+                responses[index] = sequence[: next(stops, len(sequence))]
     return responses
 
 
@@ -237,28 +244,28 @@ def generate_responses(
     """
     pairs = [last_prompt(example) for example in examples]
     mine = range(accelerator.process_index, len(pairs), accelerator.num_processes)
+    # Where weights are sharded, all processes have to run the model equally often.
+    num_repeated = -(-len(pairs) // accelerator.num_processes) - len(mine)
     pad_token_id = tokenizer.pad_token_id
     answers = generate(
         model,
-        [pairs[index][0] for index in mine],
+        [pairs[index][0] for index in (*mine, *[0] * num_repeated)],
         stop_token_ids=stop_token_ids,
         pad_token_id=pad_token_id if pad_token_id is not None else min(stop_token_ids),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         progress="Generating" if accelerator.is_main_process else None,
     )
-    responses = [
-        (
-            index,
-            GeneratedResponse(
-                *(
-                    str(tokenizer.decode(ids, skip_special_tokens=True))
-                    for ids in (pairs[index][0], answer, pairs[index][1])
-                )
-            ),
-        )
-        for index, answer in zip(mine, answers, strict=True)
-    ]
+    responses = []
+    for index, answer in zip(mine, answers, strict=False):
+        is_stopped = bool(answer) and answer[-1] in stop_token_ids
+        (prompt, reference), response = pairs[index], answer[: len(answer) - is_stopped]
+        texts = [
+            str(tokenizer.decode(ids, skip_special_tokens=True))
+            for ids in (prompt, response, reference)
+        ]
+        told = GeneratedResponse(texts[0], texts[1], texts[2], len(answer), is_stopped)
+        responses.append((index, told))
     return [response for _, response in sorted(gather_object(responses))]
 
 
@@ -292,9 +299,23 @@ def with_whole_reference(
     return whole or list(responses)
 
 
-def judge(
-    responses: Sequence[GeneratedResponse], metrics: Sequence[evaluate.Metric]
-) -> dict[str, float]:
+def generation_figures(responses: Sequence[GeneratedResponse]) -> dict[str, float]:
+    """How often responses end by themselves, and their mean length in tokens.
+
+    Examples:
+        >>> generation_figures([
+        ...     GeneratedResponse("Say a.", "a", "a", num_tokens=2, is_stopped=True),
+        ...     GeneratedResponse("Say b.", "a a a a", "b", num_tokens=4),
+        ... ])
+        {'stop_rate': 0.5, 'mean_generated_tokens': 3.0}
+    """
+    return {
+        "stop_rate": sum(each.is_stopped for each in responses) / len(responses),
+        "mean_generated_tokens": sum(each.num_tokens for each in responses) / len(responses),
+    }
+
+
+def judge(responses: Sequence[GeneratedResponse], metrics: Sequence[Metric]) -> dict[str, float]:
     """Computes metrics of `evaluate` over generated responses; only their numbers are kept."""
     predictions = [response.response for response in responses]
     references = [response.reference for response in responses]

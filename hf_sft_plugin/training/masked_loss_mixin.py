@@ -20,6 +20,7 @@ from hf_sft_plugin.training.checkpoint import load_budget, load_totals, save_bud
 from hf_sft_plugin.training.compilation import compile_for_all_sizes
 from hf_sft_plugin.training.exact_settings import refuse_inexact_settings
 from hf_sft_plugin.training.last_layer import LastLayerMixin
+from hf_sft_plugin.training.left_padding import move_padding_right
 from hf_sft_plugin.training.lm_head import (
     HeadChooser,
     ResponseResult,
@@ -136,6 +137,7 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
             if self.accelerator.num_processes > 1:
                 count = self.accelerator.reduce(count, reduction="sum")
         if self.max_tokens_per_microbatch is not None:
+            batches = [move_padding_right(batch) for batch in batches]
             attention = self._choose_attention(self.model_wrapped)
             is_padded = not attention.is_padding_free
             self.plan_memory(batches, is_padded)

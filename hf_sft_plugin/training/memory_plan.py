@@ -74,6 +74,8 @@ class MemoryPlanMixin(MicrobatchesMixin):
                     type(error).__name__,
                     error,
                 )
+        if self._step_memory is None:
+            self._memory_line = "not estimated, so batches run as they come"
         if self.accelerator.num_processes > 1:
             # Processes see different rows and memory, and have to agree.
             found = torch.tensor([possible, -longest], device=self.accelerator.device)

@@ -66,6 +66,8 @@ class RowLayout:
         position_ids: `(1, T)`, the position of each token in its document.
         boundaries: `(len(document_lengths) + 1,)`, int32, where documents begin and end.
         are_rows: Whether every row is one document, from its first position on.
+        are_left_padded: Whether every row is one document, up to its last position, and one of
+            them has padding before it.
         documents: The tokens of each document, which stay on the host; None where nobody asked
             for `shared`.
         shared: What documents begin with in common; None where that is nothing.
@@ -77,6 +79,7 @@ class RowLayout:
     position_ids: Tensor
     boundaries: Tensor
     are_rows: bool = False
+    are_left_padded: bool = False
     documents: list[NDArray[np.int64]] | None = None
     shared: SharedPrompts | None = None
 
@@ -163,13 +166,15 @@ def find_layout(batch: Mapping[str, Any], share_prompts: bool = False) -> RowLay
         starts[:, 1:] |= np.diff(values, axis=-1) != 1
     index = np.flatnonzero(real)
     boundaries = np.append(np.flatnonzero(starts[real]), len(index))
+    are_documents = len(boundaries) == len(ids) + 1
     layout = RowLayout(
         shape=(ids.shape[0], ids.shape[1]),
         document_lengths=np.diff(boundaries).tolist(),
         index=torch.from_numpy(index),
         position_ids=torch.from_numpy(values[real]).unsqueeze(0),
         boundaries=torch.from_numpy(boundaries.astype(np.int32)),
-        are_rows=len(boundaries) == len(ids) + 1 and not first.any(),
+        are_rows=are_documents and not first.any(),
+        are_left_padded=are_documents and bool(first.any()) and bool(real[:, -1].all()),
     )
     if not share_prompts:
         return layout

@@ -30,6 +30,7 @@ from hf_sft_plugin.training.evaluation import (
     GeneratedResponse,
     examples_to_answer,
     generate_responses,
+    generation_figures,
     judge,
     load_metric,
     refuse_stream,
@@ -202,7 +203,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         self.responses = self._answer(examples)
         prefix = kwargs.get("metric_key_prefix", "eval")
         judged = with_whole_reference(self.responses, examples, self.stop_token_ids, prefix)
-        metrics = judge(judged, self.generation_metrics)
+        metrics = generation_figures(self.responses) | judge(judged, self.generation_metrics)
         generated = {f"{prefix}_{name}": value for name, value in metrics.items()}
         return output._replace(metrics={**output.metrics, **generated})
 

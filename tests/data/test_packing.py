@@ -139,6 +139,13 @@ def test_what_cannot_be_packed_is_refused_with_the_reason(
     assert isinstance(error.value, RowError) == (number == 5)
 
 
+@pytest.mark.parametrize("max_length", [None, 0, -1, 8.0, True, "8"])
+def test_a_length_of_packed_rows_that_is_no_number_of_tokens_is_refused(max_length: Any) -> None:
+    rows = [{"input_ids": [5], "response_mask": [1]}]
+    with pytest.raises(ValueError, match=f"max_length is {max_length!r}, but .* such as 2048"):
+        pack_dataset(rows, max_length)
+
+
 def test_rows_may_fill_a_packed_row_to_the_last_token() -> None:
     packed = PackedDataset([{"input_ids": [5] * 4}] * 2, [4, 4], 8)
     assert packed.plan == [[0, 1]]

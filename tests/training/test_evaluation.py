@@ -2,20 +2,24 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import evaluate
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
+from datasets import Dataset, Features, Value
+from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
 from hf_sft_plugin import ExactMatch, GeneratedResponse, RowError, prepare_dataset
+from hf_sft_plugin.training import evaluation
 from hf_sft_plugin.training.evaluation import (
     examples_to_answer,
     generate,
     generate_responses,
+    generation_figures,
     judge,
     last_prompt,
     load_metric,
@@ -27,8 +31,11 @@ class ResponseLength(evaluate.Metric):
     """A metric of a user's own, which returns more than numbers."""
 
     def _info(self) -> evaluate.MetricInfo:
-        info: evaluate.MetricInfo = ExactMatch()._info()
-        return info
+        text = Value("string")
+        features = Features({"predictions": text, "references": text})
+        return evaluate.MetricInfo(
+            description="", citation="", inputs_description="", features=features
+        )
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
         return {"length": sum(map(len, predictions)) / len(predictions), "note": "not a number"}
@@ -38,18 +45,31 @@ def greedy(model: Any, prompt: list[int], stops: set[int], limit: int) -> list[i
     """Greedy decoding written out: no cache, no batch, no padding."""
     ids = list(prompt)
     while len(ids) - len(prompt) < limit:
-        token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
-        if token in stops:
+        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if ids[-1] in stops:
             break
-        ids.append(token)
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
+# Absolute and relative positions, windows shorter than the rows, attention of another kind.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {},
+    "gpt2": {"n_inner": 48},
+    "mistral": {"sliding_window": 4},
+    "gemma3_text": {
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "batch_size"), [("qwen3", 1), ("qwen3", 2), *((family, 5) for family in FAMILIES)]
+)
 def test_generation_is_greedy_and_does_not_depend_on_the_batch(
-    batch_size: int, model_factory: Callable[..., Any]
+    family: str, batch_size: int, model_factory: Callable[..., Any]
 ) -> None:
-    model = model_factory(initializer_range=0.4).double().eval()
+    model = model_factory(family, initializer_range=0.4, **FAMILIES[family]).double().eval()
     generator = torch.Generator().manual_seed(0)
     prompts = [
         torch.randint(3, 300, (length,), generator=generator).tolist() for length in (3, 9, 1, 5, 4)
@@ -67,6 +87,7 @@ def test_generation_is_greedy_and_does_not_depend_on_the_batch(
     )
     assert found == [greedy(model, prompt, stops, 12) for prompt in prompts]
     assert any(len(response) < 12 for response in found)
+    assert {response[-1] for response in found if len(response) < 12} <= stops
 
 
 def test_the_mode_of_the_model_is_restored(model: Any) -> None:
@@ -74,6 +95,45 @@ def test_the_mode_of_the_model_is_restored(model: Any) -> None:
         model.train(mode)
         generate(model, [[5]], stop_token_ids={2}, pad_token_id=0, max_new_tokens=1, batch_size=1)
         assert model.training == mode
+
+
+def test_an_adapter_in_training_with_gradient_checkpointing_answers_as_in_evaluation(
+    model_factory: Callable[..., Any],
+) -> None:
+    base = model_factory(initializer_range=0.4)
+    torch.manual_seed(1)
+    lora = LoraConfig(target_modules="all-linear", lora_dropout=0.5, init_lora_weights=False)
+    model: Any = get_peft_model(base, lora).double()
+    prompts = [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
+    model.eval()
+    expected = [greedy(model, prompt, {2}, 6) for prompt in prompts]
+    model.disable_adapter_layers()
+    assert expected != [greedy(model, prompt, {2}, 6) for prompt in prompts]
+    model.enable_adapter_layers()
+    # As a Trainer leaves it in the middle of a training.
+    base.activation_checkpointing_enable({"use_reentrant": False})
+    model.config.use_cache = False
+    model.train()
+    found = generate(
+        model, prompts, stop_token_ids={2}, pad_token_id=0, max_new_tokens=6, batch_size=3
+    )
+    assert found == expected
+    assert model.training
+    assert base.is_activation_checkpointing
+
+
+def test_batches_hold_prompts_of_similar_length(model: Any, monkeypatch: Any) -> None:
+    widths = []
+    own = type(model).generate
+
+    def watched(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        widths.append(tuple(input_ids.shape))
+        return own(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(type(model), "generate", watched)
+    prompts = [[5] * length for length in (9, 1, 8, 2, 3)]
+    generate(model, prompts, stop_token_ids={2}, pad_token_id=0, max_new_tokens=1, batch_size=2)
+    assert widths == [(2, 9), (2, 3), (1, 1)]
 
 
 @pytest.mark.parametrize(
@@ -132,6 +192,74 @@ def test_responses_are_text_in_the_order_of_the_rows(tokenizer: Any, model: Any)
     )
     assert [response.prompt for response in responses] == ["hello", "what is"]
     assert [response.reference for response in responses] == [" world", " this"]
+
+
+@pytest.mark.parametrize(("num_rows", "num_processes"), [(7, 2), (3, 4), (6, 3)])
+def test_every_process_answers_as_many_prompts(
+    num_rows: int, num_processes: int, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+
+    def answer(_: Any, prompts: list[list[int]], **__: Any) -> list[list[int]]:
+        asked.append([prompt[0] for prompt in prompts])
+        return prompts
+
+    monkeypatch.setattr(evaluation, "generate", answer)
+    examples: Any = [{"input_ids": [40 + n, 2], "response_mask": [0, 1]} for n in range(num_rows)]
+    answered = [
+        generate_responses(
+            model=None,  # type: ignore[arg-type]
+            examples=examples,
+            tokenizer=tokenizer,
+            accelerator=SimpleNamespace(  # type: ignore[arg-type]
+                process_index=rank, num_processes=num_processes, is_main_process=False
+            ),
+            stop_token_ids={2},
+            max_new_tokens=1,
+            batch_size=1,
+        )
+        for rank in range(num_processes)
+    ]
+    # Where weights are sharded, a process that ran the model less often would keep others waiting.
+    assert {len(prompts) for prompts in asked} == {-(-num_rows // num_processes)}
+    texts = [response.response for responses in answered for response in responses]
+    assert sorted(texts) == sorted(tokenizer.decode([40 + n]) for n in range(num_rows))
+
+
+def test_a_response_tells_how_long_it_is_and_whether_it_stopped(
+    tokenizer: Any, model_factory: Callable[..., Any]
+) -> None:
+    model = model_factory(initializer_range=0.4).eval()
+    prompts = [[5, 6, 7], [40], [11, 12, 13, 14]]
+    free = [greedy(model, prompt, set(), 6) for prompt in prompts]
+    # One response stops at its third token, and one at its fifth, if not before.
+    stops = {free[0][2], free[1][4]}
+    expected = [greedy(model, prompt, stops, 6) for prompt in prompts]
+    examples: Any = [
+        {"input_ids": [*prompt, 2], "response_mask": [0] * len(prompt) + [1]} for prompt in prompts
+    ]
+    responses = generate_responses(
+        model,
+        examples,
+        tokenizer,
+        Accelerator(cpu=True),
+        stop_token_ids=stops,
+        max_new_tokens=6,
+        batch_size=2,
+    )
+    is_stopped = [tokens[-1] in stops for tokens in expected]
+    assert 0 < sum(is_stopped) < 3
+    assert [response.is_stopped for response in responses] == is_stopped
+    assert [response.num_tokens for response in responses] == [len(t) for t in expected]
+    texts = [
+        tokenizer.decode(tokens[: len(tokens) - stopped], skip_special_tokens=True)
+        for tokens, stopped in zip(expected, is_stopped, strict=True)
+    ]
+    assert [response.response for response in responses] == texts
+    assert generation_figures(responses) == {
+        "stop_rate": sum(is_stopped) / 3,
+        "mean_generated_tokens": sum(map(len, expected)) / 3,
+    }
 
 
 def test_prepared_rows_are_answered_as_they_are_and_raw_rows_are_tokenized(tokenizer: Any) -> None:

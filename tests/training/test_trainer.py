@@ -15,7 +15,6 @@ from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, TrainingArguments
 
 from hf_sft_plugin import (
-    ExactMatch,
     MaskedSFTConfig,
     MaskedSFTTrainer,
     RowError,
@@ -148,6 +147,9 @@ def test_generated_responses_are_judged_in_evaluation(
     hits = sum(r.response.strip() == r.reference.strip() for r in trainer.responses)
     assert metrics["eval_exact_match"] == hits / 3
     assert len(trainer.responses) == 3
+    lengths = [response.num_tokens for response in trainer.responses]
+    assert metrics["eval_mean_generated_tokens"] == sum(lengths) / 3
+    assert metrics["eval_stop_rate"] == sum(r.is_stopped for r in trainer.responses) / 3
 
 
 def test_raw_rows_are_answered_like_prepared_rows(
@@ -207,8 +209,8 @@ def test_no_response_is_judged_by_a_reference_that_was_cut(
     )
     judged: list[str] = []
 
-    class Remember(ExactMatch):
-        def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+    class Remember:
+        def compute(self, *, predictions: list[str], references: list[str]) -> dict[str, float]:
             judged.extend(references)
             return {"remembered": len(references)}
 
@@ -373,8 +375,8 @@ def test_the_summary_of_a_run_says_how_rows_are_attended_to(
 def test_a_metric_of_ones_own_judges_along(
     dataset: Dataset, model: Any, tokenizer: Any, make_config: Make
 ) -> None:
-    class Count(ExactMatch):
-        def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+    class Count:
+        def compute(self, *, predictions: list[str], references: list[str]) -> dict[str, float]:
             return {"count": len(predictions)}
 
     trainer = MaskedSFTTrainer(
