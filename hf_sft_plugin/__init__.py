@@ -35,10 +35,12 @@ from hf_sft_plugin.loss.masked_loss import (
 from hf_sft_plugin.loss.objective import LossObjective, LossType
 from hf_sft_plugin.loss.token_stats import compute_entropy, get_response_log_probs
 from hf_sft_plugin.training.allocator import keep_freed_memory
+from hf_sft_plugin.training.checks import VerificationCheck
 from hf_sft_plugin.training.config import MaskedSFTConfig
 from hf_sft_plugin.training.evaluation import ExactMatch, GeneratedResponse
 from hf_sft_plugin.training.masked_loss_mixin import MaskedLossMixin
 from hf_sft_plugin.training.trainer import MaskedSFTTrainer
+from hf_sft_plugin.training.verification import VerificationError, verify_training
 from hf_sft_plugin.types import IGNORE_INDEX, DataOptions, RowError
 
 __all__ = [
@@ -65,6 +67,8 @@ __all__ = [
     "ShardDataset",
     "ShardSet",
     "TokenizationSetup",
+    "VerificationCheck",
+    "VerificationError",
     "check_shard_destination",
     "check_tokenizer",
     "compute_entropy",
@@ -89,6 +93,7 @@ __all__ = [
     "tokenize_example",
     "tokenize_prompt_and_output",
     "verify_shards",
+    "verify_training",
     "write_preview_page",
     "write_shards",
 ]

@@ -136,6 +136,16 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
             "per_device_train_batch_size counts packed rows."
         },
     )
+    verify_before_training: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the first optimizer step is run several times before it is taken, to "
+            "prove its numbers: labels, stop tokens, documents apart, the fused head, the gradient "
+            "in two splits, updates that the dtype can hold. Prints a table, and stops where a "
+            "figure is above its bound. Costs a few steps, and changes nothing.",
+            "aliases": ["--verify"],
+        },
+    )
     keep_freed_memory: bool = field(
         default=True,
         metadata={

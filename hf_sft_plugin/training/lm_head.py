@@ -214,6 +214,15 @@ class HeadChooser:
             return None
         return "full logits" if self.choice is None else self.choice.summary
 
+    @contextmanager
+    def full_logits(self) -> Iterator[None]:
+        """Takes the full logits for a while, whatever was chosen."""
+        choice, self.choice = self.choice, None
+        try:
+            yield
+        finally:
+            self.choice = choice
+
     def choose(
         self, wrapped: nn.Module, model: nn.Module, inputs: Mapping[str, Any], fused_head: str
     ) -> FusedHead | None:

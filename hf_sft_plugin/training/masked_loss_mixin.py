@@ -45,10 +45,11 @@ from hf_sft_plugin.training.response_batch import (
     split_batch,
     without_padding,
 )
+from hf_sft_plugin.training.verification import VerificationMixin
 from hf_sft_plugin.types import RowError
 
 
-class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
+class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin, VerificationMixin):
     """Gives a `Trainer` the response-masked loss, divided by one global count, and exact logs.
 
     Put it in front: `class MyTrainer(MaskedLossMixin, Trainer)`. It works with every collator that
@@ -69,7 +70,7 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
         fused_head: `auto`, `on` or `off`; see `MaskedSFTConfig`.
         padding_free: `auto`, `on` or `off`; see `MaskedSFTConfig`.
         shared_prompts: `auto` or `off`; see `MaskedSFTConfig`.
-        group_by_prompt: See `MaskedSFTConfig`.
+        group_by_prompt, verify_before_training: See `MaskedSFTConfig`.
 
     Raises:
         ValueError: From the constructor, if a setting would make the numbers inexact.
@@ -144,6 +145,7 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
             batches = self.regroup_step(batches, is_padded, attention.shares_prompts)
             self.describe_memory(batches, is_padded)
         self._num_microbatches = max(remember_tensors(batches), 1)
+        self.verify_first_step(batches, count)
         return batches, count
 
     def compute_loss(

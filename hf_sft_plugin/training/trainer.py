@@ -53,6 +53,7 @@ _SETTINGS_OF_THE_MIXIN = (
     "trained_positions_only",
     "group_by_prompt",
     "max_tokens_per_microbatch",
+    "verify_before_training",
 )
 
 
