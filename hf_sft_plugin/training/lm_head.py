@@ -25,8 +25,6 @@ from hf_sft_plugin.training.tied_gradient import shared_gradient
 logger = logging.getLogger(__name__)
 
 _RESULT_KEY = "response_result"
-# Where the configs of mixture-of-experts models say how much the router's loss counts.
-_AUX_LOSS_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 class ResponseResult(NamedTuple):
@@ -43,26 +41,6 @@ class ResponseResult(NamedTuple):
     token_losses: Tensor
     stats: TokenStats
     aux_loss: Tensor | None
-
-
-def aux_loss_coefficient(config: Any) -> float:
-    """How much the router loss of a mixture of experts counts.
-
-    Args:
-        config: Of the model.
-
-    Raises:
-        ValueError: If the config does not say it.
-    """
-    config = config.get_text_config()
-    values = (getattr(config, name, None) for name in _AUX_LOSS_COEFFICIENTS)
-    coefficient: float | None = next((value for value in values if value is not None), None)
-    if coefficient is None:
-        raise ValueError(
-            f"{type(config).__name__} does not say how much the router's loss counts, in none "
-            f"of {', '.join(_AUX_LOSS_COEFFICIENTS)}. Set output_router_logits to false."
-        )
-    return coefficient
 
 
 def forward_full(
@@ -150,7 +128,7 @@ class FusedHead:
         """Like `forward_full`, within rounding, in memory that does not grow with the batch."""
         own_forward = self.lm_head.forward
         answers: list[HeadLoss] = []
-        losses: list[Tensor] = []
+        losses: list[Any] = []
 
         # The compiler of the model would compile the tiles anew for every number of rows.
         @torch.compiler.disable
@@ -175,8 +153,9 @@ class FusedHead:
             return loss.new_zeros(1, 1, 1)
 
         def attach_result(_: nn.Module, __: Any, outputs: Any) -> dict[str, Any]:
+            losses.append(outputs.get("aux_loss"))
             # Wrappers such as DDP look at the outputs to find what the gradient will reach.
-            return {_RESULT_KEY: (*losses, outputs.get("aux_loss"))}
+            return {_RESULT_KEY: tuple(losses)}
 
         # After those of an engine, which prepares its weights when it meets the gradient.
         take = self.lm_head.register_forward_hook(take_loss)
@@ -186,13 +165,16 @@ class FusedHead:
                 shared_gradient(model, self.model, self.lm_head) as handed_on,
                 replaced_forward(self.lm_head, answer_with_loss),
             ):
-                loss, aux_loss = model(**inputs, use_cache=False)[_RESULT_KEY]
+                returned = model(**inputs, use_cache=False)[_RESULT_KEY]
         finally:
             take.remove()
             attach.remove()
         (answer,) = answers
         # FSDP2 rounds outputs, after it put its hooks on what they were.
-        loss = loss if loss.dtype == answer.loss.dtype else answer.loss
+        loss, aux_loss = (
+            own if own is None or own.dtype != value.dtype else value
+            for own, value in zip((answer.loss, losses[1]), returned, strict=True)
+        )
         return ResponseResult(loss, answer.token_losses, answer.stats, aux_loss)
 
 

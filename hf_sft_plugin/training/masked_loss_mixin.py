@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_sft_plugin.loss.masked_loss import LossNormalization, widest_float
+from hf_sft_plugin.loss.masked_loss import LossNormalization
 from hf_sft_plugin.loss.objective import LossObjective
 from hf_sft_plugin.loss.tile_choice import tile_bytes
 from hf_sft_plugin.training.allocator import allocator_hint
@@ -21,12 +21,7 @@ from hf_sft_plugin.training.compilation import compile_for_all_sizes
 from hf_sft_plugin.training.exact_settings import refuse_inexact_settings
 from hf_sft_plugin.training.last_layer import LastLayerMixin
 from hf_sft_plugin.training.left_padding import move_padding_right
-from hf_sft_plugin.training.lm_head import (
-    HeadChooser,
-    ResponseResult,
-    aux_loss_coefficient,
-    forward_full,
-)
+from hf_sft_plugin.training.lm_head import HeadChooser, ResponseResult, forward_full
 from hf_sft_plugin.training.memory_plan import MemoryPlanMixin
 from hf_sft_plugin.training.metrics import (
     NUM_TOTALS,
@@ -41,10 +36,11 @@ from hf_sft_plugin.training.prompt_sampler import GroupedSampler, group_prompts,
 from hf_sft_plugin.training.response_batch import (
     CollatorWithLayout,
     ResponseBatch,
-    count_divisors,
+    count_step,
     split_batch,
     without_padding,
 )
+from hf_sft_plugin.training.router_loss import aux_loss_coefficient, has_router_loss
 from hf_sft_plugin.training.verification import VerificationMixin
 from hf_sft_plugin.types import RowError
 
@@ -99,6 +95,7 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin, VerificationMixin):
         self._train_totals = WindowedTotals()
         self._eval_rows: list[Tensor] = []
         self._num_microbatches = 1
+        self._num_step_tokens: Tensor | None = None
         self._head = HeadChooser()
         self._attention = AttentionChooser()
 
@@ -129,14 +126,14 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin, VerificationMixin):
             processes, a scalar; the constant for `LossNormalization.CONSTANT`.
         """
         batches = list(islice(epoch_iterator, num_batches))
-        count = torch.zeros((), dtype=widest_float(device), device=device)
-        if self.loss_normalization == LossNormalization.CONSTANT:
-            count += self.normalize_constant
-        else:
-            for batch in batches:
-                count += count_divisors(batch, self.loss_normalization).sum().to(device)
-            if self.accelerator.num_processes > 1:
-                count = self.accelerator.reduce(count, reduction="sum")
+        counts = count_step(batches, self.loss_normalization, device)
+        is_constant = self.loss_normalization == LossNormalization.CONSTANT
+        is_shared = not is_constant or has_router_loss(self.model)
+        if self.accelerator.num_processes > 1 and is_shared:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        count, self._num_step_tokens = counts.unbind()
+        if is_constant:
+            count = torch.full_like(count, self.normalize_constant)
         if self.max_tokens_per_microbatch is not None:
             batches = [move_padding_right(batch) for batch in batches]
             attention = self._choose_attention(self.model_wrapped)
@@ -169,7 +166,10 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin, VerificationMixin):
         batch = split_batch(inputs, self.loss_normalization)
         scaled = batch._replace(weights=batch.weights * self._scale(batch, num_items_in_batch))
         result, outputs = self._forward(model, scaled, self.objective, return_outputs)
-        loss = result.loss + self._weighted_aux_loss(model, result)
+        loss = result.loss
+        if result.aux_loss is not None:
+            weight = self._router_weight(model, batch, num_items_in_batch is None)
+            loss = loss + result.aux_loss.to(loss.device) * weight
         if model.training:
             self._train_totals.add(self._totals(batch, result))
         return (loss, outputs) if return_outputs else loss
@@ -349,12 +349,13 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin, VerificationMixin):
         # Without a single response token the sum is 0, and so shall be the loss.
         return num_averaged / divisor.where(divisor > 0, 1).to(batch.weights.dtype)
 
-    def _weighted_aux_loss(self, model: nn.Module, result: ResponseResult) -> Tensor | float:
-        """The router loss of a mixture of experts: a mean over the micro-batches of the step."""
-        if result.aux_loss is None:
-            return 0.0
+    def _router_weight(self, model: nn.Module, batch: ResponseBatch, is_alone: bool) -> Any:
+        """How much the router's loss of a micro-batch counts: as its share of the step's tokens."""
         coefficient = aux_loss_coefficient(self.accelerator.unwrap_model(model).config)
-        return result.aux_loss.to(result.loss.device) * (coefficient / self._num_microbatches)
+        if is_alone or self._num_step_tokens is None:
+            return coefficient
+        share = batch.num_tokens.sum() / self._num_step_tokens
+        return coefficient * share * self.accelerator.num_processes
 
     def _totals(self, batch: ResponseBatch, result: ResponseResult) -> Tensor:
         """Step 9: the sums and counts of a micro-batch, `(8,)`."""

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_sft_plugin.loss.masked_loss import LossNormalization, token_weights
+from hf_sft_plugin.loss.masked_loss import LossNormalization, token_weights, widest_float
 from hf_sft_plugin.loss.token_stats import shift_labels
 from hf_sft_plugin.training.attention import OpaqueList
 from hf_sft_plugin.training.shared_prompts import SharedPrompts, find_shared_prompts
@@ -258,9 +258,22 @@ class ResponseBatch(NamedTuple):
     places: Tensor | None = None
 
 
-def count_divisors(inputs: Mapping[str, Any], normalization: LossNormalization) -> Tensor:
-    """The share of each row of a batch in the global divisor, `(B,)`; see `split_batch`."""
-    return _weigh(inputs, normalization)[2]
+def count_step(
+    batches: Sequence[Mapping[str, Any]], normalization: LossNormalization, device: torch.device
+) -> Tensor:
+    """What the batches of a step count, `(2,)`: their share in the global divisor, their tokens.
+
+    Args:
+        batches: Those of this process.
+        normalization: See `LossNormalization`.
+        device: Where the counts are needed.
+    """
+    counts = torch.zeros(2, dtype=widest_float(device), device=device)
+    for batch in batches:
+        targets, _, divisors = _weigh(batch, normalization)
+        tokens = _count_tokens(targets, batch.get("attention_mask"))
+        counts += torch.stack([divisors.sum(), tokens.sum()]).to(device)
+    return counts
 
 
 def split_batch(inputs: Mapping[str, Any], normalization: LossNormalization) -> ResponseBatch:
@@ -284,21 +297,23 @@ def split_batch(inputs: Mapping[str, Any], normalization: LossNormalization) -> 
     # A process that was sent its part of a larger batch got the positions of the whole.
     if trained is None or trained.shape != targets.shape:
         trained = find_trained_positions(inputs["labels"])
-    attention_mask = inputs.get("attention_mask")
     return ResponseBatch(
         model_inputs={k: value for k, value in inputs.items() if k not in _NOT_FOR_THE_MODEL},
         labels=inputs["labels"],
         targets=targets,
         weights=weights,
         divisors=divisors,
-        num_tokens=(
-            torch.full_like(targets[:, 0], targets.shape[1])
-            if attention_mask is None
-            else attention_mask.sum(-1)
-        ),
+        num_tokens=_count_tokens(targets, inputs.get("attention_mask")),
         positions=trained.index.to(targets.device),
         layout=inputs.get(ROW_LAYOUT),
     )
+
+
+def _count_tokens(targets: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Those of each row, without padding, `(B,)`."""
+    if attention_mask is None:
+        return torch.full_like(targets[:, 0], targets.shape[1])
+    return attention_mask.sum(-1)
 
 
 def _weigh(
