@@ -53,6 +53,9 @@ SIGNATURES = {
     "show_preview": "dataset, setup, arguments, *, against=None, console=None",
     "is_shard_set": "folder",
     "verify_shards": "folder",
+    "verify_training": "trainer, *, stop_on_failure=True",
+    "VerificationCheck": "name, value, bound, note, remedy=''",
+    "VerificationError": "checks",
     "write_preview_page": "path, rows, *, diff=None, show_ids=False, title='What is trained'",
     "write_shards": "folder, splits, tokenizer, *, ledgers=None, certificates=None, "
     "max_tokens_per_shard=268435456, overwrite=False",
@@ -112,6 +115,7 @@ CONFIG_FIELDS = {
     "group_by_prompt": False,
     "max_tokens_per_microbatch": "auto",
     "packing": False,
+    "verify_before_training": False,
     "keep_freed_memory": True,
     "max_dropped_share": 0.05,
     "dataset_num_proc": None,

@@ -48,7 +48,9 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 
 def test_every_flag_and_file_of_the_commands_exists() -> None:
     classes = (sft.ModelArguments, sft.DataArguments, MaskedSFTConfig)
-    fields = {field.name for class_ in classes for field in dataclasses.fields(class_)}
+    all_fields = [field for class_ in classes for field in dataclasses.fields(class_)]
+    aliases = [alias for field in all_fields for alias in field.metadata.get("aliases", ())]
+    fields = {field.name for field in all_fields} | {name.removeprefix("--") for name in aliases}
     commands = [line.partition("#")[0] for line in SHELL_LINES if "recipes/sft.py" in line]
     flags = {flag for line in commands for flag in re.findall(r"--(\w+)", line)}
     assert flags - {"help"} <= fields

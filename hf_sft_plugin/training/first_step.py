@@ -80,7 +80,7 @@ class FirstStep:
         """Why no backward pass can be tried; None where it can."""
         if self.trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
             return "DeepSpeed counts the backward passes of a step itself"
-        name = str(self.trainer.args.optim)
+        name = OptimizerNames(self.trainer.args.optim).value
         if name in _OWN_BACKWARD or name.endswith("layerwise"):
             return f"the optimizer {name} changes weights in the backward pass"
         return None
@@ -153,6 +153,8 @@ class FirstStep:
         trainer._train_totals = WindowedTotals()
         for parameter in grads:
             parameter.grad = None
+        # Models are loaded in evaluation mode.
+        self.model.train()
         try:
             with same_random_numbers(self.trainer.args.device), without_dropout(self.model):
                 yield

@@ -1,0 +1,46 @@
+"""Two processes verify their first step together, and train on as if they had not."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from processes import run_on_processes
+from verification_worker import WAYS, run_all, run_unequal
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    tokenizer_factory: Callable[..., Any],
+    model_factory: Callable[..., Any],
+) -> Path:
+    """A model, a tokenizer and 12 rows of which some are a good deal longer than others."""
+    folder = tmp_path_factory.mktemp("verified")
+    model_factory().save_pretrained(folder / "model")
+    tokenizer_factory().save_pretrained(folder / "tokenizer")
+    rows = [
+        {
+            "input_ids": [*range(5 + n, 9 + n), *range(90, 91 + 3 * n), 2],
+            "response_mask": [0] * 4 + [1] * (3 * n + 2),
+        }
+        for n in range(12)
+    ]
+    Dataset.from_list(rows).save_to_disk(folder / "train")
+    return folder
+
+
+def test_verified_runs_of_two_processes_are_the_same_runs(folder: Path) -> None:
+    for found in run_on_processes(2, run_all, folder):
+        checks = {name: (value, bound) for name, value, bound in found["before"]["checks"]}
+        assert [name for name, (value, _) in checks.items() if value is None] == []
+        assert [name for name, (value, bound) in checks.items() if value > bound] == []
+        for way in WAYS[:2]:
+            assert found[way]["weights"] == found["never"]["weights"]
+            assert found[way]["log"] == found["never"]["log"]
+
+
+def test_what_fails_on_one_process_fails_on_all(folder: Path) -> None:
+    # Of the four rows of the second process none ends with its stop token.
+    assert run_on_processes(2, run_unequal, folder) == ["stop tokens 4"] * 2

@@ -1,0 +1,76 @@
+"""What every process of the test of verified runs runs: the same training three times."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import load_from_disk
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer, verify_training
+
+# In a training; before one; not at all.
+WAYS = ("inside", "before", "never")
+
+
+def run(folder: Path, way: str, **settings: Any) -> dict[str, Any]:
+    """One training, verified in one of the ways."""
+    torch.manual_seed(3)
+    trainer = MaskedSFTTrainer(
+        AutoModelForCausalLM.from_pretrained(folder / "model", attention_dropout=0.25),
+        MaskedSFTConfig(
+            output_dir=str(folder / way),
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            logging_steps=1,
+            max_steps=3,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-2,
+            verify_before_training=way == "inside",
+            **settings,
+        ),
+        train_dataset=load_from_disk(folder / "train"),
+        processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        peft_config=LoraConfig(target_modules="all-linear", lora_dropout=0.25),
+    )
+    checks = verify_training(trainer) if way == "before" else []
+    trainer.train()
+    clock = ("runtime", "per_second")
+    return {
+        "checks": [(check.name, check.value, check.bound) for check in checks],
+        "weights": [p.tolist() for p in trainer.model.parameters() if p.requires_grad],
+        "log": [
+            {k: v for k, v in log.items() if not k.endswith(clock)}
+            for log in trainer.state.log_history
+        ],
+    }
+
+
+def run_all(folder: Path) -> dict[str, dict[str, Any]]:
+    """A training in each of the ways."""
+    return {way: run(folder, way) for way in WAYS}
+
+
+def run_unequal(folder: Path) -> str:
+    """A verification that fails on the last process alone."""
+    trainer = MaskedSFTTrainer(
+        AutoModelForCausalLM.from_pretrained(folder / "model"),
+        MaskedSFTConfig(
+            output_dir=str(folder / "unequal"),
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            per_device_train_batch_size=4,
+            max_steps=1,
+        ),
+        train_dataset=load_from_disk(folder / "train"),
+        processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+    )
+    if trainer.args.process_index == trainer.args.world_size - 1:
+        trainer.stop_token_ids = frozenset({299})
+    failed = [c for c in verify_training(trainer, stop_on_failure=False) if c.has_failed]
+    return ", ".join(f"{check.name} {check.value:.0f}" for check in failed)
