@@ -1,6 +1,7 @@
 """LoRA and other PEFT adapters, put on a model before it is trained."""
 
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel
 
 
@@ -15,8 +16,15 @@ def add_adapter(
         is_trained: Whether something in the model has to be trainable.
 
     Raises:
-        ValueError: If the model already carries an adapter, or if nothing in it would be trained.
+        ValueError: If the model already carries an adapter, if nothing in it would be trained, or
+            if what is trained could not be saved.
     """
+    if isinstance(model, PeftMixedModel):
+        raise ValueError(
+            "The model is a PeftMixedModel, which PEFT cannot save, so what is trained would be "
+            "lost. Use a PeftModel, whose adapters are of one kind. A Trainer of your own with "
+            "MaskedLossMixin in front of it trains a PeftMixedModel; how it is saved is then yours."
+        )
     if peft_config is not None:
         # The second is how transformers marks adapters that it loaded itself.
         if isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
@@ -32,3 +40,27 @@ def add_adapter(
             "adapter needs is_trainable=True in PeftModel.from_pretrained."
         )
     return model
+
+
+def adapter_state(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The adapters of a model, and those of them that are active; changes when either does."""
+    if not isinstance(model, PeftModel | PeftMixedModel):
+        # What transformers loads by itself. Switching those changes no module that we hold on to.
+        return tuple(getattr(model, "peft_config", ())), ()
+    return tuple(model.peft_config), tuple(model.active_adapters)
+
+
+def find_row_dependence(model: nn.Module) -> str | None:
+    """How the active adapters of a model depend on where a row begins or ends; None if they do not.
+
+    Such adapters start out without an effect, so that trying them would show nothing.
+    """
+    if not isinstance(model, PeftModel):
+        return None
+    for name in model.active_adapters:
+        config = model.peft_config[name]
+        if config.is_prompt_learning:
+            return "the adapter puts virtual tokens before every row"
+        if getattr(config, "alora_invocation_tokens", None) is not None:
+            return "the adapter begins where its invocation tokens are in a row"
+    return None

@@ -6,13 +6,13 @@ A list of models would be out of date tomorrow.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from hf_sft_plugin.training.adapters import adapter_state, find_row_dependence
 from hf_sft_plugin.training.attention import IMPLEMENTATION
 from hf_sft_plugin.training.attention_probe import AttentionSwitch, find_problem
 
@@ -63,7 +63,7 @@ class AttentionChooser:
 
     def __init__(self) -> None:
         self.choice: AttentionChoice | None = None
-        self._asked: tuple[nn.Module, str, bool] | None = None
+        self._asked: tuple[Any, ...] | None = None
 
     def choose(
         self, wrapped: nn.Module, model: nn.Module, padding_free: str, share_prompts: bool = True
@@ -79,7 +79,8 @@ class AttentionChooser:
         Raises:
             ValueError: If it is `on`, and rows have to be padded.
         """
-        if self.choice is not None and self._asked == (model, padding_free, share_prompts):
+        asked = model, adapter_state(model), padding_free, share_prompts
+        if self.choice is not None and self._asked == asked:
             return self.choice
         if padding_free == "off":
             choice = AttentionChoice(False, "padded, because padding_free is 'off'", None)
@@ -92,7 +93,7 @@ class AttentionChooser:
                 )
             if not choice.is_padding_free:
                 logger.warning("Rows are %s.", choice.summary)
-        self.choice, self._asked = choice, (model, padding_free, share_prompts)
+        self.choice, self._asked = choice, asked
         return choice
 
     def give_back(self) -> None:
@@ -117,14 +118,12 @@ def choose_attention(
     config = config.get_text_config()
     own = config._attn_implementation
     switch = AttentionSwitch(model) if own in ("sdpa", "eager") else None
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        problem: str | None = "the adapter puts virtual tokens before every row"
-    elif config.output_attentions:
-        problem = "the config asks for attention weights"
+    if config.output_attentions:
+        problem: str | None = "the config asks for attention weights"
     elif switch is None and not ("flash" in str(own) or own == "flex_attention"):
         problem = f"nothing is known about the attention implementation {own!r}"
     else:
-        problem = find_problem(wrapped, model, switch)
+        problem = find_row_dependence(model) or find_problem(wrapped, model, switch)
     if problem is not None:
         return AttentionChoice(False, f"padded, because {problem}", None)
     if switch is None:

@@ -93,7 +93,8 @@ class _Witness:
         AttentionMaskInterface.register(_PROBE, self._make_mask)
 
     def _make_mask(self, **arguments: Any) -> Tensor:
-        mask = sdpa_mask(**{**arguments, "allow_is_causal_skip": False})
+        skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        mask = sdpa_mask(**{**arguments, **skips})
         assert mask is not None, "it is only left out where that is allowed"
         self._masks.append((mask, arguments["mask_function"]))
         return mask

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from transformers import Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hf_sft_plugin.training.adapters import adapter_state
 from hf_sft_plugin.training.attention_probe import (
     MODEL_ERRORS,
     end_to_end,
@@ -214,7 +215,7 @@ class LastLayerMixin(_TrainerBase):
 
     trained_positions_only: str = "auto"
     _last_layer: LastLayer | None = None
-    _last_layer_of: tuple[nn.Module, str] | None = None
+    _last_layer_of: tuple[Any, ...] | None = None
 
     @property
     def last_layer_summary(self) -> str | None:
@@ -232,9 +233,10 @@ class LastLayerMixin(_TrainerBase):
         if batch is None:
             yield
             return
-        if self._last_layer_of != (model, self.trained_positions_only):
+        asked = model, adapter_state(model), self.trained_positions_only
+        if self._last_layer_of != asked:
             self._last_layer = LastLayer(model, self._known_problem(model))
-            self._last_layer_of = model, self.trained_positions_only
+            self._last_layer_of = asked
         assert self._last_layer is not None, "it comes with the model"
         # Experts, for one, cannot be relied on to take no token at all.
         if not len(batch.positions) or not self._last_layer.prove():

@@ -20,6 +20,7 @@ from hf_sft_plugin.loss.linear_head import is_plain_linear
 from hf_sft_plugin.loss.logit_tile import LogitTransform
 from hf_sft_plugin.loss.objective import LossObjective
 from hf_sft_plugin.loss.token_stats import TokenStats
+from hf_sft_plugin.training.adapters import adapter_state
 from hf_sft_plugin.training.tied_gradient import shared_gradient
 
 logger = logging.getLogger(__name__)
@@ -187,7 +188,7 @@ class HeadChooser:
 
     def __init__(self) -> None:
         self.choice: FusedHead | None = None
-        self._asked: tuple[nn.Module, str] | None = None
+        self._asked: tuple[Any, ...] | None = None
 
     @property
     def summary(self) -> str | None:
@@ -219,9 +220,11 @@ class HeadChooser:
         Raises:
             ValueError: If it is `on`, and the model needs its full logits.
         """
-        if self._asked == (model, fused_head):
+        # An adapter may have been put around the head since.
+        asked = model, _lm_head(model), adapter_state(model), fused_head
+        if self._asked == asked:
             return self.choice
-        self._asked, self.choice = (model, fused_head), None
+        self._asked, self.choice = asked, None
         if fused_head == "off":
             return None
         transform = find_transform(wrapped, model, inputs)
@@ -254,17 +257,20 @@ def find_transform(
 
     Returns:
         The transformation, or None where no known one fits or several different ones do, or where
-        the logits do not come from an LM head.
+        the logits do not come from an LM head that is told nothing but hidden states.
     """
     lm_head = _lm_head(model)
     if lm_head is None:
         return None
     head = lm_head.forward
     planted: list[Tensor] = []
+    are_told: list[Any] = []
 
-    def answer_with_known_values(hidden_states: Tensor) -> Tensor:
+    def answer_with_known_values(hidden_states: Tensor, **told: Any) -> Tensor:
+        # Of what a head is told about rows, a tile of positions would not know its part.
+        are_told.extend(told)
         # One position of the real head tells the size of the vocabulary, the dtype and the device.
-        planted.append(_known_logits(like=head(hidden_states[..., -1:, :])))
+        planted.append(_known_logits(like=head(hidden_states[..., -1:, :], **told)))
         # A copy, because a model may scale its logits in place.
         return planted[-1].clone()
 
@@ -280,7 +286,7 @@ def find_transform(
             logits = wrapped(**first_row, use_cache=False).logits
     finally:
         wrapped.train(was_training)
-    if len(planted) != 1 or planted[0].shape != logits.shape:
+    if are_told or len(planted) != 1 or planted[0].shape != logits.shape:
         return None
     fits: list[tuple[LogitTransform, Tensor]] = []
     for transform in _candidates(model):
@@ -307,9 +313,10 @@ def _candidates(model: nn.Module) -> Iterator[LogitTransform]:
         if scale:
             yield LogitTransform(multiplier=scale)
             yield LogitTransform(divisor=scale)
-    cap = getattr(config, "final_logit_softcapping", None)
-    if cap:
-        yield LogitTransform(softcap=cap)
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+        cap = getattr(config, name, None)
+        if cap:
+            yield LogitTransform(softcap=cap)
 
 
 def _lm_head(model: nn.Module) -> nn.Module | None:

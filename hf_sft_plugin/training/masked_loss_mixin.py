@@ -31,7 +31,7 @@ from hf_sft_plugin.training.metrics import (
     row_totals,
 )
 from hf_sft_plugin.training.microbatches import remember_tensors
-from hf_sft_plugin.training.packed_rows import refuse_padded_documents
+from hf_sft_plugin.training.packed_rows import refuse_documents, refuse_padded_documents
 from hf_sft_plugin.training.prompt_sampler import GroupedSampler, group_prompts, require_rows
 from hf_sft_plugin.training.response_batch import (
     CollatorWithLayout,
@@ -268,6 +268,7 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin, VerificationMixin):
         """Steps 6 and 7: the body and the head of the model."""
         if needs_outputs:
             # Outputs have a row for each row of the batch.
+            refuse_documents(batch.model_inputs, None)
             inputs = batch.model_inputs, batch.targets, batch.weights, objective, batch.positions
             return forward_full(model, *inputs)
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -275,6 +276,8 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin, VerificationMixin):
         attention = self._choose_attention(model)
         shares_prompts = attention.shares_prompts
         flat = without_padding(batch, shares_prompts) if attention.is_padding_free else None
+        if flat is None:
+            refuse_documents(batch.model_inputs, attention)
         batch = flat or batch
         inputs = batch.model_inputs, batch.targets, batch.weights, objective, batch.positions
         last_layer = self.run_last_layer(unwrapped, flat)

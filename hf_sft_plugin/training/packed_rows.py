@@ -1,6 +1,9 @@
 """Training on packed rows: what is packed, and where that would train something else."""
 
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from hf_sft_plugin.data.collator import DataCollatorForPromptResponse
 from hf_sft_plugin.data.packing import PackedDataset, pack_dataset
@@ -68,3 +71,34 @@ def refuse_padded_documents(rows: Any, attention: AttentionChoice) -> None:
             f"they have to be {attention.summary}. Train without packing; "
             "max_tokens_per_microbatch puts rows of one length together."
         )
+
+
+def refuse_documents(inputs: Mapping[str, Any], attention: AttentionChoice | None) -> None:
+    """Refuses a batch with several documents in a row, where it would go to a model as it is.
+
+    Some models tell them apart by their positions, others do not, and nothing would be seen of it.
+
+    Args:
+        inputs: What the model would read. Without an `attention_mask`, `position_ids` that do not
+            go on begin a new document, as they do in transformers.
+        attention: How the model attends; None where its own outputs are asked for.
+
+    Raises:
+        ValueError: With the reason why the documents are not laid out to be kept apart.
+    """
+    positions = inputs.get("position_ids")
+    if not isinstance(positions, Tensor) or inputs.get("attention_mask") is not None:
+        return
+    if not (positions.diff(dim=-1) != 1).any():
+        return
+    if attention is None:
+        reason = "the outputs of the model are asked for"
+    elif attention.is_padding_free:
+        reason = f"it does not hold tokens alone, but {', '.join(inputs)}"
+    else:
+        reason = f"rows are {attention.summary}"
+    raise ValueError(
+        "The batch has several documents in a row, as its position_ids say, and would go to the "
+        f"model as it is, where they may see each other: {reason}. Use a collator that gives each "
+        "document a row and the batch an attention_mask, such as DataCollatorForPromptResponse."
+    )

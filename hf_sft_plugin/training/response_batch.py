@@ -28,6 +28,8 @@ FOUND_IN = "found_in"
 OURS = (ROW_LAYOUT, TRAINED_POSITIONS, FOUND_IN)
 _NOT_FOR_THE_MODEL = ("labels", "response_mask", "loss_weights", *OURS)
 _FOUND_FROM = ("input_ids", "attention_mask", "position_ids", "labels")
+# What collators of packed rows may add for the model: a layout says it anew.
+_OF_LAYOUT = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 # Tensors that are known to hold one value per token; any other might mean something else.
 _PER_TOKEN = ("input_ids", "attention_mask", "position_ids", *_NOT_FOR_THE_MODEL)
 
@@ -141,7 +143,7 @@ def find_layout(batch: Mapping[str, Any], share_prompts: bool = False) -> RowLay
     ids, mask, positions = (batch.get(k) for k in ("input_ids", "attention_mask", "position_ids"))
     if not isinstance(ids, Tensor) or ids.ndim != 2 or (mask is None and positions is None):
         return None
-    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    tensors = {k: x for k, x in batch.items() if isinstance(x, Tensor) and k not in _OF_LAYOUT}
     if any(name not in _PER_TOKEN or x.shape != ids.shape for name, x in tensors.items()):
         return None
     real = np.ones(ids.shape, dtype=bool) if mask is None else mask.cpu().numpy() == 1
@@ -351,7 +353,8 @@ def without_padding(batch: ResponseBatch, share_prompts: bool = False) -> Respon
         return None
     layout = layout.to(batch.labels.device)
     shared = layout.shared if share_prompts else None
-    inputs = {k: value for k, value in batch.model_inputs.items() if k != "attention_mask"}
+    replaced = ("attention_mask", *_OF_LAYOUT)
+    inputs = {k: value for k, value in batch.model_inputs.items() if k not in replaced}
     ids = layout.flatten(inputs["input_ids"])
     inputs["input_ids"] = ids if shared is None else ids.index_select(1, shared.index)
     return batch._replace(
