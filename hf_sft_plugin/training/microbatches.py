@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import Trainer
 
+from hf_sft_plugin.training.repeats import as_repeat, without_repeats
 from hf_sft_plugin.training.response_batch import (
     FOUND_IN,
     OURS,
@@ -277,6 +278,7 @@ class MicrobatchesMixin(_TrainerBase):
     """
 
     max_tokens_per_microbatch: int | str | None = None
+    _parts_of_step: Sequence[dict[str, Any]] = ()
 
     @property
     def token_budget(self) -> TokenBudget | None:
@@ -297,30 +299,49 @@ class MicrobatchesMixin(_TrainerBase):
         Returns:
             As many as there were: the batches, or `Microbatches`.
         """
-        is_overridden = type(self).training_step is not MicrobatchesMixin.training_step
-        # DeepSpeed counts the backward passes of a step itself.
-        is_counted = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         budget = self.token_budget
-        if budget is None or is_overridden or is_counted:
+        if budget is None or not self._can_replace_batches():
             return batches
-        if not batches or not can_regroup(batches):
+        own = without_repeats(batches)
+        if not batches or not can_regroup(own or batches):
             return batches
-        lengths, extents = row_extents(batches)
+        rows = own or batches[:1]
+        lengths, extents = row_extents(rows)
         sizes = extents if is_padded else lengths
-        as_they_come = rows_of(batches)
-        costs = [_cost([sizes[row] for row in rows], is_padded) for rows in as_they_come]
+        as_they_come = rows_of(rows)
+        costs = [_cost([sizes[row] for row in batch], is_padded) for batch in as_they_come]
         max_tokens = budget.for_step(max(costs))
         plan = plan_microbatches(sizes, max_tokens, is_padded)
         if len(plan) > len(batches) and max(costs) <= max_tokens:
             plan = as_they_come
+        most = 0
         if self.accelerator.distributed_type == DistributedType.FSDP:
             # Each forward pass gathers weights, so all processes need as many.
             count = torch.tensor(len(plan), device=self.accelerator.device)
             most = int(self.accelerator.gather(count).max())
             plan = plan_microbatches(sizes, max_tokens, is_padded, num_at_least=most)
         elif shares_prompts:
-            plan = _keep_prompts_together(plan, batches, max_tokens)
-        return share_out(regroup(batches, plan, extents), len(batches))
+            plan = _keep_prompts_together(plan, rows, max_tokens)
+        made = regroup(rows, plan, extents)
+        if not own:
+            made = [as_repeat(microbatch) for microbatch in made]
+        made += [as_repeat(made[0])] * (most - len(made))
+        return share_out(made, len(batches))
+
+    def fill_step(self, batches: list[Any], num_batches: int) -> list[Any]:
+        """Has the last step of a stream take place, which has fewer batches than the others.
+
+        The Trainer counts batches, and would leave their gradient to the next epoch.
+        """
+        if not batches or not self._can_replace_batches():
+            return batches
+        return [*(Microbatches() for _ in range(num_batches - len(batches))), *batches]
+
+    def _can_replace_batches(self) -> bool:
+        is_overridden = type(self).training_step is not MicrobatchesMixin.training_step
+        # DeepSpeed counts the backward passes of a step itself.
+        is_counted = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        return not (is_overridden or is_counted)
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
@@ -335,11 +356,31 @@ class MicrobatchesMixin(_TrainerBase):
                 loss = loss + super().training_step(model, batch, num_items_in_batch)
         return loss
 
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        # With several processes on a CPU each tensor is copied, though it has not far to go.
+        found_in = inputs.get(FOUND_IN)
+        is_found = found_in is not None and found_in.is_still_in(inputs)
+        prepared = super()._prepare_inputs(inputs)
+        return {**prepared, FOUND_IN: FoundIn(prepared)} if is_found else prepared
+
     def floating_point_ops(self, inputs: Any) -> int:
         """As in `Trainer`, over all micro-batches."""
         parts: Iterator[Any] = iter(inputs if isinstance(inputs, Microbatches) else [inputs])
         return sum(super(MicrobatchesMixin, self).floating_point_ops(part) for part in parts)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
-        for part in inputs if isinstance(inputs, Microbatches) else [inputs]:
-            super()._track_num_input_tokens(part)
+        if self.args.include_num_input_tokens_seen == "no":
+            return
+        parts = inputs if isinstance(inputs, Microbatches) else [inputs]
+        self._parts_of_step = [*self._parts_of_step, *without_repeats(parts)]
+        # Processes run different numbers of micro-batches, so they ask each other once a step.
+        if not self.accelerator.sync_gradients:
+            return
+        parts, self._parts_of_step = self._parts_of_step, ()
+        nothing = torch.zeros(0, dtype=torch.long, device=self.args.device)
+        joined = {
+            name: torch.cat([nothing, *(part[name].flatten() for part in parts)])
+            for name in ("input_ids", "attention_mask")
+            if all(name in part for part in parts)
+        }
+        super()._track_num_input_tokens(joined)

@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_sft_plugin.loss.masked_loss import LossNormalization, token_weights
 from hf_sft_plugin.loss.token_stats import shift_labels
 from hf_sft_plugin.training.attention import OpaqueList
+from hf_sft_plugin.training.repeats import REPEATED, as_repeat, leave_out_repeats
 from hf_sft_plugin.training.shared_prompts import SharedPrompts, find_shared_prompts
 from hf_sft_plugin.training.trained_positions import (
     TRAINED_POSITIONS,
@@ -25,7 +26,7 @@ ROW_LAYOUT = "row_layout"
 # The name under which it carries the `FoundIn` of both.
 FOUND_IN = "found_in"
 # What a batch carries for us beside its tensors.
-OURS = (ROW_LAYOUT, TRAINED_POSITIONS, FOUND_IN)
+OURS = (ROW_LAYOUT, TRAINED_POSITIONS, FOUND_IN, REPEATED)
 _NOT_FOR_THE_MODEL = ("labels", "response_mask", "loss_weights", *OURS)
 _FOUND_FROM = ("input_ids", "attention_mask", "position_ids", "labels")
 # Tensors that are known to hold one value per token; any other might mean something else.
@@ -213,10 +214,16 @@ class CollatorWithLayout:
         self.finds_layout = finds_layout
 
     def __call__(self, rows: Any) -> Any:
-        """The batch with its trained positions, and a layout where it can be laid end to end."""
-        batch = self.collate(rows)
+        """The batch with its trained positions, and a layout where it can be laid end to end.
+
+        Rows that are marked as repeats are left out, unless there are no others.
+        """
+        own, is_repeated = leave_out_repeats(rows)
+        batch = self.collate(own)
         if not isinstance(batch, MutableMapping):
             return batch
+        if is_repeated:
+            batch = as_repeat(batch)
         layout = find_layout(batch, self.share_prompts) if self.finds_layout else None
         if layout is not None:
             batch[ROW_LAYOUT] = layout
@@ -235,7 +242,7 @@ class ResponseBatch(NamedTuple):
         targets: `(B, S)`, shifted labels.
         weights: `(B, S)`, what the loss of each target is multiplied with before the division.
         divisors: `(B,)`, the share of each row in the global divisor.
-        num_tokens: `(B,)`, tokens without padding.
+        num_tokens: `(B,)`, tokens without padding; 0 where the row is a repeat.
         positions: `(N,)`, those of the flattened targets that are trained.
         layout: Where the tokens are; None where that was not worked out with the batch.
         places: `(S,)`, for a single row: which of the model's hidden states predicts each target;
@@ -272,6 +279,7 @@ def split_batch(inputs: Mapping[str, Any], normalization: LossNormalization) -> 
         ValueError: If the batch has no labels.
     """
     targets, weights, divisors = _weigh(inputs, normalization)
+    is_repeated = REPEATED in inputs
     found_in: FoundIn | None = inputs.get(FOUND_IN)
     if found_in is not None and not found_in.is_still_in(inputs):
         inputs = {name: value for name, value in inputs.items() if name not in OURS}
@@ -280,17 +288,18 @@ def split_batch(inputs: Mapping[str, Any], normalization: LossNormalization) -> 
     if trained is None or trained.shape != targets.shape:
         trained = find_trained_positions(inputs["labels"])
     attention_mask = inputs.get("attention_mask")
+    num_tokens = (
+        torch.full_like(targets[:, 0], targets.shape[1])
+        if attention_mask is None
+        else attention_mask.sum(-1)
+    )
     return ResponseBatch(
         model_inputs={k: value for k, value in inputs.items() if k not in _NOT_FOR_THE_MODEL},
         labels=inputs["labels"],
         targets=targets,
         weights=weights,
         divisors=divisors,
-        num_tokens=(
-            torch.full_like(targets[:, 0], targets.shape[1])
-            if attention_mask is None
-            else attention_mask.sum(-1)
-        ),
+        num_tokens=torch.zeros_like(num_tokens) if is_repeated else num_tokens,
         positions=trained.index.to(targets.device),
         layout=inputs.get(ROW_LAYOUT),
     )
