@@ -165,13 +165,20 @@ def folder(
     return folder
 
 
+class Results(dict[int, list[dict[str, Any]]]):
+    """What every process found, by their number; they run when they are first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __missing__(self, count: int) -> list[dict[str, Any]]:
+        self[count] = run_on_processes(count, run, self.folder, make_cases(count), EVALUATIONS)
+        return self[count]
+
+
 @pytest.fixture(scope="module")
-def results(folder: Path) -> dict[int, list[dict[str, Any]]]:
-    """What every process found, by their number."""
-    return {
-        count: run_on_processes(count, run, folder, make_cases(count), EVALUATIONS)
-        for count in PROCESSES
-    }
+def results(folder: Path) -> Results:
+    return Results(folder)
 
 
 def row_sums(model: Any, row: Row, normalization: str) -> dict[str, Any]:
@@ -230,7 +237,7 @@ def train_by_hand(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
         totals = {name: count + sums[name] for name, count in totals.items()}
         count = sums["num_response_tokens"]
         means = {name: sums[name] / max(count, 1) for name in ("token_entropy", "token_accuracy")}
-        found["logs"].append({"loss": float(loss), **means, **totals} if count else totals)
+        found["logs"].append({"loss": loss.item(), **means, **totals} if count else totals)
     return found
 
 
@@ -262,7 +269,7 @@ def relative(found: Any, expected: Any) -> float:
 def test_gradients_weights_and_logs_are_those_of_plain_arithmetic(
     name: str,
     num_processes: int,
-    results: dict[int, list[dict[str, Any]]],
+    results: Results,
     by_hand: Callable[[str], dict[str, Any]],
 ) -> None:
     found, expected = results[num_processes][0]["train"][name], by_hand(name)
@@ -293,7 +300,7 @@ def test_gradients_weights_and_logs_are_those_of_plain_arithmetic(
 
 @pytest.mark.parametrize(("name", "num_processes"), SHUFFLED)
 def test_a_shuffled_run_sees_the_same_rows_on_any_number_of_processes(
-    name: str, num_processes: int, results: dict[int, list[dict[str, Any]]]
+    name: str, num_processes: int, results: Results
 ) -> None:
     one, found = results[1][0]["train"]["shuffled"], results[num_processes][0]["train"][name]
     assert relative(found["weights"][-1], one["weights"][-1]) < 1e-12
@@ -302,7 +309,7 @@ def test_a_shuffled_run_sees_the_same_rows_on_any_number_of_processes(
 
 @pytest.mark.parametrize(("name", "num_processes"), [each for each in TRAINED if each[1] > 1])
 def test_all_processes_end_with_the_same_weights(
-    name: str, num_processes: int, results: dict[int, list[dict[str, Any]]]
+    name: str, num_processes: int, results: Results
 ) -> None:
     weights = [found["train"][name]["weights"][-1] for found in results[num_processes]]
     assert all(torch.equal(each, weights[0]) for each in weights)
@@ -311,7 +318,7 @@ def test_all_processes_end_with_the_same_weights(
 @pytest.mark.parametrize("name", ["wide", "packed, wide", "stream", "silent step"])
 @pytest.mark.parametrize("num_processes", PROCESSES[1:])
 def test_every_process_runs_forward_once_for_each_batch(
-    num_processes: int, name: str, results: dict[int, list[dict[str, Any]]]
+    num_processes: int, name: str, results: Results
 ) -> None:
     case = make_cases(num_processes)[name]
     units, per_step = NUM_ROWS, ROWS_PER_STEP
@@ -326,7 +333,7 @@ def test_every_process_runs_forward_once_for_each_batch(
 @pytest.mark.parametrize("kind", EVALUATIONS)
 @pytest.mark.parametrize("num_processes", PROCESSES)
 def test_seven_rows_are_evaluated_as_one_after_the_other(
-    num_processes: int, kind: str, results: dict[int, list[dict[str, Any]]], folder: Path
+    num_processes: int, kind: str, results: Results, folder: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64)
     sums = []
@@ -354,7 +361,7 @@ def test_seven_rows_are_evaluated_as_one_after_the_other(
 
 
 def test_processes_ask_each_other_once_a_step_and_once_a_log_however_many_micro_batches(
-    results: dict[int, list[dict[str, Any]]],
+    results: Results,
 ) -> None:
     counts = {name: found["num_collectives"] for name, found in results[2][0]["train"].items()}
     # A step: its divisor; the totals of its log; and of the Trainer itself the loss of the log, the
@@ -370,7 +377,7 @@ def test_processes_ask_each_other_once_a_step_and_once_a_log_however_many_micro_
 
 @pytest.mark.parametrize("num_processes", PROCESSES)
 def test_processes_share_the_generation_and_agree_on_it(
-    num_processes: int, results: dict[int, list[dict[str, Any]]]
+    num_processes: int, results: Results
 ) -> None:
     one = results[1][0]["generate"]
     assert len(one["responses"]) == 7
