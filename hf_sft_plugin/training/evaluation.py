@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_sft_plugin.data.tokenization import tokenize_example
+from hf_sft_plugin.training.repeats import rows_of_dataset
 from hf_sft_plugin.types import RowError, TokenizedExample
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ def examples_to_answer(
         ValueError: If there is no dataset, if there are several, or if it is a stream.
         RowError: If a raw row has no response.
     """
+    dataset = rows_of_dataset(dataset)
     if dataset is None:
         raise ValueError(
             "There are no rows to answer. Pass a dataset, or give the trainer an eval_dataset."

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_sft_plugin.loss.masked_loss import LossNormalization
@@ -18,6 +17,7 @@ from hf_sft_plugin.training.allocator import allocator_hint
 from hf_sft_plugin.training.attention_choice import AttentionChoice, AttentionChooser
 from hf_sft_plugin.training.checkpoint import load_budget, load_totals, save_budget, save_totals
 from hf_sft_plugin.training.compilation import compile_for_all_sizes
+from hf_sft_plugin.training.data_loaders import DataLoadersMixin
 from hf_sft_plugin.training.exact_settings import refuse_inexact_settings
 from hf_sft_plugin.training.last_layer import LastLayerMixin
 from hf_sft_plugin.training.left_padding import move_padding_right
@@ -32,9 +32,15 @@ from hf_sft_plugin.training.metrics import (
 )
 from hf_sft_plugin.training.microbatches import remember_tensors
 from hf_sft_plugin.training.packed_rows import refuse_documents, refuse_padded_documents
-from hf_sft_plugin.training.prompt_sampler import GroupedSampler, group_prompts, require_rows
+from hf_sft_plugin.training.repeats import (
+    cut_repeats,
+    gather_in_order,
+    gather_own_rows,
+    num_own_rows,
+    rows_of_dataset,
+    without_repeats,
+)
 from hf_sft_plugin.training.response_batch import (
-    CollatorWithLayout,
     ResponseBatch,
     count_step,
     split_batch,
@@ -45,7 +51,7 @@ from hf_sft_plugin.training.verification import VerificationMixin
 from hf_sft_plugin.types import RowError
 
 
-class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin, VerificationMixin):
+class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin, DataLoadersMixin, VerificationMixin):
     """Gives a `Trainer` the response-masked loss, divided by one global count, and exact logs.
 
     Put it in front: `class MyTrainer(MaskedLossMixin, Trainer)`. It works with every collator that
@@ -77,9 +83,6 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin, VerificationMixin):
     normalize_constant: float = 1.0
     objective: LossObjective = LossObjective()
     fused_head: str = "auto"
-    padding_free: str = "auto"
-    shared_prompts: str = "auto"
-    group_by_prompt: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -94,6 +97,7 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin, VerificationMixin):
             self.objective = replace(self.objective, label_smoothing=smoothing)
         self._train_totals = WindowedTotals()
         self._eval_rows: list[Tensor] = []
+        self._num_own_rows = 0
         self._num_microbatches = 1
         self._num_step_tokens: Tensor | None = None
         self._head = HeadChooser()
@@ -125,7 +129,8 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin, VerificationMixin):
             The micro-batches, and the response tokens (or weights, or rows) in them over all
             processes, a scalar; the constant for `LossNormalization.CONSTANT`.
         """
-        batches = list(islice(epoch_iterator, num_batches))
+        came = islice(epoch_iterator, num_batches)
+        batches = [cut_repeats(batch, self.accelerator) for batch in came]
         counts = count_step(batches, self.loss_normalization, device)
         is_constant = self.loss_normalization == LossNormalization.CONSTANT
         is_shared = not is_constant or has_router_loss(self.model)
@@ -138,12 +143,12 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin, VerificationMixin):
             batches = [move_padding_right(batch) for batch in batches]
             attention = self._choose_attention(self.model_wrapped)
             is_padded = not attention.is_padding_free
-            self.plan_memory(batches, is_padded)
+            self.plan_memory(without_repeats(batches), is_padded)
             batches = self.regroup_step(batches, is_padded, attention.shares_prompts)
             self.describe_memory(batches, is_padded)
         self._num_microbatches = max(remember_tensors(batches), 1)
         self.verify_first_step(batches, count)
-        return batches, count
+        return self.fill_step(batches, num_batches), count
 
     def compute_loss(
         self,
@@ -192,13 +197,11 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin, VerificationMixin):
         with torch.no_grad(), self.compute_loss_context_manager():
             nll = LossObjective()
             result, outputs = self._forward(model, batch, nll, not prediction_loss_only)
-        totals = _row_totals(batch, result, batch.divisors)
-        if self.accelerator.num_processes > 1:
-            # Leaves out the rows that were repeated to give every process as many.
-            totals = self.accelerator.gather_for_metrics(totals)
-        self._eval_rows.append(totals)
+        num_own = num_own_rows(inputs, self.accelerator)
+        self._eval_rows.append(_row_totals(batch, result, batch.divisors)[:num_own])
         if prediction_loss_only:
             return None, None, None
+        self._num_own_rows = num_own
         logits = outputs.logits[:, -batch.targets.shape[1] :]
         if self.preprocess_logits_for_metrics is None:
             logits = logits.argmax(-1)
@@ -211,6 +214,8 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin, VerificationMixin):
             ValueError: If no row of the dataset has a response token.
         """
         self._eval_rows = []
+        if self.accelerator.num_processes > 1:
+            self.gather_function = self._gather_own_rows
         prefix = kwargs.get("metric_key_prefix", "eval")
         try:
             output: EvalLoopOutput = super().evaluation_loop(
@@ -219,7 +224,8 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin, VerificationMixin):
         except RowError as error:
             error.args = (f"{prefix} data: {error}",)
             raise
-        rows = torch.cat(self._eval_rows or [torch.zeros(1, NUM_TOTALS)])
+        found = gather_in_order(self._eval_rows, self.accelerator)
+        rows = torch.cat(found or [torch.zeros(1, NUM_TOTALS)])
         totals = Totals(*rows.sum(0).tolist())
         if not totals.means():
             raise ValueError(
@@ -227,9 +233,13 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin, VerificationMixin):
                 "nothing to measure. Check its response_mask or labels."
             )
         metrics = {**totals.means(), "perplexity": totals.perplexity(), **totals.counts()}
-        metrics |= means_by_source(rows, dataloader.dataset, self._get_eval_sampler)
+        dataset = rows_of_dataset(dataloader.dataset)
+        metrics |= means_by_source(rows, dataset, self._get_eval_sampler)
         prefixed = {f"{prefix}_{name}": value for name, value in metrics.items()}
         return output._replace(metrics={**prefixed, **(output.metrics or {})})
+
+    def _gather_own_rows(self, tensors: Any) -> Any:
+        return gather_own_rows(tensors, self._num_own_rows, self.accelerator)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `Trainer`, with the exact means of the window in place of its loss."""
@@ -311,29 +321,6 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin, VerificationMixin):
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         shares_prompts = self.shared_prompts != "off"
         return self._attention.choose(model, unwrapped, self.padding_free, shares_prompts)
-
-    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        # Lengths are found where the batch is made, before it is on a device.
-        dispatches = self.accelerator.dispatch_batches
-        if dispatches is None:
-            dispatches = isinstance(dataset, IterableDataset)
-        if self.group_by_prompt and kwargs.get("is_training"):
-            require_rows(dataset)
-        own = self.data_collator
-        if not dispatches:
-            finds_layout = self.padding_free != "off"
-            self.data_collator = CollatorWithLayout(own, self.shared_prompts != "off", finds_layout)
-        try:
-            return super()._get_dataloader(dataset, *args, **kwargs)
-        finally:
-            self.data_collator = own
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if not self.group_by_prompt:
-            return super()._get_train_sampler(train_dataset)
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return GroupedSampler(group_prompts(rows), seed)
 
     def _scale(self, batch: ResponseBatch, num_items: Tensor | int | None) -> Tensor:
         """What every weight is multiplied with: one over the divisor, times the processes.

@@ -1,7 +1,7 @@
 """Step 9 of the walk: sums and counts stay on the device and are reduced once per log."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -132,7 +132,7 @@ def means_by_source(
 
     Args:
         rows: Totals of each row, `(N, 8)`, in the order of evaluation.
-        dataset: What was evaluated; has a column `source`, or nothing is returned. A
+        dataset: What was evaluated; has a length and a column `source`, or nothing is returned. A
             `ShardDataset` has `sources`.
         get_sampler: Says in which order the Trainer evaluates a dataset.
 
@@ -142,7 +142,9 @@ def means_by_source(
     if isinstance(dataset, ShardDataset):
         column = dataset.sources
     else:
-        has_source = "source" in (getattr(dataset, "column_names", None) or ())
+        columns = getattr(dataset, "column_names", None) or ()
+        # Which row of a stream has which source is not kept.
+        has_source = isinstance(dataset, Sized) and "source" in columns
         column = dataset["source"] if has_source else None
     if column is None:
         return {}

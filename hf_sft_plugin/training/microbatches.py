@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import Trainer
 
+from hf_sft_plugin.training.repeats import as_repeat, without_repeats
 from hf_sft_plugin.training.response_batch import (
     FOUND_IN,
     OURS,
@@ -312,6 +313,7 @@ class MicrobatchesMixin(_TrainerBase):
 
     max_tokens_per_microbatch: int | str | None = None
     _first_synced: nn.Module | None = None
+    _parts_of_step: Sequence[dict[str, Any]] = ()
 
     @property
     def token_budget(self) -> TokenBudget | None:
@@ -332,28 +334,47 @@ class MicrobatchesMixin(_TrainerBase):
         Returns:
             As many as there were: the batches, or `Microbatches`.
         """
+        budget = self.token_budget
+        is_new = self._is_graph_new(self.model_wrapped)
+        if budget is None or is_new or not self._can_replace_batches():
+            return batches
+        own = without_repeats(batches)
+        rows = own or batches[:1]
+        plan, extents, max_tokens = _plan_step(rows, budget, is_padded)
+        most = len(plan)
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            # Each forward pass gathers weights, so all processes need as many.
+            most = self._agree_on_number(len(plan))
+            plan = split_up(plan, min(most, len(extents)))
+        elif plan and shares_prompts:
+            plan = _keep_prompts_together(plan, rows, max_tokens)
+        if not most:
+            return batches
+        made = regroup(rows, plan, extents)
+        if not own:
+            made = [as_repeat(microbatch) for microbatch in made]
+        made += [as_repeat(made[0])] * (most - len(made))
+        return share_out(made, len(batches))
+
+    def fill_step(self, batches: list[Any], num_batches: int) -> list[Any]:
+        """Has the last step of a stream take place, which has fewer batches than the others.
+
+        The Trainer counts batches, and would leave their gradient to the next epoch.
+        """
+        if not batches or not self._can_replace_batches():
+            return batches
+        return [*(Microbatches() for _ in range(num_batches - len(batches))), *batches]
+
+    def _can_replace_batches(self) -> bool:
         is_overridden = type(self).training_step is not MicrobatchesMixin.training_step
         # DeepSpeed counts the backward passes of a step itself.
         is_counted = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        budget = self.token_budget
-        if budget is None or is_overridden or is_counted or self._is_graph_new(self.model_wrapped):
-            return batches
-        plan, extents, max_tokens = _plan_step(batches, budget, is_padded)
-        if self.accelerator.distributed_type == DistributedType.FSDP:
-            # Each forward pass gathers weights, so all processes need as many.
-            most = self._agree_on_number(len(plan), len(extents))
-            plan = split_up(plan, most) if most else []
-        elif plan and shares_prompts:
-            plan = _keep_prompts_together(plan, batches, max_tokens)
-        if not plan:
-            return batches
-        return share_out(regroup(batches, plan, extents), len(batches))
+        return not (is_overridden or is_counted)
 
-    def _agree_on_number(self, num_planned: int, num_rows: int) -> int:
-        """Micro-batches of every process; 0 where one has too few rows for as many."""
-        counts = torch.tensor([num_planned, -num_rows], device=self.accelerator.device)
-        most, fewest = self.accelerator.gather(counts).view(-1, 2).amax(0).tolist()
-        return most if most <= -fewest else 0
+    def _agree_on_number(self, num_planned: int) -> int:
+        """Micro-batches of every process; 0 where one cannot plan any."""
+        counts = self.accelerator.gather(torch.tensor([num_planned], device=self.args.device))
+        return int(counts.max()) if counts.min() > 0 else 0
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
@@ -383,11 +404,31 @@ class MicrobatchesMixin(_TrainerBase):
             # The context that gradients are added in sets it back.
             model.require_backward_grad_sync = True
 
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        # With several processes on a CPU each tensor is copied, though it has not far to go.
+        found_in = inputs.get(FOUND_IN)
+        is_found = found_in is not None and found_in.is_still_in(inputs)
+        prepared = super()._prepare_inputs(inputs)
+        return {**prepared, FOUND_IN: FoundIn(prepared)} if is_found else prepared
+
     def floating_point_ops(self, inputs: Any) -> int:
         """As in `Trainer`, over all micro-batches."""
         parts: Iterator[Any] = iter(inputs if isinstance(inputs, Microbatches) else [inputs])
         return sum(super(MicrobatchesMixin, self).floating_point_ops(part) for part in parts)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
-        for part in inputs if isinstance(inputs, Microbatches) else [inputs]:
-            super()._track_num_input_tokens(part)
+        if self.args.include_num_input_tokens_seen == "no":
+            return
+        parts = inputs if isinstance(inputs, Microbatches) else [inputs]
+        self._parts_of_step = [*self._parts_of_step, *without_repeats(parts)]
+        # Processes run different numbers of micro-batches, so they ask each other once a step.
+        if not self.accelerator.sync_gradients:
+            return
+        parts, self._parts_of_step = self._parts_of_step, ()
+        nothing = torch.zeros(0, dtype=torch.long, device=self.args.device)
+        joined = {
+            name: torch.cat([nothing, *(part[name].flatten() for part in parts)])
+            for name in ("input_ids", "attention_mask")
+            if all(name in part for part in parts)
+        }
+        super()._track_num_input_tokens(joined)

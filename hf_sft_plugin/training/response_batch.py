@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_sft_plugin.loss.masked_loss import LossNormalization, token_weights, widest_float
 from hf_sft_plugin.loss.token_stats import shift_labels
 from hf_sft_plugin.training.attention import OpaqueList
+from hf_sft_plugin.training.repeats import REPEATED, as_repeat, leave_out_repeats
 from hf_sft_plugin.training.shared_prompts import SharedPrompts, find_shared_prompts
 from hf_sft_plugin.training.trained_positions import (
     TRAINED_POSITIONS,
@@ -25,7 +26,7 @@ ROW_LAYOUT = "row_layout"
 # The name under which it carries the `FoundIn` of both.
 FOUND_IN = "found_in"
 # What a batch carries for us beside its tensors.
-OURS = (ROW_LAYOUT, TRAINED_POSITIONS, FOUND_IN)
+OURS = (ROW_LAYOUT, TRAINED_POSITIONS, FOUND_IN, REPEATED)
 _NOT_FOR_THE_MODEL = ("labels", "response_mask", "loss_weights", *OURS)
 _FOUND_FROM = ("input_ids", "attention_mask", "position_ids", "labels")
 # What collators of packed rows may add for the model: a layout says it anew.
@@ -220,10 +221,16 @@ class CollatorWithLayout:
         self.finds_layout = finds_layout
 
     def __call__(self, rows: Any) -> Any:
-        """The batch with its trained positions, and a layout where it can be laid end to end."""
-        batch = self.collate(rows)
+        """The batch with its trained positions, and a layout where it can be laid end to end.
+
+        Rows that are marked as repeats are left out, unless there are no others.
+        """
+        own, is_repeated = leave_out_repeats(rows)
+        batch = self.collate(own)
         if not isinstance(batch, MutableMapping):
             return batch
+        if is_repeated:
+            batch = as_repeat(batch)
         layout = find_layout(batch, self.share_prompts) if self.finds_layout else None
         if layout is not None:
             batch[ROW_LAYOUT] = layout
@@ -242,7 +249,7 @@ class ResponseBatch(NamedTuple):
         targets: `(B, S)`, shifted labels.
         weights: `(B, S)`, what the loss of each target is multiplied with before the division.
         divisors: `(B,)`, the share of each row in the global divisor.
-        num_tokens: `(B,)`, tokens without padding.
+        num_tokens: `(B,)`, tokens without padding; 0 where the row is a repeat.
         positions: `(N,)`, those of the flattened targets that are trained.
         layout: Where the tokens are; None where that was not worked out with the batch.
         places: `(S,)`, for a single row: which of the model's hidden states predicts each target;
@@ -273,7 +280,7 @@ def count_step(
     counts = torch.zeros(2, dtype=widest_float(device), device=device)
     for batch in batches:
         targets, _, divisors = _weigh(batch, normalization)
-        tokens = _count_tokens(targets, batch.get("attention_mask"))
+        tokens = _count_tokens(batch, targets)
         counts += torch.stack([divisors.sum(), tokens.sum()]).to(device)
     return counts
 
@@ -292,6 +299,7 @@ def split_batch(inputs: Mapping[str, Any], normalization: LossNormalization) -> 
         ValueError: If the batch has no labels.
     """
     targets, weights, divisors = _weigh(inputs, normalization)
+    num_tokens = _count_tokens(inputs, targets)
     found_in: FoundIn | None = inputs.get(FOUND_IN)
     if found_in is not None and not found_in.is_still_in(inputs):
         inputs = {name: value for name, value in inputs.items() if name not in OURS}
@@ -305,14 +313,17 @@ def split_batch(inputs: Mapping[str, Any], normalization: LossNormalization) -> 
         targets=targets,
         weights=weights,
         divisors=divisors,
-        num_tokens=_count_tokens(targets, inputs.get("attention_mask")),
+        num_tokens=num_tokens,
         positions=trained.index.to(targets.device),
         layout=inputs.get(ROW_LAYOUT),
     )
 
 
-def _count_tokens(targets: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Those of each row, without padding, `(B,)`."""
+def _count_tokens(inputs: Mapping[str, Any], targets: Tensor) -> Tensor:
+    """Those of each row, without padding, `(B,)`; 0 where the row is a repeat."""
+    attention_mask = inputs.get("attention_mask")
+    if REPEATED in inputs:
+        return torch.zeros_like(targets[:, 0])
     if attention_mask is None:
         return torch.full_like(targets[:, 0], targets.shape[1])
     return attention_mask.sum(-1)

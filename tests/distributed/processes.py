@@ -1,5 +1,6 @@
 """Real processes over gloo for tests, forked from one that has imported everything."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -94,6 +95,9 @@ def _run(
         "LOCAL_RANK": str(rank),
     }
     torch.set_num_threads(1)
+    # Every training looks for garbage; what was made by imports is none.
+    gc.collect()
+    gc.freeze()
     # They take longer than the training of a few rows.
     callbacks.write_report = lambda folder: []
     try:

@@ -4,8 +4,6 @@ The reference knows nothing of the trainer: the model's own forward on all rows 
 of -log p over their trained tokens, autograd, and an optimizer of one line.
 """
 
-import importlib.util
-from collections.abc import Callable
 from typing import Any
 
 import pytest

@@ -1,28 +1,56 @@
-"""What every process of a distributed test runs.
+"""What every process of a distributed test runs: trainings and evaluations, one after the other.
 
-The folder holds a model, a tokenizer and the datasets `train` and `eval`. For each of the settings
-a trainer takes its steps and evaluates.
+The folder holds a model, a tokenizer and rows as JSON lines; what is asked for is told by plain
+values, so that the test can say the same of rows that it trains by itself.
 """
 
+import copy
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import load_from_disk
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
+from hf_sft_plugin import (
+    DataCollatorForPromptResponse,
+    MaskedLossMixin,
+    MaskedSFTConfig,
+    MaskedSFTTrainer,
+    pack_dataset,
+)
 
 
-class GradientKeeper(TrainerCallback):
-    """Keeps the gradient of the last optimizer step."""
+class OwnTrainer(MaskedLossMixin, Trainer):
+    """A Trainer of a user, whose rows may have no trained token."""
 
-    gradient: torch.Tensor
+
+class Keeper(TrainerCallback):
+    """Keeps what every optimizer step had and made of it, and counts forward passes."""
+
+    def __init__(self, model: Any) -> None:
+        self.gradients: list[torch.Tensor] = []
+        self.weights: list[torch.Tensor] = []
+        self.num_forwards = 0
+        model.get_input_embeddings().register_forward_hook(self._count)
+
+    def _count(self, *args: Any) -> None:
+        self.num_forwards += torch.is_grad_enabled()
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        grads = [p.grad.flatten() for p in kwargs["model"].parameters()]
-        self.gradient = torch.cat(grads).double()
+        self.gradients.append(torch.cat([p.grad.flatten() for p in kwargs["model"].parameters()]))
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.weights.append(torch.cat([p.detach().flatten() for p in kwargs["model"].parameters()]))
 
 
 class CollectiveCounter(TrainerCallback):
@@ -47,36 +75,142 @@ class CollectiveCounter(TrainerCallback):
         return own(*args, **kwargs)
 
 
-def run(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    keeper, collectives = GradientKeeper(), CollectiveCounter()
-    trainer = MaskedSFTTrainer(
-        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64),
-        MaskedSFTConfig(
-            output_dir=str(folder / "run"),
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
-            logging_steps=1,
-            max_grad_norm=0.0,
-            **settings,
-        ),
-        train_dataset=load_from_disk(folder / "train"),
-        eval_dataset=load_from_disk(folder / "eval"),
-        processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        callbacks=[keeper, collectives],
-    )
-    trainer.train()
+def read_rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def make_dataset(rows: list[dict[str, Any]], kind: str) -> Any:
+    if kind == "packed":
+        return pack_dataset(rows, max_length=70)
+    dataset = Dataset.from_list(rows)
+    if kind == "stream":
+        # As many parts as there may be processes, which could each read some of them.
+        return dataset.to_iterable_dataset(num_shards=4)
+    return dataset
+
+
+def arguments(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return {
-        "num_processes": trainer.accelerator.num_processes,
-        "log": trainer.state.log_history[0],
-        "metrics": trainer.evaluate(),
-        "num_collectives": collectives.count,
-        "gradient": keeper.gradient.tolist(),
-        "responses": trainer.responses,
+        "output_dir": str(folder / "run"),
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "max_grad_norm": 0.0,
+        "dataloader_pin_memory": False,
+        **settings,
     }
 
 
-def run_all(folder: Path, settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs all settings, one after the other."""
-    return [run(folder, each) for each in settings]
+def make_trainer(
+    folder: Path,
+    settings: dict[str, Any],
+    *,
+    rows: str = "rows",
+    kind: str = "map",
+    attributes: dict[str, Any] | None = None,
+    dtype: str = "float64",
+    callbacks: tuple[TrainerCallback, ...] = (),
+    **more: Any,
+) -> OwnTrainer:
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=getattr(torch, dtype))
+    trainer = OwnTrainer(
+        model,
+        TrainingArguments(**arguments(folder, settings)),
+        data_collator=DataCollatorForPromptResponse(
+            AutoTokenizer.from_pretrained(folder / "tokenizer")
+        ),
+        train_dataset=make_dataset(read_rows(folder, rows), kind),
+        callbacks=[*callbacks],
+        **more,
+    )
+    for name, value in (attributes or {}).items():
+        setattr(trainer, name, value)
+    return trainer
+
+
+def train(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
+    """One training; `case` holds the arguments of `make_trainer`."""
+    case = copy.deepcopy(case)
+    resume_at = case.pop("resume_at", None)
+    if resume_at is not None:
+        first = copy.deepcopy(case)
+        first["settings"] |= {"max_steps": resume_at, "save_strategy": "steps", "save_steps": 1}
+        make_trainer(folder, **first).train()
+    collectives = CollectiveCounter()
+    trainer = make_trainer(folder, **case, callbacks=(collectives,))
+    keeper = Keeper(trainer.model)
+    trainer.add_callback(keeper)
+    checkpoint = None if resume_at is None else str(folder / "run" / f"checkpoint-{resume_at}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return {
+        "num_processes": trainer.accelerator.num_processes,
+        "logs": [log for log in trainer.state.log_history if "loss" in log],
+        "steps": trainer.state.global_step,
+        "num_input_tokens": trainer.state.num_input_tokens_seen,
+        "summary": trainer.state.log_history[-1],
+        "num_collectives": collectives.count,
+        "gradients": keeper.gradients,
+        "weights": keeper.weights,
+        "num_forwards": keeper.num_forwards,
+    }
+
+
+def describe_predictions(prediction: EvalPrediction) -> dict[str, float]:
+    """Sums that tell how many rows there are, in which order, and what was predicted."""
+    labels, found = prediction.label_ids, prediction.predictions
+    first = [next(int(label) for label in row if label != -100) for row in labels]
+    return {
+        "rows": len(labels),
+        "order": float(sum(place * label for place, label in enumerate(first))),
+        "hits": float(((found[:, :-1] == labels[:, 1:]) & (labels[:, 1:] != -100)).sum()),
+    }
+
+
+def evaluate(
+    folder: Path, rows: str, kind: str, batch_sizes: tuple[int, ...]
+) -> dict[int, dict[str, Any]]:
+    """The evaluation of one dataset with several batch sizes, with and without predictions."""
+    found = {}
+    dataset = make_dataset(read_rows(folder, rows), kind)
+    for size in batch_sizes:
+        settings = {
+            "per_device_eval_batch_size": size,
+            "remove_unused_columns": False,
+            # As MaskedSFTConfig has it; otherwise rows of different lengths cannot be streamed.
+            "accelerator_config": {"dispatch_batches": False},
+        }
+        trainer = make_trainer(folder, settings, compute_metrics=describe_predictions)
+        trainer.args.prediction_loss_only = False
+        metrics = trainer.evaluate(dataset)
+        trainer.compute_metrics = None
+        found[size] = {**metrics, "alone": trainer.evaluate(dataset)["eval_loss"]}
+    return found
+
+
+def generate(folder: Path) -> dict[str, Any]:
+    """An evaluation of the trainer of the package, by answering."""
+    trainer = MaskedSFTTrainer(
+        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64),
+        MaskedSFTConfig(
+            **arguments(folder, {"per_device_eval_batch_size": 3}),
+            predict_with_generate=True,
+            generation_max_new_tokens=5,
+            generation_metrics=["exact_match"],
+        ),
+        eval_dataset=Dataset.from_list(read_rows(folder, "eval")),
+        processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+    )
+    return {"metrics": trainer.evaluate(), "responses": trainer.responses}
+
+
+def run(
+    folder: Path, cases: dict[str, dict[str, Any]], evaluations: dict[str, tuple[Any, ...]]
+) -> dict[str, Any]:
+    """All trainings and evaluations of a process."""
+    return {
+        "train": {name: train(folder, case) for name, case in cases.items()},
+        "evaluate": {name: evaluate(folder, *case) for name, case in evaluations.items()},
+        "generate": generate(folder),
+    }
