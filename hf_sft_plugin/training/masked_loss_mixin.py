@@ -17,6 +17,7 @@ from hf_sft_plugin.loss.tile_choice import tile_bytes
 from hf_sft_plugin.training.attention_choice import AttentionChoice, AttentionChooser
 from hf_sft_plugin.training.checkpoint import load_budget, load_totals, save_budget, save_totals
 from hf_sft_plugin.training.compilation import compile_for_all_sizes
+from hf_sft_plugin.training.data_order import data_seed
 from hf_sft_plugin.training.exact_settings import refuse_inexact_settings
 from hf_sft_plugin.training.last_layer import LastLayerMixin
 from hf_sft_plugin.training.lm_head import (
@@ -43,10 +44,11 @@ from hf_sft_plugin.training.response_batch import (
     split_batch,
     without_padding,
 )
+from hf_sft_plugin.training.resume import ResumeMixin
 from hf_sft_plugin.types import RowError
 
 
-class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
+class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin, ResumeMixin):
     """Gives a `Trainer` the response-masked loss, divided by one global count, and exact logs.
 
     Put it in front: `class MyTrainer(MaskedLossMixin, Trainer)`. It works with every collator that
@@ -140,6 +142,7 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
             self.plan_memory(batches, is_padded)
             batches = self.regroup_step(batches, is_padded, attention.shares_prompts)
             self.describe_memory(batches, is_padded)
+        batches = self.fill_step(batches, num_batches)
         self._num_microbatches = max(remember_tensors(batches), 1)
         return batches, count
 
@@ -323,8 +326,7 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
         if not self.group_by_prompt:
             return super()._get_train_sampler(train_dataset)
         rows = self.train_dataset if train_dataset is None else train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return GroupedSampler(group_prompts(rows), seed)
+        return GroupedSampler(group_prompts(rows), data_seed(self.args))
 
     def _scale(self, batch: ResponseBatch, num_items: Tensor | int | None) -> Tensor:
         """What every weight is multiplied with: one over the divisor, times the processes.

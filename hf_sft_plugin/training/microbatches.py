@@ -297,11 +297,8 @@ class MicrobatchesMixin(_TrainerBase):
         Returns:
             As many as there were: the batches, or `Microbatches`.
         """
-        is_overridden = type(self).training_step is not MicrobatchesMixin.training_step
-        # DeepSpeed counts the backward passes of a step itself.
-        is_counted = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         budget = self.token_budget
-        if budget is None or is_overridden or is_counted:
+        if budget is None or not self._takes_microbatches:
             return batches
         if not batches or not can_regroup(batches):
             return batches
@@ -321,6 +318,22 @@ class MicrobatchesMixin(_TrainerBase):
         elif shares_prompts:
             plan = _keep_prompts_together(plan, batches, max_tokens)
         return share_out(regroup(batches, plan, extents), len(batches))
+
+    def fill_step(self, batches: list[Any], num_batches: int) -> list[Any]:
+        """Makes the last batches of a stream a step of their own.
+
+        The Trainer takes a step once it has seen as many batches as are accumulated. The gradient
+        of fewer would go into the first step of the next pass, with a divisor of its own.
+        """
+        if not batches or not self._takes_microbatches:
+            return batches
+        return [Microbatches() for _ in range(num_batches - len(batches))] + batches
+
+    @property
+    def _takes_microbatches(self) -> bool:
+        is_overridden = type(self).training_step is not MicrobatchesMixin.training_step
+        # DeepSpeed counts the backward passes of a step itself.
+        return not (is_overridden or self.accelerator.distributed_type == DistributedType.DEEPSPEED)
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
