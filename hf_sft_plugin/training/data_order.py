@@ -15,6 +15,7 @@ from hf_sft_plugin.data.packing import PackedDataset
 from hf_sft_plugin.data.shards import ShardDataset
 
 _NUM_DIGESTED_ROWS = 1000
+_UNSEEDED = "random, without a seed"
 _ROWS_PER_STEP, _STEPS = "rows per optimizer step", "optimizer steps per epoch"
 
 
@@ -49,7 +50,11 @@ def describe_order(trainer: Trainer, rows_per_batch: int, steps_per_epoch: int) 
     order["training rows"] = len(dataset)
     order["digest of the training rows"] = digest_rows(dataset)
     order[_STEPS] = steps_per_epoch
-    order["order"] = "group_by_prompt" if getattr(trainer, "group_by_prompt", False) else strategy
+    if getattr(trainer, "group_by_prompt", False):
+        strategy = "group_by_prompt"
+    elif strategy == "random" and not args.accelerator_config.use_seedable_sampler:
+        strategy = _UNSEEDED
+    order["order"] = strategy
     if strategy != "sequential":
         order["data_seed"] = data_seed(args)
     return order
@@ -74,6 +79,12 @@ def refuse_other_order(
     Raises:
         ValueError: With what has changed, and what to do.
     """
+    if now.get("order") == _UNSEEDED:
+        raise ValueError(
+            f"{checkpoint} cannot be resumed where it stopped: with use_seedable_sampler False, "
+            "nobody knows in which order the rows came. Set ignore_data_skip to begin the epoch "
+            "anew, and leave use_seedable_sampler out of accelerator_config next time."
+        )
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if not changed:
         return

@@ -129,3 +129,10 @@ def test_a_change_is_named_with_the_setting_that_undoes_it(
     assert "set ignore_data_skip" in str(caught.value)
     for name, value in changes.items():
         assert f"{name}: {BEFORE[name]} then, {value} now" in str(caught.value)
+
+
+def test_an_order_without_a_seed_is_refused() -> None:
+    rows = Dataset.from_list(make_rows())
+    order = describe(rows, accelerator_config={"use_seedable_sampler": False})
+    with pytest.raises(ValueError, match="use_seedable_sampler False, nobody knows in which order"):
+        refuse_other_order("checkpoint-1", order, order, 2)
