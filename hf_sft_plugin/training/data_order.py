@@ -29,10 +29,12 @@ def describe_order(trainer: Trainer, rows_per_batch: int, steps_per_epoch: int) 
     """
     args, dataset = trainer.args, trainer.train_dataset
     accumulation, processes = args.gradient_accumulation_steps, args.world_size
-    order: dict[str, Any] = {_ROWS_PER_STEP: rows_per_batch * accumulation * processes}
-    if args.auto_find_batch_size:
-        # Whoever lets memory decide on it cannot be held to it.
-        order = {}
+    order: dict[str, Any] = {}
+    # Whoever lets memory decide on it cannot be held to it.
+    if not args.auto_find_batch_size:
+        order[_ROWS_PER_STEP] = rows_per_batch * accumulation * processes
+        if has_length(dataset):
+            order[_STEPS] = steps_per_epoch
     if not has_length(dataset):
         tokenizer = trainer.processing_class
         if isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -49,10 +51,11 @@ def describe_order(trainer: Trainer, rows_per_batch: int, steps_per_epoch: int) 
     strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
     order["training rows"] = len(dataset)
     order["digest of the training rows"] = digest_rows(dataset)
-    order[_STEPS] = steps_per_epoch
     if getattr(trainer, "group_by_prompt", False):
         strategy = "group_by_prompt"
-    elif strategy == "random" and not args.accelerator_config.use_seedable_sampler:
+    elif strategy == "random" and not getattr(
+        args.accelerator_config, "use_seedable_sampler", True
+    ):
         strategy = _UNSEEDED
     order["order"] = strategy
     if strategy != "sequential":
@@ -85,10 +88,10 @@ def refuse_other_order(
             "nobody knows in which order the rows came. Set ignore_data_skip to begin the epoch "
             "anew, and leave use_seedable_sampler out of accelerator_config next time."
         )
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    changed = [name for name, value in now.items() if before.get(name) != value]
     if not changed:
         return
-    what = "; ".join(f"{name}: {before.get(name)} then, {now.get(name)} now" for name in changed)
+    what = "; ".join(f"{name}: {before.get(name)} then, {now[name]} now" for name in changed)
     remedy = "Make it as it was"
     accumulation, rest = divmod(before.get(_ROWS_PER_STEP, 1), rows_per_batch)
     if _ROWS_PER_STEP in changed and {*changed} <= {_ROWS_PER_STEP, _STEPS} and not rest:

@@ -85,7 +85,8 @@ def test_the_order_of_rows_is_told_by_what_decides_on_it() -> None:
     found = describe(rows, gradient_accumulation_steps=4, train_sampling_strategy="sequential")
     assert found == {**expected, "order": "sequential"}
     assert describe(rows, data_seed=7)["data_seed"] == 7
-    assert "rows per optimizer step" not in describe(rows, auto_find_batch_size=True)
+    found = describe(rows, auto_find_batch_size=True)
+    assert set(found) == {"training rows", "digest of the training rows", "order", "data_seed"}
 
 
 def test_a_stream_in_shards_is_bound_to_processes_and_workers_and_another_is_not() -> None:
