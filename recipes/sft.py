@@ -138,8 +138,8 @@ def make_trainer(
         raise ValueError(_cannot_load("model_name_or_path", model, error)) from error
 
 
-def find_checkpoint(args: MaskedSFTConfig) -> str | None:
-    """The checkpoint to resume from: a folder, or for `true` the last one in output_dir.
+def find_checkpoint(args: MaskedSFTConfig) -> str | bool | None:
+    """The checkpoint to resume from: a folder, or True for the last complete one in output_dir.
 
     Raises:
         ValueError: If there is no such checkpoint.
@@ -155,7 +155,7 @@ def find_checkpoint(args: MaskedSFTConfig) -> str | None:
                 f"resume_from_checkpoint is true, but '{output_dir}' holds no checkpoint-* folder. "
                 "Leave it out to start anew, or set output_dir to that of the run to go on with."
             )
-        return last
+        return True
     if not Path(asked, "trainer_state.json").is_file():
         hint = f"The last one in output_dir is '{last}'." if last else "Leave it out to start anew."
         raise ValueError(

@@ -7,6 +7,7 @@ import datasets
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
+from hf_sft_plugin.training.data_order import data_seed
 from hf_sft_plugin.training.prompt_sampler import GroupedSampler, group_prompts, require_rows
 from hf_sft_plugin.training.repeats import RowsWithRepeats, StreamWithRepeats, mark_repeats
 from hf_sft_plugin.training.response_batch import CollatorWithLayout
@@ -79,5 +80,4 @@ class DataLoadersMixin(_TrainerBase):
         if not self.group_by_prompt:
             return super()._get_train_sampler(train_dataset)
         rows = self.train_dataset if train_dataset is None else train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return GroupedSampler(group_prompts(rows), seed)
+        return GroupedSampler(group_prompts(rows), data_seed(self.args))

@@ -46,12 +46,15 @@ from hf_sft_plugin.training.response_batch import (
     split_batch,
     without_padding,
 )
+from hf_sft_plugin.training.resume import ResumeMixin
 from hf_sft_plugin.training.router_loss import aux_loss_coefficient, has_router_loss
 from hf_sft_plugin.training.verification import VerificationMixin
 from hf_sft_plugin.types import RowError
 
 
-class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin, DataLoadersMixin, VerificationMixin):
+class MaskedLossMixin(
+    LastLayerMixin, MemoryPlanMixin, DataLoadersMixin, ResumeMixin, VerificationMixin
+):
     """Gives a `Trainer` the response-masked loss, divided by one global count, and exact logs.
 
     Put it in front: `class MyTrainer(MaskedLossMixin, Trainer)`. It works with every collator that
@@ -146,9 +149,10 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin, DataLoadersMixin, Verific
             self.plan_memory(without_repeats(batches), is_padded)
             batches = self.regroup_step(batches, is_padded, attention.shares_prompts)
             self.describe_memory(batches, is_padded)
+        batches = self.fill_step(batches, num_batches)
         self._num_microbatches = max(remember_tensors(batches), 1)
         self.verify_first_step(batches, count)
-        return self.fill_step(batches, num_batches), count
+        return batches, count
 
     def compute_loss(
         self,

@@ -1,7 +1,7 @@
 """Step 9 of the walk: sums and counts stay on the device and are reduced once per log."""
 
 import math
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -179,12 +179,13 @@ class WindowedTotals:
 
     def peek(self, accelerator: Accelerator) -> Totals:
         """The window's totals over all processes; one reduction."""
-        window = self._window
-        if window is None:
-            window = torch.zeros(
-                NUM_TOTALS, dtype=widest_float(accelerator.device), device=accelerator.device
-            )
-        return Totals(*accelerator.reduce(window, reduction="sum").tolist())
+        return Totals(*accelerator.reduce(self._tensor(accelerator), reduction="sum").tolist())
+
+    def windows(self, accelerator: Accelerator) -> list[Totals]:
+        """The window's totals of every process; one gather."""
+        window = self._tensor(accelerator)
+        rows = accelerator.gather(window) if accelerator.num_processes > 1 else window
+        return [Totals(*row) for row in rows.view(-1, NUM_TOTALS).tolist()]
 
     def close(self, accelerator: Accelerator) -> Totals:
         """Ends the window: returns its totals over all processes and adds them to the run's."""
@@ -193,15 +194,24 @@ class WindowedTotals:
         self._window = None
         return totals
 
-    def restore(self, run: Totals, window: Totals, accelerator: Accelerator) -> None:
-        """Takes up where a saved run stopped; one process carries the open window for all."""
+    def restore(self, run: Totals, windows: Sequence[Totals], accelerator: Accelerator) -> None:
+        """Takes up where a saved run stopped.
+
+        Every process goes on with its own open window, so that sums are rounded as they were. Where
+        there are more or fewer processes than then, one of them carries all for all.
+        """
         self.run = run
         self._window = None
-        if accelerator.is_main_process:
-            self.add(
-                torch.tensor(
-                    window.to_list(),
-                    dtype=widest_float(accelerator.device),
-                    device=accelerator.device,
-                )
-            )
+        if len(windows) == accelerator.num_processes:
+            own = windows[accelerator.process_index]
+        else:
+            own = sum(windows, Totals()) if accelerator.is_main_process else Totals()
+        self.add(self._tensor(accelerator, own))
+
+    def _tensor(self, accelerator: Accelerator, totals: Totals | None = None) -> Tensor:
+        """The window, or what is to become of it, on the device."""
+        if totals is None and self._window is not None:
+            return self._window
+        dtype = widest_float(accelerator.device)
+        values = (totals or Totals()).to_list()
+        return torch.tensor(values, dtype=dtype, device=accelerator.device)

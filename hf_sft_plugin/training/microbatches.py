@@ -336,7 +336,7 @@ class MicrobatchesMixin(_TrainerBase):
         """
         budget = self.token_budget
         is_new = self._is_graph_new(self.model_wrapped)
-        if budget is None or is_new or not self._can_replace_batches():
+        if budget is None or is_new or not self._takes_microbatches:
             return batches
         own = without_repeats(batches)
         rows = own or batches[:1]
@@ -356,25 +356,26 @@ class MicrobatchesMixin(_TrainerBase):
         made += [as_repeat(made[0])] * (most - len(made))
         return share_out(made, len(batches))
 
-    def fill_step(self, batches: list[Any], num_batches: int) -> list[Any]:
-        """Has the last step of a stream take place, which has fewer batches than the others.
-
-        The Trainer counts batches, and would leave their gradient to the next epoch.
-        """
-        if not batches or not self._can_replace_batches():
-            return batches
-        return [*(Microbatches() for _ in range(num_batches - len(batches))), *batches]
-
-    def _can_replace_batches(self) -> bool:
-        is_overridden = type(self).training_step is not MicrobatchesMixin.training_step
-        # DeepSpeed counts the backward passes of a step itself.
-        is_counted = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        return not (is_overridden or is_counted)
-
     def _agree_on_number(self, num_planned: int) -> int:
         """Micro-batches of every process; 0 where one cannot plan any."""
         counts = self.accelerator.gather(torch.tensor([num_planned], device=self.args.device))
         return int(counts.max()) if counts.min() > 0 else 0
+
+    def fill_step(self, batches: list[Any], num_batches: int) -> list[Any]:
+        """Makes the last batches of a stream a step of their own.
+
+        The Trainer takes a step once it has seen as many batches as are accumulated. The gradient
+        of fewer would go into the first step of the next pass, with a divisor of its own.
+        """
+        if not batches or not self._takes_microbatches:
+            return batches
+        return [Microbatches() for _ in range(num_batches - len(batches))] + batches
+
+    @property
+    def _takes_microbatches(self) -> bool:
+        is_overridden = type(self).training_step is not MicrobatchesMixin.training_step
+        # DeepSpeed counts the backward passes of a step itself.
+        return not (is_overridden or self.accelerator.distributed_type == DistributedType.DEEPSPEED)
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None

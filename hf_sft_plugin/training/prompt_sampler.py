@@ -1,4 +1,4 @@
-"""The order of a training epoch in which rows with the same prompt follow each other."""
+"""The orders of a training epoch in which rows follow each other for a reason."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
 
 from hf_sft_plugin.training.shared_prompts import MIN_SHARED_TOKENS
@@ -116,6 +117,38 @@ class GroupedSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         for number in torch.randperm(len(self.groups), generator=generator).tolist():
             yield from self.groups[number]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Says which epoch comes next; data loaders call this."""
+        self.epoch = epoch
+
+
+class SeededLengthSampler(LengthGroupedSampler):
+    """Rows of about one length follow each other, in an order that seed and epoch decide.
+
+    That of `transformers` draws it from the random numbers of the process: another order on every
+    process once these have parted, and another after resuming.
+
+    Args:
+        lengths: Tokens of each row.
+        num_rows: Rows of an optimizer step.
+        seed: Together with the epoch it decides the order, on every process the same.
+
+    Examples:
+        >>> sampler = SeededLengthSampler([5, 9, 5, 9], num_rows=2, seed=0)
+        >>> sorted(sampler), list(sampler) == list(sampler)
+        ([0, 1, 2, 3], True)
+    """
+
+    def __init__(self, lengths: list[int], num_rows: int, seed: int) -> None:
+        super().__init__(num_rows, lengths=lengths)
+        self.seed = seed
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[int]:
+        """The rows of an epoch."""
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
     def set_epoch(self, epoch: int) -> None:
         """Says which epoch comes next; data loaders call this."""

@@ -13,7 +13,15 @@ from datasets import Dataset
 
 from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
 from hf_sft_plugin.reporting.run_log import read_log
-from hf_sft_plugin.training.checkpoint import load_totals, save_totals
+from hf_sft_plugin.training.checkpoint import (
+    find_checkpoint,
+    is_complete,
+    load_order,
+    load_totals,
+    require_resumable,
+    save_order,
+    save_totals,
+)
 from hf_sft_plugin.training.metrics import NUM_TOTALS, Totals, WindowedTotals
 
 CLOSED = [0.1, 3.0, 0.3, math.pi, 5.0, 7.0, 11.0, 2.0]
@@ -73,6 +81,48 @@ def test_a_checkpoint_without_totals_starts_the_counts_at_0(tmp_path: Path) -> N
     assert loaded.peek(accelerator) == Totals()
 
 
+def make_checkpoint(folder: Path, step: int, state: str | None = "{}") -> Path:
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "rng_state_0.pth").touch()
+    if state is not None:
+        (checkpoint / "trainer_state.json").write_text(state)
+    return checkpoint
+
+
+def test_the_order_of_the_rows_comes_back(tmp_path: Path) -> None:
+    assert load_order(str(tmp_path)) is None
+    order = {"training rows": 3, "position": [0, 2]}
+    save_order(str(tmp_path), order, Accelerator(cpu=True))
+    assert load_order(str(tmp_path)) == order
+
+
+@pytest.mark.parametrize("state", [None, "", '{"epoch": 1.', "3", "\0"])
+def test_a_checkpoint_without_a_whole_state_is_incomplete(
+    state: str | None, tmp_path: Path
+) -> None:
+    checkpoint = str(make_checkpoint(tmp_path, 20, state))
+    assert not is_complete(checkpoint)
+    with pytest.raises(
+        ValueError, match=r"no complete checkpoint.* resume_from_checkpoint to True"
+    ):
+        require_resumable(checkpoint)
+    with pytest.raises(ValueError, match=r"holds 1, none of them complete\. Leave it out to start"):
+        find_checkpoint(str(tmp_path))
+    # 9 comes before 20, as numbers do.
+    for step in (3, 9):
+        make_checkpoint(tmp_path, step)
+    assert find_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-9")
+
+
+def test_a_checkpoint_of_the_model_alone_is_refused(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, 3)
+    require_resumable(str(checkpoint))
+    (checkpoint / "rng_state_0.pth").unlink()
+    with pytest.raises(ValueError, match="was saved with save_only_model"):
+        require_resumable(str(checkpoint))
+
+
 Make = Callable[..., MaskedSFTConfig]
 TIMES = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
 
@@ -117,7 +167,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(
     # The window of steps 1 to 4 is open here, so no log line holds it yet.
     state = json.loads((checkpoint / "response_totals.json").read_text())
     assert state["run"] == [0.0] * NUM_TOTALS
-    assert state["window"][-2] > 0
+    assert state["windows"][0][-2] > 0
     resumed = train(resume=str(checkpoint), seed=1, output_dir=str(tmp_path / "resumed"))
     logs = without_times(whole.state.log_history)
     assert without_times(resumed.state.log_history) == logs

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,6 +124,28 @@ def test_closing_a_window_moves_it_into_the_run() -> None:
     assert totals.close(accelerator).loss == 2.0
     assert totals.close(accelerator).loss == 0.0
     assert totals.run.loss == 2.0
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "expected"), [(2, [1.0, 2.0]), (1, [3.0]), (3, [3.0, 0.0, 0.0])]
+)
+def test_every_process_goes_on_with_its_window_unless_their_number_has_changed(
+    num_processes: int, expected: list[float]
+) -> None:
+    found = []
+    for index in range(num_processes):
+        process: Any = SimpleNamespace(
+            num_processes=num_processes,
+            process_index=index,
+            is_main_process=index == 0,
+            device=torch.device("cpu"),
+            reduce=lambda values, reduction: values,
+        )
+        totals = WindowedTotals()
+        totals.restore(Totals(loss=9.0), [Totals(loss=1.0), Totals(loss=2.0)], process)
+        assert totals.run.loss == 9.0
+        found.append(totals.peek(process).loss)
+    assert found == expected
 
 
 def test_a_window_that_was_added_keeps_its_own_tensor() -> None:

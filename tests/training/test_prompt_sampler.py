@@ -4,12 +4,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_sft_plugin import MaskedSFTTrainer
-from hf_sft_plugin.training.prompt_sampler import GroupedSampler, group_prompts
+from hf_sft_plugin.training.prompt_sampler import (
+    GroupedSampler,
+    SeededLengthSampler,
+    group_prompts,
+)
 
 PROMPTS = [list(range(start, start + 20)) for start in (10, 50, 90)]
 
@@ -108,3 +113,26 @@ def test_rows_without_tokens_and_streams_are_refused(
             train_dataset=Dataset.from_list(ROWS).to_iterable_dataset(),
             processing_class=tokenizer,
         ).train()
+
+
+def test_rows_of_one_length_follow_each_other_in_an_order_of_seed_and_epoch_alone() -> None:
+    lengths = [1 + number % 40 for number in range(400)]
+    sampler = SeededLengthSampler(lengths, num_rows=8, seed=3)
+
+    def order(epoch: int) -> list[int]:
+        # Whatever the process has drawn before.
+        torch.rand(5)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    first = order(0)
+    assert sorted(first) == list(range(400))
+    widths = []
+    for start in range(0, 400, 8):
+        step = [lengths[row] for row in first[start : start + 8]]
+        widths.append(max(step) - min(step))
+    # Of eight rows of 1 to 40 tokens at random it would be 30 and more.
+    assert sorted(widths)[25] <= 5
+    assert order(1) != first
+    assert order(0) == first
+    assert list(SeededLengthSampler(lengths, num_rows=8, seed=4)) != first
