@@ -9,11 +9,14 @@ from collections import UserList
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -119,26 +122,27 @@ def _whole(grad: Tensor | None) -> Tensor | None:
     return (grad.full_tensor() if isinstance(grad, DTensor) else grad).double().clone()
 
 
-# What `accelerate launch` puts into the environment.
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-}
-DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+def launch_environment(config: str) -> dict[str, str]:
+    """What `accelerate launch --config_file` puts into the environment of a script."""
+    parser = launch_command_parser()
+    path = Path(__file__).parents[2] / "recipes" / "accelerate" / f"{config}.yaml"
+    args = parser.parse_args(["--config_file", str(path), "--main_process_port", "0", "script.py"])
+    args, defaults, _ = _validate_launch_command(args)
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    prepare = prepare_deepspeed_cmd_env if args.use_deepspeed else prepare_multi_gpu_env
+    made = prepare(args)
+    environment = made[1] if args.use_deepspeed else made
+    return {k: v for k, v in environment.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
 
 
 @contextmanager
-def engine(name: str) -> Iterator[Any]:
-    """The environment of an engine, and what has Accelerate choose it on a CPU too."""
+def engine(name: str, precision: str) -> Iterator[Callable[[], None]]:
+    """The environment of an engine; calling what it gives has Accelerate choose it on a CPU too."""
     for state in (AcceleratorState, PartialState, GradientState):
         state._shared_state.clear()
     before = dict(os.environ)
-    if name == "fsdp2":
-        os.environ |= FSDP2
-    if name.startswith("zero"):
-        os.environ |= {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": name[-1]}
+    os.environ |= {**launch_environment(name), "ACCELERATE_MIXED_PRECISION": precision}
+    os.environ["DS_ACCELERATOR"] = "cpu"
 
     def choose() -> None:
         if name == "fsdp2":
@@ -161,11 +165,12 @@ def train(case: Mapping[str, Any]) -> dict[str, Any]:
     watch = Watch()
     settings = {"per_device_train_batch_size": 2, "max_steps": 2, **case.get("settings", {})}
     own = {n: settings.pop(n) for n in ("fused_head", "max_tokens_per_microbatch") if n in settings}
-    with tempfile.TemporaryDirectory() as folder, engine(case["engine"]) as choose:
+    name, precision = case["engine"], case.get("precision", "no")
+    with tempfile.TemporaryDirectory() as folder, engine(name, precision) as choose:
         config = MaskedSFTConfig(
             output_dir=folder,
             # With it, Accelerate does not choose DeepSpeed.
-            use_cpu=not case["engine"].startswith("zero"),
+            use_cpu=not name.startswith("zero"),
             ddp_backend="gloo",
             report_to="none",
             disable_tqdm=True,
