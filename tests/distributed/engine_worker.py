@@ -79,6 +79,7 @@ class Watch(TrainerCallback):
     def __init__(self) -> None:
         self.gradients: list[dict[str, Tensor | None]] = []
         self.num_forward_passes = 0
+        self.are_sharded: list[bool] = []
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         kwargs["model"].register_forward_pre_hook(self._count)
@@ -88,7 +89,9 @@ class Watch(TrainerCallback):
             self.keep(kwargs["model"], lambda p: p.grad)
 
     def keep(self, model: nn.Module, get: Callable[[Tensor], Tensor | None]) -> None:
-        named = model.named_parameters()
+        named = list(model.named_parameters())
+        both = [t for _, p in named for t in (p, p.grad) if t is not None]
+        self.are_sharded.append(all(isinstance(t, DTensor) for t in both))
         self.gradients.append({_bare(n): _whole(get(p)) for n, p in named if p.requires_grad})
 
     def _count(self, *_: Any) -> None:
@@ -166,6 +169,8 @@ def train(case: Mapping[str, Any]) -> dict[str, Any]:
     settings = {"per_device_train_batch_size": 2, "max_steps": 2, **case.get("settings", {})}
     own = {n: settings.pop(n) for n in ("fused_head", "max_tokens_per_microbatch") if n in settings}
     name, precision = case["engine"], case.get("precision", "no")
+    # Before DeepSpeed is chosen, which takes weights apart as they are made.
+    model = build_model(case["model"], case.get("dtype", torch.float64))
     with tempfile.TemporaryDirectory() as folder, engine(name, precision) as choose:
         config = MaskedSFTConfig(
             output_dir=folder,
@@ -185,7 +190,7 @@ def train(case: Mapping[str, Any]) -> dict[str, Any]:
         )
         choose()
         trainer = EngineTrainer(
-            build_model(case.get("model", {}), case.get("dtype", torch.float64)),
+            model,
             config,
             data_collator=collate,
             train_dataset=Rows(case["rows"]),
@@ -199,6 +204,7 @@ def train(case: Mapping[str, Any]) -> dict[str, Any]:
             "wrapper": type(trainer.model_wrapped).__name__,
             "gradients": watch.gradients,
             "logs": trainer.state.log_history[: settings["max_steps"]],
+            "are_sharded": watch.are_sharded,
             "num_forward_passes": watch.num_forward_passes,
             "speed": trainer.describe_speed(),
         }
