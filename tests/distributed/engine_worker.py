@@ -21,6 +21,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_sft_plugin import MaskedLossMixin, MaskedSFTConfig
 
@@ -46,13 +47,13 @@ def build_model(fields: Mapping[str, Any], dtype: torch.dtype = torch.float64) -
     fields = {**FIELDS, **fields}
     lora = fields.pop("lora", None)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).to(dtype)
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
     if lora is not None:
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, **lora)).to(dtype)
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, **lora))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 nn.init.normal_(parameter, std=0.1)
-    return model
+    return model.to(dtype)
 
 
 class Rows(UserList[Any]):
@@ -143,6 +144,7 @@ def engine(name: str, precision: str) -> Iterator[Callable[[], None]]:
     """The environment of an engine; calling what it gives has Accelerate choose it on a CPU too."""
     for state in (AcceleratorState, PartialState, GradientState):
         state._shared_state.clear()
+    unset_hf_deepspeed_config()
     before = dict(os.environ)
     os.environ |= {**launch_environment(name), "ACCELERATE_MIXED_PRECISION": precision}
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -169,9 +171,9 @@ def train(case: Mapping[str, Any]) -> dict[str, Any]:
     settings = {"per_device_train_batch_size": 2, "max_steps": 2, **case.get("settings", {})}
     own = {n: settings.pop(n) for n in ("fused_head", "max_tokens_per_microbatch") if n in settings}
     name, precision = case["engine"], case.get("precision", "no")
-    # Before DeepSpeed is chosen, which takes weights apart as they are made.
-    model = build_model(case["model"], case.get("dtype", torch.float64))
     with tempfile.TemporaryDirectory() as folder, engine(name, precision) as choose:
+        # Before DeepSpeed is chosen, which takes weights apart as they are made.
+        model = build_model(case["model"], case.get("dtype", torch.float64))
         config = MaskedSFTConfig(
             output_dir=folder,
             # With it, Accelerate does not choose DeepSpeed.
