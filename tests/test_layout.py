@@ -94,4 +94,5 @@ def test_the_tested_versions_are_exact_and_the_others_are_minimums() -> None:
     ]
     assert {line.split(">=")[0] for line in required} >= {line.split("==")[0] for line in tested}
     assert all(">=" in line for line in required)
-    assert set(config["options.extras_require"]) == {"tested", "report", "triton", "test", "bench"}
+    extras = {"tested", "report", "triton", "deepspeed", "test", "bench"}
+    assert set(config["options.extras_require"]) == extras

@@ -53,8 +53,9 @@ def full_head_loss(
         objective: The loss of one token.
 
     Returns:
-        The loss and the statistics of the N rows.
+        The loss and the statistics of the N rows, on the device of the logits.
     """
+    targets, weights = targets.to(logits.device), weights.to(logits.device)
     if objective.needs_vocabulary:
         terms, is_top1 = token_terms(logits, targets)
         stats = TokenStats(terms.log_probs, terms.token_entropy, is_top1)
@@ -147,7 +148,7 @@ class _FusedHeadFunction(torch.autograd.Function):
             tile = hidden_states[rows].detach().requires_grad_(needs_hidden)
             with torch.set_grad_enabled(needs_hidden or bool(trained)):
                 part = full_head_loss(head(tile), targets[rows], weights[rows], objective)
-            loss += part.loss.detach()
+            loss += part.loss.detach().to(loss.device)
             for whole, of_tile in zip(values, (part.token_losses, *part.stats), strict=True):
                 whole[rows] = of_tile
             inputs = [*([tile] if needs_hidden else []), *trained]
@@ -173,6 +174,11 @@ class _FusedHeadFunction(torch.autograd.Function):
         refuse_second_derivative("torch.log_softmax on the full logits")
         saved = iter(ctx.saved_tensors)
         return tuple(
-            next(saved) * grad_loss if needed and position >= 6 else None
+            _scaled(next(saved), grad_loss) if needed and position >= 6 else None
             for position, needed in enumerate(ctx.needs_input_grad)
         )
+
+
+def _scaled(grad: Tensor, grad_loss: Tensor) -> Tensor:
+    # The head of a model that is spread over devices may be on another.
+    return grad * grad_loss.to(grad.device)

@@ -69,17 +69,27 @@ def forward_full(
     """
     outputs = model(**inputs, use_cache=False)
     logits = _choose(outputs.logits, targets.shape[1], positions, places)
-    targets, weights = _choose_each(positions, targets, weights)
-    answer = full_head_loss(logits, targets, weights, objective)
+    chosen = _choose_each(positions, targets, weights)
+    answer = _on_device(full_head_loss(logits, *chosen, objective), targets.device)
     return ResponseResult(*answer, outputs.get("aux_loss")), outputs
 
 
 def _choose(values: Tensor, width: int, positions: Tensor, places: Tensor | None) -> Tensor:
     """What a model says at the positions of rows of this width, in their order."""
+    index = positions if places is None else places.index_select(0, positions)
+    # The last layers of a model that is spread over devices are not where the batch is.
+    index = index.to(values.device)
     if places is not None:
-        return values[0].index_select(0, places.index_select(0, positions))
+        return values[0].index_select(0, index)
     # Virtual tokens of a prompt-learning adapter come first and have no labels.
-    return values[:, -width:].flatten(0, 1).index_select(0, positions)
+    return values[:, -width:].flatten(0, 1).index_select(0, index)
+
+
+def _on_device(answer: HeadLoss, device: torch.device) -> HeadLoss:
+    loss, token_losses, stats = answer
+    return HeadLoss(
+        loss.to(device), token_losses.to(device), TokenStats(*(stat.to(device) for stat in stats))
+    )
 
 
 def _choose_each(positions: Tensor, *tensors: Tensor) -> list[Tensor]:
@@ -129,7 +139,6 @@ class FusedHead:
         """Like `forward_full`, within rounding, in memory that does not grow with the batch."""
         own_forward = self.lm_head.forward
         answers: list[HeadLoss] = []
-        losses: list[Any] = []
 
         # The compiler of the model would compile the tiles anew for every number of rows.
         @torch.compiler.disable
@@ -138,7 +147,7 @@ class FusedHead:
             answer = head_loss(
                 self.lm_head,
                 _choose(hidden_states, targets.shape[1], positions, places),
-                *_choose_each(positions, targets, weights),
+                *(x.to(hidden_states.device) for x in _choose_each(positions, targets, weights)),
                 transform=self.transform,
                 objective=objective,
                 forward=own_forward,
@@ -146,6 +155,25 @@ class FusedHead:
             )
             answers.append(answer)
             return answer.loss
+
+        with (
+            self._collected_losses() as losses,
+            shared_gradient(model, self.model, self.lm_head) as handed_on,
+            replaced_forward(self.lm_head, answer_with_loss),
+        ):
+            returned = model(**inputs, use_cache=False)[_RESULT_KEY]
+        answer = _on_device(*answers, targets.device)
+        # FSDP2 rounds outputs, after it put its hooks on what they were.
+        loss, aux_loss = (
+            own if own is None or own.dtype != value.dtype else value.to(own.device)
+            for own, value in zip((answer.loss, losses[1]), returned, strict=True)
+        )
+        return ResponseResult(loss, answer.token_losses, answer.stats, aux_loss)
+
+    @contextmanager
+    def _collected_losses(self) -> Iterator[list[Any]]:
+        """The loss as it leaves the head, and that of a router, in a forward pass."""
+        losses: list[Any] = []
 
         @torch.compiler.disable
         def take_loss(_: nn.Module, __: Any, loss: Tensor) -> Tensor:
@@ -162,21 +190,10 @@ class FusedHead:
         take = self.lm_head.register_forward_hook(take_loss)
         attach = self.model.register_forward_hook(attach_result, prepend=True)
         try:
-            with (
-                shared_gradient(model, self.model, self.lm_head) as handed_on,
-                replaced_forward(self.lm_head, answer_with_loss),
-            ):
-                returned = model(**inputs, use_cache=False)[_RESULT_KEY]
+            yield losses
         finally:
             take.remove()
             attach.remove()
-        (answer,) = answers
-        # FSDP2 rounds outputs, after it put its hooks on what they were.
-        loss, aux_loss = (
-            own if own is None or own.dtype != value.dtype else value
-            for own, value in zip((answer.loss, losses[1]), returned, strict=True)
-        )
-        return ResponseResult(loss, answer.token_losses, answer.stats, aux_loss)
 
 
 class HeadChooser:

@@ -9,15 +9,19 @@ from collections import UserList
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_sft_plugin import MaskedLossMixin, MaskedSFTConfig
 
@@ -43,13 +47,13 @@ def build_model(fields: Mapping[str, Any], dtype: torch.dtype = torch.float64) -
     fields = {**FIELDS, **fields}
     lora = fields.pop("lora", None)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).to(dtype)
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
     if lora is not None:
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, **lora)).to(dtype)
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, **lora))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 nn.init.normal_(parameter, std=0.1)
-    return model
+    return model.to(dtype)
 
 
 class Rows(UserList[Any]):
@@ -76,6 +80,7 @@ class Watch(TrainerCallback):
     def __init__(self) -> None:
         self.gradients: list[dict[str, Tensor | None]] = []
         self.num_forward_passes = 0
+        self.are_sharded: list[bool] = []
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         kwargs["model"].register_forward_pre_hook(self._count)
@@ -85,7 +90,9 @@ class Watch(TrainerCallback):
             self.keep(kwargs["model"], lambda p: p.grad)
 
     def keep(self, model: nn.Module, get: Callable[[Tensor], Tensor | None]) -> None:
-        named = model.named_parameters()
+        named = list(model.named_parameters())
+        both = [t for _, p in named for t in (p, p.grad) if t is not None]
+        self.are_sharded.append(all(isinstance(t, DTensor) for t in both))
         self.gradients.append({_bare(n): _whole(get(p)) for n, p in named if p.requires_grad})
 
     def _count(self, *_: Any) -> None:
@@ -119,26 +126,28 @@ def _whole(grad: Tensor | None) -> Tensor | None:
     return (grad.full_tensor() if isinstance(grad, DTensor) else grad).double().clone()
 
 
-# What `accelerate launch` puts into the environment.
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-}
-DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+def launch_environment(config: str) -> dict[str, str]:
+    """What `accelerate launch --config_file` puts into the environment of a script."""
+    parser = launch_command_parser()
+    path = Path(__file__).parents[2] / "recipes" / "accelerate" / f"{config}.yaml"
+    args = parser.parse_args(["--config_file", str(path), "--main_process_port", "0", "script.py"])
+    args, defaults, _ = _validate_launch_command(args)
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    prepare = prepare_deepspeed_cmd_env if args.use_deepspeed else prepare_multi_gpu_env
+    made = prepare(args)
+    environment = made[1] if args.use_deepspeed else made
+    return {k: v for k, v in environment.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
 
 
 @contextmanager
-def engine(name: str) -> Iterator[Any]:
-    """The environment of an engine, and what has Accelerate choose it on a CPU too."""
+def engine(name: str, precision: str) -> Iterator[Callable[[], None]]:
+    """The environment of an engine; calling what it gives has Accelerate choose it on a CPU too."""
     for state in (AcceleratorState, PartialState, GradientState):
         state._shared_state.clear()
+    unset_hf_deepspeed_config()
     before = dict(os.environ)
-    if name == "fsdp2":
-        os.environ |= FSDP2
-    if name.startswith("zero"):
-        os.environ |= {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": name[-1]}
+    os.environ |= {**launch_environment(name), "ACCELERATE_MIXED_PRECISION": precision}
+    os.environ["DS_ACCELERATOR"] = "cpu"
 
     def choose() -> None:
         if name == "fsdp2":
@@ -161,11 +170,14 @@ def train(case: Mapping[str, Any]) -> dict[str, Any]:
     watch = Watch()
     settings = {"per_device_train_batch_size": 2, "max_steps": 2, **case.get("settings", {})}
     own = {n: settings.pop(n) for n in ("fused_head", "max_tokens_per_microbatch") if n in settings}
-    with tempfile.TemporaryDirectory() as folder, engine(case["engine"]) as choose:
+    name, precision = case["engine"], case.get("precision", "no")
+    with tempfile.TemporaryDirectory() as folder, engine(name, precision) as choose:
+        # Before DeepSpeed is chosen, which takes weights apart as they are made.
+        model = build_model(case["model"], case.get("dtype", torch.float64))
         config = MaskedSFTConfig(
             output_dir=folder,
             # With it, Accelerate does not choose DeepSpeed.
-            use_cpu=not case["engine"].startswith("zero"),
+            use_cpu=not name.startswith("zero"),
             ddp_backend="gloo",
             report_to="none",
             disable_tqdm=True,
@@ -180,7 +192,7 @@ def train(case: Mapping[str, Any]) -> dict[str, Any]:
         )
         choose()
         trainer = EngineTrainer(
-            build_model(case.get("model", {}), case.get("dtype", torch.float64)),
+            model,
             config,
             data_collator=collate,
             train_dataset=Rows(case["rows"]),
@@ -194,6 +206,7 @@ def train(case: Mapping[str, Any]) -> dict[str, Any]:
             "wrapper": type(trainer.model_wrapped).__name__,
             "gradients": watch.gradients,
             "logs": trainer.state.log_history[: settings["max_steps"]],
+            "are_sharded": watch.are_sharded,
             "num_forward_passes": watch.num_forward_passes,
             "speed": trainer.describe_speed(),
         }

@@ -1,12 +1,17 @@
 """Settings that would make the numbers inexact are refused before anything runs."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
+from torch import nn
 from transformers import Trainer
 
 from hf_sft_plugin import MaskedLossMixin, MaskedSFTConfig
+from hf_sft_plugin.training.exact_settings import refuse_inexact_settings
 
 
 class MaskedTrainer(MaskedLossMixin, Trainer):
@@ -29,6 +34,36 @@ def test_several_gpus_in_one_process_are_refused_with_the_command_to_use(
     monkeypatch.setattr(type(args), "n_gpu", property(lambda self: 4))
     with pytest.raises(ValueError, match="accelerate launch --num_processes 4"):
         MaskedTrainer(model=model, args=args)
+
+
+def test_a_model_that_comes_in_dataparallel_is_refused_with_the_command_to_use(
+    model: Any, make_config: Callable[..., MaskedSFTConfig]
+) -> None:
+    with pytest.raises(ValueError, match="torchrun --nproc_per_node gpu your_script"):
+        MaskedTrainer(model=nn.DataParallel(model), args=make_config())
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(
+    model: Any, make_config: Callable[..., MaskedSFTConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = MaskedTrainer(model=model, args=make_config())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"2 processes were started, .* set use_cpu to true"):
+        refuse_inexact_settings(trainer)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_fsdp1_is_refused_and_fsdp2_is_not(
+    version: int,
+    model: Any,
+    make_config: Callable[..., MaskedSFTConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer = MaskedTrainer(model=model, args=make_config())
+    plugin = SimpleNamespace(fsdp_version=version)
+    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
+    with nullcontext() if version == 2 else pytest.raises(ValueError, match="Use FSDP2"):
+        refuse_inexact_settings(trainer)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_sft_plugin.loss import head as head_module
 from hf_sft_plugin.loss.logit_tile import LogitTransform
@@ -376,3 +378,49 @@ def test_a_compiled_model_is_not_compiled_again_for_another_number_of_rows(model
         found = head.forward(compiled, inputs, targets, weights, NLL, trained(targets)).loss
         torch.testing.assert_close(found, expected)
     assert len(graphs) == num_graphs
+
+
+def with_head_on(model: Any, device: str) -> Any:
+    """A model whose head Accelerate runs on another device than its body."""
+    hook = AlignDevicesHook(execution_device=device, io_same_device=False)
+    add_hook_to_module(model.lm_head, hook)
+    model.lm_head.to(device)
+    return model
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_a_head_on_another_device_is_followed(
+    is_fused: bool, model_factory: Callable[..., Any]
+) -> None:
+    """Tensors that hold nothing, but know where they are."""
+    inputs, targets, weights = make_batch()
+    positions = trained(targets)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model = with_head_on(model_factory(tie_word_embeddings=False), "cuda")
+        head = FusedHead(model, LogitTransform())
+        inputs = {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}
+        batch = [mode.from_tensor(x) for x in (targets, weights)] + [NLL]
+        forward = head.forward if is_fused else lambda *args: forward_full(*args)[0]
+        result = forward(model, inputs, *batch, mode.from_tensor(positions))
+        result.loss.backward()
+    assert model.lm_head.weight.device.type == "cuda"
+    for tensor in (result.loss, result.token_losses, *result.stats):
+        assert tensor.device.type == "cpu"
+    for parameter in model.parameters():
+        assert parameter.grad.device == parameter.device
+
+
+@pytest.mark.gpu
+def test_a_head_on_a_gpu_gives_the_numbers_of_one_beside_its_body(
+    model_factory: Callable[..., Any],
+) -> None:
+    inputs, targets, weights = make_batch()
+    found = []
+    for device in ("cpu", "cuda"):
+        model = with_head_on(model_factory(tie_word_embeddings=False).double(), device)
+        head = FusedHead(model, LogitTransform())
+        found.append(run(head.forward, model, inputs, targets, weights, NLL, trained(targets))[:2])
+    (loss, gradients), (expected_loss, expected) = found[1], found[0]
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=1e-12)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(gradients[key].cpu(), gradient, rtol=1e-10, atol=1e-13)
