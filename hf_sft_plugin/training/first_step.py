@@ -123,6 +123,12 @@ class FirstStep:
             states.append(torch.get_device_module(device).get_rng_state())
         return states
 
+    def is_anywhere(self, claim: bool) -> bool:
+        """Whether something is so on any process."""
+        accelerator = self.trainer.accelerator
+        counts = accelerator.reduce(torch.tensor(float(claim), device=accelerator.device))
+        return bool(counts > 0)
+
     def sum_of_shards(self, sums: Tensor) -> Tensor:
         """Sums over all parts of tensors, of sums over those of this process."""
         if not self.is_sharded:
