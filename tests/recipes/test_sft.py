@@ -335,6 +335,7 @@ def test_accelerate_launches_it_with_questions_and_answers(recipes: Path, tmp_pa
     output = subprocess.run(
         [*launch, *config, *flags], cwd=tmp_path, capture_output=True, text=True, check=True
     ).stdout
+    assert "Verified before step 1" in output
     assert "20 in = 20 trained" in output
     assert (tmp_path / "outputs" / "gsm8k" / "model.safetensors").is_file()
 
