@@ -31,7 +31,13 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer, ShardDataset, read_chat_template
+from hf_sft_plugin import (
+    MaskedSFTConfig,
+    MaskedSFTTrainer,
+    ShardDataset,
+    VerificationError,
+    read_chat_template,
+)
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -98,7 +104,10 @@ def main() -> None:
     except ValueError as error:
         # Whatever is wrong with settings or data is said there; a traceback would only hide it.
         raise SystemExit(f"sft.py: {error}") from None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except VerificationError as error:
+        raise SystemExit(f"sft.py: {error}") from None
     if trainer.eval_dataset is not None:
         trainer.evaluate()
     if args.push_to_hub:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.training_args import OptimizerNames
 
@@ -39,6 +40,7 @@ class FirstStep:
     Attributes:
         model: As Accelerate prepared it.
         unwrapped: The same without what Accelerate put around it.
+        trained: The parameters that are trained, by name.
         batches: The copies.
         num_forward: Forward passes so far.
         num_backward: Forward and backward passes so far.
@@ -50,6 +52,15 @@ class FirstStep:
         self.trainer = trainer
         self.model: nn.Module = trainer.model_wrapped
         self.unwrapped: Any = trainer.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        modules: list[Any] = [m for m in self.unwrapped.modules() if isinstance(m, FSDPModule)]
+        self._sharded_modules = modules
+        self._gathered_modules = [
+            m for m in modules if any(not isinstance(p, DTensor) for p in m.parameters())
+        ]
+        # What was gathered for a forward pass hides the parameters that are trained.
+        self._gather([])
+        named = self.unwrapped.named_parameters()
+        self.trained = {name: p for name, p in named if p.requires_grad}
         self.batches = [_copy(batch) for batch in batches]
         remember_tensors(self.batches)
         self.num_items = num_items
@@ -64,15 +75,10 @@ class FirstStep:
         return in_one_list(self.batches)
 
     @property
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that are trained, by name."""
-        return {n: p for n, p in self.unwrapped.named_parameters() if p.requires_grad}
-
-    @property
     def is_sharded(self) -> bool:
         """Whether processes hold different parts of a tensor."""
         engine = self.trainer.accelerator.distributed_type
-        is_tensor_of_all = any(isinstance(p, DTensor) for p in self.unwrapped.parameters())
+        is_tensor_of_all = any(isinstance(p, DTensor) for p in self.trained.values())
         return engine == DistributedType.FSDP or is_tensor_of_all
 
     @property
@@ -123,6 +129,19 @@ class FirstStep:
             states.append(torch.get_device_module(device).get_rng_state())
         return states
 
+    def _gather(self, gathered: Sequence[Any]) -> None:
+        """Has FSDP hold the weights of these modules whole, and those of others in parts."""
+        for module in self._sharded_modules:
+            module.reshard()
+        for module in gathered:
+            module.unshard()
+
+    def is_anywhere(self, claim: bool) -> bool:
+        """Whether something is so on any process."""
+        accelerator = self.trainer.accelerator
+        counts = accelerator.reduce(torch.tensor(float(claim), device=accelerator.device))
+        return bool(counts > 0)
+
     def sum_of_shards(self, sums: Tensor) -> Tensor:
         """Sums over all parts of tensors, of sums over those of this process."""
         if not self.is_sharded:
@@ -141,7 +160,7 @@ class FirstStep:
         trainer = self.trainer
         attributes = dict(vars(trainer))
         modes = {module: module.training for module in self.model.modules()}
-        grads = {p: p.grad for p in self.unwrapped.parameters()}
+        grads = {p: p.grad for p in self.trained.values()}
         buffers = [(b, local_part(b).clone()) for b in self.unwrapped.buffers()]
         scaler = trainer.accelerator.scaler
         scale = None if scaler is None else copy.deepcopy(scaler.state_dict())
@@ -165,6 +184,7 @@ class FirstStep:
                 for buffer, value in buffers:
                     local_part(buffer).copy_(value)
             self.weights = {}
+            self._gather(self._gathered_modules)
             if optimizer is not None:
                 optimizer.put_back()
             if scaler is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -95,6 +96,10 @@ def training_undone(trainer: Any) -> Iterator[None]:
         trainer.args.eval_on_start = is_evaluated
         vars(handler).clear()
         vars(handler).update(of_handler)
+        for module in trainer.model.modules():
+            # The next optimizer is made of what it finds.
+            if isinstance(module, FSDPModule):
+                module.reshard()
         around = {name: getattr(trainer, name) for name in ("model", "model_wrapped")}
         vars(trainer).clear()
         vars(trainer).update({**attributes, **around})

@@ -152,14 +152,17 @@ def _verify(step: FirstStep) -> list[VerificationCheck]:
         ]
     checks = worst_of_processes(found)
     seconds = time.perf_counter() - start
-    caption = (
-        f"{step.num_forward} forward passes and {step.num_backward} with backward in "
-        f"{seconds:.2g} s"
-    )
+    caption = f"{step.num_forward} forward passes and {step.num_backward} with backward"
+    caption += f" in {_in_seconds(seconds)}"
     if step.seconds is not None:
-        caption += f"; those of the step itself, {len(step.microbatches)}, took {step.seconds:.2g}"
+        caption += f"; those of the step itself, {len(step.microbatches)}, took "
+        caption += _in_seconds(step.seconds)
     _print(step.trainer, checks, f"{caption}.")
     return checks
+
+
+def _in_seconds(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:,.0f} s"
 
 
 def _print(trainer: Trainer, checks: Sequence[VerificationCheck], caption: str) -> None:

@@ -31,14 +31,23 @@ def folder(
     return folder
 
 
-def test_verified_runs_of_two_processes_are_the_same_runs(folder: Path) -> None:
-    for found in run_on_processes(2, run_all, folder):
-        checks = {name: (value, bound) for name, value, bound in found["before"]["checks"]}
+@pytest.fixture(scope="module")
+def found(folder: Path) -> Any:
+    """What both processes found: of an adapter, and with weights in parts."""
+    return run_on_processes(2, run_all, folder)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["DDP, adapter", "FSDP2"])
+def test_verified_runs_of_two_processes_are_the_same_runs(found: Any, is_sharded: bool) -> None:
+    for of_process in found:
+        runs = of_process[is_sharded]
+        checks = {name: (value, bound) for name, value, bound in runs["before"]["checks"]}
+        assert len(checks) == 10
         assert [name for name, (value, _) in checks.items() if value is None] == []
         assert [name for name, (value, bound) in checks.items() if value > bound] == []
         for way in WAYS[:2]:
-            assert found[way]["weights"] == found["never"]["weights"]
-            assert found[way]["log"] == found["never"]["log"]
+            assert runs[way]["weights"] == runs["never"]["weights"]
+            assert runs[way]["log"] == runs["never"]["log"]
 
 
 def test_what_fails_on_one_process_fails_on_all(folder: Path) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from datasets import load_from_disk
 from peft import LoraConfig
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer, verify_training
@@ -14,35 +16,50 @@ from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer, verify_training
 WAYS = ("inside", "before", "never")
 
 
-def run(folder: Path, way: str, **settings: Any) -> dict[str, Any]:
-    """One training, verified in one of the ways."""
+def run(folder: Path, way: str, is_sharded: bool) -> dict[str, Any]:
+    """One training, verified in one of the ways: of an adapter, or with weights in parts."""
+    args = MaskedSFTConfig(
+        output_dir=str(folder / way),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=1,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        verify_before_training=way == "inside",
+    )
+    # The processes meet here, without which nothing can be sharded.
+    assert args.device.type == "cpu"
     torch.manual_seed(3)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", attention_dropout=0.25)
+    if is_sharded:
+        for layer in (*model.model.layers, model):
+            fully_shard(layer)
     trainer = MaskedSFTTrainer(
-        AutoModelForCausalLM.from_pretrained(folder / "model", attention_dropout=0.25),
-        MaskedSFTConfig(
-            output_dir=str(folder / way),
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
-            logging_steps=1,
-            max_steps=3,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            learning_rate=1e-2,
-            verify_before_training=way == "inside",
-            **settings,
-        ),
+        model,
+        args,
         train_dataset=load_from_disk(folder / "train"),
         processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        peft_config=LoraConfig(target_modules="all-linear", lora_dropout=0.25),
+        peft_config=None
+        if is_sharded
+        else LoraConfig(target_modules="all-linear", lora_dropout=0.25),
     )
+    if is_sharded:
+        # On a CPU Accelerate knows DDP alone.
+        trainer.accelerator.prepare_model = lambda model, **options: model
     checks = verify_training(trainer) if way == "before" else []
     trainer.train()
     clock = ("runtime", "per_second")
     return {
         "checks": [(check.name, check.value, check.bound) for check in checks],
-        "weights": [p.tolist() for p in trainer.model.parameters() if p.requires_grad],
+        "weights": [
+            (p.full_tensor() if isinstance(p, DTensor) else p).tolist()
+            for p in trainer.model.parameters()
+            if p.requires_grad
+        ],
         "log": [
             {k: v for k, v in log.items() if not k.endswith(clock)}
             for log in trainer.state.log_history
@@ -50,9 +67,9 @@ def run(folder: Path, way: str, **settings: Any) -> dict[str, Any]:
     }
 
 
-def run_all(folder: Path) -> dict[str, dict[str, Any]]:
-    """A training in each of the ways."""
-    return {way: run(folder, way) for way in WAYS}
+def run_all(folder: Path) -> list[dict[str, dict[str, Any]]]:
+    """A training in each of the ways, of an adapter and with weights in parts."""
+    return [{way: run(folder, way, is_sharded) for way in WAYS} for is_sharded in (False, True)]
 
 
 def run_unequal(folder: Path) -> str:

@@ -151,6 +151,19 @@ def test_rows_are_packed_by_a_flag(run: Callable[..., str], train_file: str) -> 
     assert re.search(r"12 rows in \d packed rows of up to 64 tokens, \d+\.\d% filled", text)
 
 
+def test_a_run_is_verified_by_a_flag_and_one_that_fails_ends_without_a_traceback(
+    run: Callable[..., str], train_file: str, model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    printed = run("--train_file", train_file, *MODEL, *SHORT, "--verify")
+    assert printed.count("Verified before step 1") == 1
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    halves = ("--model_init_kwargs", '{"dtype": "bfloat16"}', "--learning_rate", "1e-6")
+    flags = ("--model_name_or_path", "base", "--train_file", train_file, *halves, *SHORT)
+    with pytest.raises(SystemExit, match=r"sft\.py: Nothing was trained, because\nupdates: "):
+        run(*flags, "--verify_before_training", "true")
+
+
 def test_a_chat_template_may_come_from_a_file(
     run: Callable[..., str], train_file: str, model: Any, tokenizer_factory: Any, tmp_path: Path
 ) -> None:
@@ -322,6 +335,7 @@ def test_accelerate_launches_it_with_questions_and_answers(recipes: Path, tmp_pa
     output = subprocess.run(
         [*launch, *config, *flags], cwd=tmp_path, capture_output=True, text=True, check=True
     ).stdout
+    assert "Verified before step 1" in output
     assert "20 in = 20 trained" in output
     assert (tmp_path / "outputs" / "gsm8k" / "model.safetensors").is_file()
 

@@ -57,7 +57,7 @@ def test_documents_are_apart_and_the_probe_can_fail(
     assert [each.bound for each in found.values()] == [0, 0, 0]
     # The first row has two predictions, the second of which was changed.
     assert "that 41 predictions move" in found["other documents"].note
-    assert "the 5 other documents" in found["other documents"].note
+    assert "of 5 other documents" in found["other documents"].note
     assert found["changed token"].note.endswith("1 of 1 from it on move")
 
 
