@@ -6,7 +6,10 @@ from transformers import PreTrainedModel
 
 
 def add_adapter(
-    model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, *, is_trained: bool = True
+    model: PreTrainedModel | PeftModel | PeftMixedModel,
+    peft_config: PeftConfig | None,
+    *,
+    is_trained: bool = True,
 ) -> PreTrainedModel | PeftModel:
     """Freezes a model and adds a trainable adapter; without a config the model stays as it is.
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -117,7 +116,10 @@ def choose_attention(
         return AttentionChoice(False, "padded, because it is not a model of transformers", None)
     config = config.get_text_config()
     own = config._attn_implementation
-    switch = AttentionSwitch(model) if own in ("sdpa", "eager") else None
+    is_on_gpu = next(model.parameters()).is_cuda
+    # Flex attention has no backward pass on a CPU.
+    is_replaced = own in ("sdpa", "eager") or (own == "flex_attention" and not is_on_gpu)
+    switch = AttentionSwitch(model) if is_replaced else None
     if config.output_attentions:
         problem: str | None = "the config asks for attention weights"
     elif switch is None and not ("flash" in str(own) or own == "flex_attention"):
@@ -128,10 +130,9 @@ def choose_attention(
         return AttentionChoice(False, f"padded, because {problem}", None)
     if switch is None:
         return AttentionChoice(True, f"{own}, no padding", None)
-    is_half = torch.cuda.is_available() and next(model.parameters()).is_cuda
-    kernel = (
-        "varlen_attn in half precision, else per-document SDPA" if is_half else "per-document SDPA"
-    )
+    kernel = "per-document SDPA"
+    if is_on_gpu:
+        kernel = f"varlen_attn in half precision, else {kernel}"
     if not share_prompts:
         return AttentionChoice(True, f"{kernel}, no padding", switch)
     problem = find_problem(wrapped, model, switch, shares_prompts=True)

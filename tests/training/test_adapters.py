@@ -4,9 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftMixedModel,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+)
 
-from hf_sft_plugin.training.adapters import add_adapter
+from hf_sft_plugin.training.adapters import adapter_state, add_adapter, find_row_dependence
 
 
 def lora(**overrides: Any) -> LoraConfig:
@@ -98,3 +106,69 @@ def test_a_model_with_nothing_to_train_is_refused(
     with pytest.raises(ValueError, match="No parameter of the model requires a gradient") as error:
         add_adapter(freeze(model), config)
     assert "is_trainable=True in PeftModel.from_pretrained" in str(error.value)
+
+
+@pytest.mark.parametrize("config", [None, lora()], ids=["as it is", "with another"])
+def test_a_model_whose_adapters_could_not_be_saved_is_refused(
+    config: PeftConfig | None, model: Any
+) -> None:
+    mixed = PeftMixedModel(model, lora())
+    with pytest.raises(
+        ValueError, match="which PEFT cannot save, so what is trained would be lost"
+    ):
+        add_adapter(mixed, config)
+
+
+def test_the_state_of_adapters_changes_when_one_comes_goes_or_is_switched(model: Any) -> None:
+    assert adapter_state(model) == ((), ())
+    adapted = get_peft_model(model, lora())
+    states = [adapter_state(adapted)]
+    adapted.add_adapter("second", lora(target_modules=["k_proj"]))
+    states.append(adapter_state(adapted))
+    adapted.set_adapter("second")
+    states.append(adapter_state(adapted))
+    adapted.base_model.set_adapter(["default", "second"])
+    states.append(adapter_state(adapted))
+    adapted.delete_adapter("second")
+    states.append(adapter_state(adapted))
+    assert states == [
+        (("default",), ("default",)),
+        (("default", "second"), ("default",)),
+        (("default", "second"), ("second",)),
+        (("default", "second"), ("default", "second")),
+        (("default",), ("default",)),
+    ]
+
+
+def test_an_adapter_that_transformers_added_itself_is_seen(model: Any) -> None:
+    before = adapter_state(model)
+    assert adapter_state(with_native_adapter(model)) != before
+
+
+@pytest.mark.parametrize(
+    ("config", "dependence"),
+    [
+        (lora(), None),
+        (
+            PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+            "virtual tokens before every row",
+        ),
+        (lora(alora_invocation_tokens=[5]), "begins where its invocation tokens are"),
+    ],
+    ids=["lora", "virtual tokens", "invoked"],
+)
+def test_adapters_that_depend_on_where_rows_begin_are_known(
+    config: PeftConfig, dependence: str | None, model: Any
+) -> None:
+    found = find_row_dependence(get_peft_model(model, config))
+    assert (found is None) == (dependence is None)
+    assert dependence is None or dependence in str(found)
+    assert find_row_dependence(model) is None
+
+
+def test_an_adapter_that_is_not_active_does_not_count(model: Any) -> None:
+    adapted = get_peft_model(model, lora())
+    adapted.add_adapter("invoked", lora(alora_invocation_tokens=[5]))
+    assert find_row_dependence(adapted) is None
+    adapted.set_adapter("invoked")
+    assert find_row_dependence(adapted) is not None

@@ -187,12 +187,6 @@ def test_flash_attention_that_was_chosen_is_kept_and_proven_as_well(
         assert choice.summary == "flash_True, no padding"
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_that_was_chosen_is_kept(model_factory: Make) -> None:
-    choice = choose(model_factory("llama", head_dim=16, attn_implementation="flex_attention"))
-    assert choice.summary == "flex_attention, no padding"
-
-
 def test_an_attention_that_nothing_is_known_about_is_not_replaced(model: Any) -> None:
     AttentionInterface.register("own", sdpa_attention_forward)
     model.config._attn_implementation = "own"

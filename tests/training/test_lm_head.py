@@ -191,6 +191,37 @@ def test_looking_for_the_transformation_is_one_forward_pass_that_leaves_no_trace
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
 
 
+def test_a_head_that_is_told_more_than_hidden_states_is_noticed(model: Any) -> None:
+    """As heads are whose adapter begins somewhere in a row: a tile would not know its part."""
+    inputs, _, _ = make_batch()
+    told: list[Any] = []
+
+    def tell(_: Any, given: Any, options: dict[str, Any]) -> Any:
+        return given, {**options, "offsets": [3, 1, 4]}
+
+    own = model.lm_head.forward
+    model.lm_head.forward = lambda hidden, offsets: told.append(offsets) or own(hidden)
+    model.lm_head.register_forward_pre_hook(tell, with_kwargs=True)
+    assert find_transform(model, model, inputs) is None
+    assert told == [[3, 1, 4]]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "fields"),
+    [
+        ("gemma2", "final_logit_softcapping", GEMMA),
+        ("recurrent_gemma", "logits_soft_cap", {"lru_width": 32, "num_hidden_layers": 3}),
+        ("xlstm", "output_logit_soft_cap", {"num_heads": 4}),
+    ],
+)
+def test_soft_caps_are_known_by_all_their_names(
+    model_type: str, name: str, fields: dict[str, Any], model_factory: Callable[..., Any]
+) -> None:
+    inputs, _, _ = make_batch()
+    model = model_factory(model_type, **{**fields, name: 6.0})
+    assert find_transform(model, model, inputs) == LogitTransform(softcap=6.0)
+
+
 def test_a_model_without_an_lm_head_is_noticed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: None)
     inputs, _, _ = make_batch()

@@ -8,8 +8,15 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_sft_plugin import (
     DataCollatorForPromptResponse,
@@ -315,3 +322,61 @@ def test_too_few_packed_rows_for_a_batch_are_named_as_a_cause(
     )
     with pytest.raises(ValueError, match=r"fewer \(packed\) rows .* dataloader_drop_last"):
         make_trainer(model, tokenizer, config).train()
+
+
+class OwnTrainer(MaskedLossMixin, Trainer):
+    """A Trainer of one's own, whose collator may put rows together."""
+
+
+def flattened(rows: list[dict[str, Any]], **settings: Any) -> dict[str, Any]:
+    features = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows]
+    batch: dict[str, Any] = DataCollatorWithFlattening(**settings)(features)
+    return batch
+
+
+def virtual_tokens(model: Any) -> Any:
+    return get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
+OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "change", "padding_free", "reason"),
+    [
+        ("lfm2", LAYERS, None, "auto", "rows are padded, because tokens of one row reach another"),
+        ("qwen3", {}, virtual_tokens, "auto", "rows are padded, because the adapter puts virtual"),
+        # By itself it does not look at positions to tell documents apart.
+        ("opt", OPT, None, "off", "rows are padded, because padding_free is 'off'"),
+    ],
+    ids=["convolution", "virtual tokens", "switched off"],
+)
+def test_documents_that_another_collator_put_together_are_kept_apart_or_refused(
+    model_type: str,
+    fields: dict[str, Any],
+    change: Any,
+    padding_free: str,
+    reason: str,
+    model_factory: Make,
+    make_config: Make,
+) -> None:
+    model = model_factory(model_type, **fields)
+    model = model if change is None else change(model)
+    trainer = OwnTrainer(model, make_config(), train_dataset=make_rows())
+    trainer.padding_free = padding_free
+    with pytest.raises(ValueError, match=rf"several documents in a row, .* each other: {reason}"):
+        trainer.compute_loss(model, flattened(make_rows()))
+    # A single document may come without a mask.
+    assert trainer.compute_loss(model, flattened(make_rows()[:1])).isfinite()
+
+
+def test_documents_beside_something_unknown_or_with_outputs_are_refused(
+    model: Any, make_config: Make
+) -> None:
+    trainer = OwnTrainer(model, make_config(), train_dataset=make_rows())
+    assert trainer.compute_loss(model, flattened(make_rows())).isfinite()
+    strange = {**flattened(make_rows()), "bias": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"it does not hold tokens alone, but input_ids, .*, bias"):
+        trainer.compute_loss(model, strange)
+    with pytest.raises(ValueError, match="the outputs of the model are asked for"):
+        trainer.compute_loss(model, flattened(make_rows()), return_outputs=True)

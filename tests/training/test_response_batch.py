@@ -66,6 +66,27 @@ def test_packed_rows_are_documents_where_their_positions_begin_anew() -> None:
     assert layout.document_lengths == [2, 2, 4, 4, 4]
 
 
+def test_what_collators_of_packed_rows_say_of_documents_is_said_anew() -> None:
+    said = {
+        "cu_seq_lens_q": torch.tensor([0, 1, 16]),
+        "cu_seq_lens_k": torch.tensor([0, 1, 16]),
+        "max_length_q": 15,
+        "max_length_k": 15,
+        "seq_idx": torch.zeros(1, 16),
+    }
+    positions = torch.tensor([[0, 1, 0, 1], *[[0, 1, 2, 3]] * 3])
+    packed = {"input_ids": IDS, "position_ids": positions, "labels": LABELS}
+    plain, told = (
+        without_padding(split_batch(batch, LossNormalization.TOKEN))
+        for batch in (packed, {**packed, **said})
+    )
+    assert plain is not None
+    assert told is not None
+    assert told.model_inputs.keys() == plain.model_inputs.keys()
+    assert told.model_inputs["cu_seq_lens_q"].tolist() == [0, 2, 4, 8, 12, 16]
+    assert told.model_inputs["max_length_k"] == 4
+
+
 @pytest.mark.parametrize(
     "batch",
     [
