@@ -45,9 +45,9 @@ SIGNATURES = {
     "read_chat_template": "path",
     "read_rows": "path, split, setting='train_split'",
     "prepare_dataset": "dataset, tokenizer, *, stop_token_ids=None, max_dropped_share=0.05, "
-    "num_proc=None, **options",
+    "num_proc=None, eval_masks=(), **options",
     "prepare_stream": "dataset, tokenizer, *, stop_token_ids=None, max_dropped_share=0.05, "
-    "name='train', **options",
+    "name='train', eval_masks=(), **options",
     "preview_rows": "dataset, tokenizer, *, num_rows=5, only=None, containing=None, source=None, "
     "stop_token_ids=None, **options",
     "show_preview": "dataset, setup, arguments, *, against=None, console=None",
@@ -117,6 +117,7 @@ CONFIG_FIELDS = {
     "dataset_num_proc": None,
     "pad_to_multiple_of": None,
     "model_init_kwargs": None,
+    "eval_masks": [],
     "predict_with_generate": False,
     "generation_metrics": ["exact_match"],
     "generation_max_new_tokens": 256,

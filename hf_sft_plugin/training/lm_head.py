@@ -65,6 +65,13 @@ def aux_loss_coefficient(config: Any) -> float:
     return coefficient
 
 
+def weighted_aux_loss(result: ResponseResult, model: nn.Module) -> Tensor | float:
+    """The router loss of a mixture of experts as it counts in a batch; 0 for other models."""
+    if result.aux_loss is None:
+        return 0.0
+    return result.aux_loss.to(result.loss.device) * aux_loss_coefficient(model.config)
+
+
 def forward_full(
     model: nn.Module,
     inputs: Mapping[str, Any],
@@ -142,8 +149,13 @@ class FusedHead:
         objective: LossObjective,
         positions: Tensor,
         places: Tensor | None = None,
+        read: Callable[[Tensor, Callable[[Tensor], Tensor]], None] | None = None,
     ) -> ResponseResult:
-        """Like `forward_full`, within rounding, in memory that does not grow with the batch."""
+        """Like `forward_full`, within rounding, in memory that does not grow with the batch.
+
+        Where `read` is given, it is called with the hidden states of all positions, `(B, S, D)`,
+        and what makes logits of some of them.
+        """
         own_forward = self.lm_head.forward
         answers: list[HeadLoss] = []
 
@@ -160,6 +172,8 @@ class FusedHead:
                 weight=handed_on[0] if handed_on else None,
             )
             answers.append(answer)
+            if read is not None:
+                read(hidden_states, lambda some: self.transform(own_forward(some)))
             # The model goes on with this as if it were logits; whatever it computes is discarded.
             return answer.loss.view(1, 1, 1)
 

@@ -1,6 +1,6 @@
 """The loss, the counts and the logs, for any `Trainer`: steps 6 to 9 of the walk."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -17,14 +17,15 @@ from hf_sft_plugin.loss.tile_choice import tile_bytes
 from hf_sft_plugin.training.attention_choice import AttentionChoice, AttentionChooser
 from hf_sft_plugin.training.checkpoint import load_budget, load_totals, save_budget, save_totals
 from hf_sft_plugin.training.compilation import compile_for_all_sizes
+from hf_sft_plugin.training.eval_masks import figures_by_mask, split_by_mask, totals_by_mask
 from hf_sft_plugin.training.exact_settings import refuse_inexact_settings
 from hf_sft_plugin.training.last_layer import LastLayerMixin
 from hf_sft_plugin.training.left_padding import move_padding_right
 from hf_sft_plugin.training.lm_head import (
     HeadChooser,
     ResponseResult,
-    aux_loss_coefficient,
     forward_full,
+    weighted_aux_loss,
 )
 from hf_sft_plugin.training.memory_plan import MemoryPlanMixin
 from hf_sft_plugin.training.metrics import (
@@ -36,6 +37,7 @@ from hf_sft_plugin.training.metrics import (
 )
 from hf_sft_plugin.training.microbatches import remember_tensors
 from hf_sft_plugin.training.packed_rows import refuse_padded_documents
+from hf_sft_plugin.training.prediction import LogitReader, make_reader, prediction_steps
 from hf_sft_plugin.training.prompt_sampler import GroupedSampler, group_prompts, require_rows
 from hf_sft_plugin.training.response_batch import (
     CollatorWithLayout,
@@ -43,6 +45,7 @@ from hf_sft_plugin.training.response_batch import (
     count_divisors,
     split_batch,
     without_padding,
+    without_stale,
 )
 from hf_sft_plugin.types import RowError
 
@@ -54,7 +57,9 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
     gives labels, and uses `loss_weights` where the batch has them.
 
     The gradient depends on the rows of an optimizer step alone, not on how they were split into
-    micro-batches or over processes. Every `logging_steps` it logs `loss`, `token_entropy` and
+    micro-batches or over processes. It is divided by a count of the labels as the collator made
+    them: labels that are to change change there, because in a `compute_loss` of one's own the step
+    has been counted already. Every `logging_steps` it logs `loss`, `token_entropy` and
     `token_accuracy`, each one sum over the window divided by one count, and the cumulative
     `num_response_tokens` and `num_tokens`. Evaluation gives the same with the prefix `eval_`, and
     `eval_perplexity`, whatever the evaluation batch size; where the rows have a `source`, also
@@ -69,6 +74,8 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
         padding_free: `auto`, `on` or `off`; see `MaskedSFTConfig`.
         shared_prompts: `auto` or `off`; see `MaskedSFTConfig`.
         group_by_prompt: See `MaskedSFTConfig`.
+        eval_masks: See `MaskedSFTConfig`.
+        trained_mask: The one of these masks that the labels have.
 
     Raises:
         ValueError: From the constructor, if a setting would make the numbers inexact.
@@ -82,6 +89,8 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
     padding_free: str = "auto"
     shared_prompts: str = "auto"
     group_by_prompt: bool = False
+    eval_masks: Sequence[str] = ()
+    trained_mask: str = "response"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -166,7 +175,8 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
         batch = split_batch(inputs, self.loss_normalization)
         scaled = batch._replace(weights=batch.weights * self._scale(batch, num_items_in_batch))
         result, outputs = self._forward(model, scaled, self.objective, return_outputs)
-        loss = result.loss + self._weighted_aux_loss(model, result)
+        aux_loss = weighted_aux_loss(result, self.accelerator.unwrap_model(model))
+        loss = result.loss + aux_loss / self._num_microbatches
         if model.training:
             self._train_totals.add(self._totals(batch, result))
         return (loss, outputs) if return_outputs else loss
@@ -177,29 +187,27 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[None, Tensor | None, Tensor | None]:
+    ) -> tuple[None, Any, Tensor | None]:
         """Adds a batch to the totals of the evaluation.
 
         Returns:
             None for the loss, which `evaluation_loop` makes of the totals. Unless
-            `prediction_loss_only`: the most probable token of each position, `(B, S)` (or the
-            logits, where `preprocess_logits_for_metrics` will reduce them), and the labels.
+            `prediction_loss_only`: the most probable token of each position, `(B, S)`, or what
+            `preprocess_logits_for_metrics` makes of the logits of some rows; and the labels.
         """
-        batch = split_batch(self._prepare_inputs(inputs), self._eval_normalization)
+        known = without_stale(self._prepare_inputs(inputs))
+        masks = self.eval_masks, self.trained_mask
+        batch, parts = split_by_mask(known, self.loss_normalization, *masks)
+        labels = parts[0].labels
+        reader = None if prediction_loss_only else make_reader(self, labels)
         with torch.no_grad(), self.compute_loss_context_manager():
-            nll = LossObjective()
-            result, outputs = self._forward(model, batch, nll, not prediction_loss_only)
-        totals = _row_totals(batch, result, batch.divisors)
+            result, _ = self._forward(model, batch, LossObjective(), False, reader)
+        totals = totals_by_mask(batch, parts, result)
         if self.accelerator.num_processes > 1:
             # Leaves out the rows that were repeated to give every process as many.
             totals = self.accelerator.gather_for_metrics(totals)
         self._eval_rows.append(totals)
-        if prediction_loss_only:
-            return None, None, None
-        logits = outputs.logits[:, -batch.targets.shape[1] :]
-        if self.preprocess_logits_for_metrics is None:
-            logits = logits.argmax(-1)
-        return None, logits, batch.labels
+        return (None, None, None) if reader is None else (None, reader.predictions, labels)
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`, with metrics made of sums over all rows, whatever the batch size.
@@ -210,21 +218,24 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
         self._eval_rows = []
         prefix = kwargs.get("metric_key_prefix", "eval")
         try:
-            output: EvalLoopOutput = super().evaluation_loop(
-                dataloader, description, *args, **kwargs
-            )
+            with prediction_steps(self):
+                output: EvalLoopOutput = super().evaluation_loop(
+                    dataloader, description, *args, **kwargs
+                )
         except RowError as error:
             error.args = (f"{prefix} data: {error}",)
             raise
         rows = torch.cat(self._eval_rows or [torch.zeros(1, NUM_TOTALS)])
-        totals = Totals(*rows.sum(0).tolist())
+        own = rows[:, :NUM_TOTALS]
+        totals = Totals(*own.sum(0).tolist())
         if not totals.means():
             raise ValueError(
                 f"No row of the {description.lower()} data has a response token, so there is "
                 "nothing to measure. Check its response_mask or labels."
             )
         metrics = {**totals.means(), "perplexity": totals.perplexity(), **totals.counts()}
-        metrics |= means_by_source(rows, dataloader.dataset, self._get_eval_sampler)
+        metrics |= means_by_source(own, dataloader.dataset, self._get_eval_sampler)
+        metrics |= figures_by_mask(rows, self.eval_masks, metrics)
         prefixed = {f"{prefix}_{name}": value for name, value in metrics.items()}
         return output._replace(metrics={**prefixed, **(output.metrics or {})})
 
@@ -252,15 +263,13 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
         """How rows are attended to, in a few words; None before the model was first run."""
         return None if self._attention.choice is None else self._attention.choice.summary
 
-    @property
-    def _eval_normalization(self) -> LossNormalization:
-        # A constant divisor belongs to an optimizer step; an evaluation has a mean per token.
-        if self.loss_normalization == LossNormalization.CONSTANT:
-            return LossNormalization.TOKEN
-        return self.loss_normalization
-
     def _forward(
-        self, model: nn.Module, batch: ResponseBatch, objective: LossObjective, needs_outputs: bool
+        self,
+        model: nn.Module,
+        batch: ResponseBatch,
+        objective: LossObjective,
+        needs_outputs: bool,
+        reader: LogitReader | None = None,
     ) -> tuple[ResponseResult, Any]:
         """Steps 6 and 7: the body and the head of the model."""
         if needs_outputs:
@@ -271,15 +280,19 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
         head = self._head.choose(model, unwrapped, batch.model_inputs, self.fused_head)
         attention = self._choose_attention(model)
         shares_prompts = attention.shares_prompts
-        flat = without_padding(batch, shares_prompts) if attention.is_padding_free else None
+        # Predictions have a row for each row of the batch.
+        is_flat = attention.is_padding_free and reader is None
+        flat = without_padding(batch, shares_prompts) if is_flat else None
         batch = flat or batch
         inputs = batch.model_inputs, batch.targets, batch.weights, objective, batch.positions
         last_layer = self.run_last_layer(unwrapped, flat)
         with nullcontext() if flat is None else attention.running(), last_layer:
             if head is None:
-                result, _ = forward_full(model, *inputs, batch.places)
+                result, full = forward_full(model, *inputs, batch.places)
+                if reader is not None:
+                    reader(full.logits, lambda logits: logits)
             else:
-                result = head.forward(model, *inputs, batch.places)
+                result = head.forward(model, *inputs, batch.places, reader)
         if flat is not None:
             attention.keep_in_backward(result.loss, result.aux_loss)
         return result, None
@@ -345,20 +358,14 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
         # Without a single response token the sum is 0, and so shall be the loss.
         return num_averaged / divisor.where(divisor > 0, 1).to(batch.weights.dtype)
 
-    def _weighted_aux_loss(self, model: nn.Module, result: ResponseResult) -> Tensor | float:
-        """The router loss of a mixture of experts: a mean over the micro-batches of the step."""
-        if result.aux_loss is None:
-            return 0.0
-        coefficient = aux_loss_coefficient(self.accelerator.unwrap_model(model).config)
-        return result.aux_loss.to(result.loss.device) * (coefficient / self._num_microbatches)
-
     def _totals(self, batch: ResponseBatch, result: ResponseResult) -> Tensor:
         """Step 9: the sums and counts of a micro-batch, `(8,)`."""
         divisors = batch.divisors
         if self.loss_normalization == LossNormalization.CONSTANT:
             parts = len(divisors) * self._num_microbatches * self.accelerator.num_processes
             divisors = torch.full_like(divisors, self.normalize_constant / parts)
-        return _row_totals(batch, result, divisors, is_training=True).sum(0)
+        found = result.token_losses, result.stats, batch.positions, batch.weights, divisors
+        return row_totals(*found, batch.num_tokens, leaves_out_nonfinite=True).sum(0)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -388,10 +395,3 @@ class MaskedLossMixin(LastLayerMixin, MemoryPlanMixin):
         if checkpoint is not None:
             load_totals(checkpoint, self._train_totals, self.accelerator)
             self._budget = load_budget(checkpoint)
-
-
-def _row_totals(
-    batch: ResponseBatch, result: ResponseResult, divisors: Tensor, is_training: bool = False
-) -> Tensor:
-    values = result.token_losses, result.stats, batch.positions, batch.weights
-    return row_totals(*values, divisors, batch.num_tokens, leaves_out_nonfinite=is_training)

@@ -26,7 +26,7 @@ ROW_LAYOUT = "row_layout"
 FOUND_IN = "found_in"
 # What a batch carries for us beside its tensors.
 OURS = (ROW_LAYOUT, TRAINED_POSITIONS, FOUND_IN)
-_NOT_FOR_THE_MODEL = ("labels", "response_mask", "loss_weights", *OURS)
+_NOT_FOR_THE_MODEL = ("labels", "response_mask", "loss_weights", "eval_masks", *OURS)
 _FOUND_FROM = ("input_ids", "attention_mask", "position_ids", "labels")
 # Tensors that are known to hold one value per token; any other might mean something else.
 _PER_TOKEN = ("input_ids", "attention_mask", "position_ids", *_NOT_FOR_THE_MODEL)
@@ -256,6 +256,17 @@ class ResponseBatch(NamedTuple):
     positions: Tensor
     layout: RowLayout | None = None
     places: Tensor | None = None
+
+
+def without_stale(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A batch without what was found in it before it was changed, or before nobody knows what.
+
+    What a batch carries for us is good as long as it `remember_tensors` what it was found in.
+    """
+    found_in: FoundIn | None = inputs.get(FOUND_IN)
+    if found_in is not None and found_in.is_still_in(inputs):
+        return inputs
+    return {name: value for name, value in inputs.items() if name not in OURS}
 
 
 def count_divisors(inputs: Mapping[str, Any], normalization: LossNormalization) -> Tensor:
