@@ -111,6 +111,7 @@ CONFIG_FIELDS = {
     "trained_positions_only": "auto",
     "group_by_prompt": False,
     "max_tokens_per_microbatch": "auto",
+    "auto_gradient_checkpointing": False,
     "packing": False,
     "keep_freed_memory": True,
     "max_dropped_share": 0.05,

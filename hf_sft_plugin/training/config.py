@@ -128,6 +128,14 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
             "per_device_train_batch_size rows at a time."
         },
     )
+    auto_gradient_checkpointing: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether gradient checkpointing is switched on where a step with the longest "
+            "row alone is estimated to need more memory than there is. The gradient stays the "
+            "same. Needs max_tokens_per_microbatch='auto'; not with FSDP or DeepSpeed."
+        },
+    )
     packing: bool = field(
         default=False,
         metadata={
@@ -337,6 +345,12 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
                     "None for per_device_train_batch_size rows at a time."
                 )
             self.max_tokens_per_microbatch = int(tokens)
+        if self.auto_gradient_checkpointing and self.max_tokens_per_microbatch != "auto":
+            raise ValueError(
+                "auto_gradient_checkpointing is set, but nothing is estimated, because "
+                f"max_tokens_per_microbatch is {self.max_tokens_per_microbatch!r}. Set that to "
+                "'auto', or gradient_checkpointing to true."
+            )
         for name in (
             "dataset_num_proc",
             "pad_to_multiple_of",

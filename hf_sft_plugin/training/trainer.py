@@ -54,6 +54,7 @@ _SETTINGS_OF_THE_MIXIN = (
     "trained_positions_only",
     "group_by_prompt",
     "max_tokens_per_microbatch",
+    "auto_gradient_checkpointing",
     "eval_masks",
     "trained_mask",
 )

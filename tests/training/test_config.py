@@ -27,6 +27,7 @@ OWN_DEFAULTS = {
     "entropy_coef": 0.0,
     "fused_head": "auto",
     "max_tokens_per_microbatch": "auto",
+    "auto_gradient_checkpointing": False,
     "packing": False,
     "keep_freed_memory": True,
     "padding_free": "auto",
@@ -134,6 +135,10 @@ def test_every_setting_of_our_own_has_its_default_and_a_help_text() -> None:
         ),
         ({"model_init_kwargs": {"token": TOKEN}}, "model_init_kwargs holds a token, .*HF_TOKEN"),
         ({"model_init_kwargs": f'{{"token": "{TOKEN}"}}'}, "holds a token, .*hf auth login"),
+        (
+            {"auto_gradient_checkpointing": True, "max_tokens_per_microbatch": 64},
+            "nothing is estimated, because max_tokens_per_microbatch is 64. Set that to 'auto'",
+        ),
         ({"eval_masks": "all"}, r"is 'all'; give a list of names, such as \['all'\]"),
         ({"eval_masks": ["all", "last"]}, "eval_masks names 'last'; choose some of response, "),
         ({"max_length": 1}, "max_length is 1, but a row needs at least 2 tokens"),
