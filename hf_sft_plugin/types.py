@@ -191,6 +191,11 @@ class DataOptions:
                 "is either one list of messages or a prompt and a response: give one or the other."
             )
 
+    @property
+    def trained_mask(self) -> TrainOn:
+        """What is trained, whichever of two options says so."""
+        return self.train_on if self.use_loss_mask else "all"
+
 
 def _read_json(text: str) -> dict[str, Any]:
     try:

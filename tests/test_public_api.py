@@ -45,9 +45,9 @@ SIGNATURES = {
     "read_chat_template": "path",
     "read_rows": "path, split, setting='train_split'",
     "prepare_dataset": "dataset, tokenizer, *, stop_token_ids=None, max_dropped_share=0.05, "
-    "num_proc=None, **options",
+    "num_proc=None, eval_masks=(), **options",
     "prepare_stream": "dataset, tokenizer, *, stop_token_ids=None, max_dropped_share=0.05, "
-    "name='train', **options",
+    "name='train', eval_masks=(), **options",
     "preview_rows": "dataset, tokenizer, *, num_rows=5, only=None, containing=None, source=None, "
     "stop_token_ids=None, **options",
     "show_preview": "dataset, setup, arguments, *, against=None, console=None",
@@ -114,6 +114,7 @@ CONFIG_FIELDS = {
     "trained_positions_only": "auto",
     "group_by_prompt": False,
     "max_tokens_per_microbatch": "auto",
+    "auto_gradient_checkpointing": False,
     "packing": False,
     "verify_before_training": False,
     "keep_freed_memory": True,
@@ -121,6 +122,7 @@ CONFIG_FIELDS = {
     "dataset_num_proc": None,
     "pad_to_multiple_of": None,
     "model_init_kwargs": None,
+    "eval_masks": [],
     "predict_with_generate": False,
     "generation_metrics": ["exact_match"],
     "generation_max_new_tokens": 256,
@@ -201,7 +203,7 @@ def test_the_log_keys_are_these(
     assert set(trainer.evaluate()) == expected
 
 
-def test_an_import_brings_no_plotting_no_kernels_and_no_trl() -> None:
+def test_an_import_brings_no_plotting_no_kernels_no_trl_and_what_takes_long() -> None:
     code = "import hf_sft_plugin, json, sys; print(json.dumps(sorted(sys.modules)))"
     output = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
@@ -209,5 +211,6 @@ def test_an_import_brings_no_plotting_no_kernels_and_no_trl() -> None:
     names = json.loads(output.splitlines()[-1])
     modules = {name.split(".")[0] for name in names}
     assert "hf_sft_plugin" in modules
-    assert not modules & {"matplotlib", "trl"}
+    assert not modules & {"matplotlib", "trl", "evaluate"}
+    assert "torch.nn.attention.varlen" not in names
     assert "hf_sft_plugin.loss.triton_tile" not in names

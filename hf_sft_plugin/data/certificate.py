@@ -58,6 +58,7 @@ def preparation_key(
     tokenizer: PreTrainedTokenizerBase,
     options: DataOptions,
     stop_token_ids: Collection[int] | None,
+    has_eval_masks: bool = False,
 ) -> str:
     """Names a preparation: the same key means the same result, whichever process made it."""
     parts = [
@@ -69,6 +70,7 @@ def preparation_key(
         None if stop_token_ids is None else sorted(stop_token_ids),
         code_digest(),
         _versions(),
+        has_eval_masks,
     ]
     # As long as the fingerprints of datasets itself are.
     return _digest(json.dumps(parts, default=str))[:16]

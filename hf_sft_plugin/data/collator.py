@@ -149,10 +149,7 @@ class DataCollatorForPromptResponse:
                 loss_weights * response_mask.astype(np.float32)
             )
         if all("eval_masks" in example for example in examples):
-            eval_masks = np.zeros(shape, dtype=np.int64)
-            for row, example in enumerate(examples):
-                eval_masks[row, : len(example["eval_masks"])] = example["eval_masks"]
-            batch["eval_masks"] = torch.from_numpy(eval_masks)
+            batch["eval_masks"] = _pad([example["eval_masks"] for example in examples], length)
         return batch
 
     def _tokenized(self, rows: Sequence[Mapping[str, Any]]) -> list[TokenizedExample]:
@@ -196,6 +193,10 @@ class DataCollatorForPromptResponse:
                 error.row,
             )
         return example
+
+
+def _pad(rows: Sequence[Sequence[int]], length: int) -> torch.Tensor:
+    return torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
 
 
 def _require_one_format(rows: Sequence[Mapping[str, Any]], options: DataOptions) -> None:

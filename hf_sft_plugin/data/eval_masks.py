@@ -22,8 +22,7 @@ def needs_column(options: DataOptions, eval_masks: Collection[str]) -> bool:
         >>> needs_column(DataOptions(train_on="all"), ["response"])
         True
     """
-    trained = options.train_on if options.use_loss_mask else "all"
-    return not {*eval_masks} <= {trained, "all"}
+    return not {*eval_masks} <= {options.trained_mask, "all"}
 
 
 def with_every_response(options: DataOptions) -> DataOptions:
@@ -35,6 +34,7 @@ def mark_masks(
     examples: Sequence[TokenizedExample],
     spans: Sequence[Sequence[TrainedSpan]],
     trains_last: bool = False,
+    is_whole_chat: bool = False,
 ) -> None:
     """Writes the column into the examples of one row, whose masks show every response.
 
@@ -42,6 +42,7 @@ def mark_masks(
         examples: In the order of the conversation, before any of them is cut.
         spans: What each example trains.
         trains_last: Whether only the last response is trained; `response_mask` is made so.
+        is_whole_chat: Whether all tokens of a chat are trained, which then count the same.
 
     Examples:
         >>> example = {"input_ids": [5, 6, 7, 8], "response_mask": [0, 1, 0, 1]}
@@ -60,6 +61,8 @@ def mark_masks(
                     (response | last) * m for m in mask[span.start : span.end]
                 ]
         example["eval_masks"] = marks
+        if is_whole_chat:
+            example.pop("loss_weights", None)
         if trains_last:
             example["response_mask"] = [int(mark & last > 0) for mark in marks]
 

@@ -39,32 +39,28 @@ def prepare_dataset(
     """Tokenizes a dataset, marks what is trained, and accounts for every row and token.
 
     Args:
-        dataset: Raw rows (prompt and response, prompt and completion, or messages), or rows with
-            input_ids and response_mask or labels.
+        dataset: Raw rows, or rows with input_ids and response_mask or labels.
         tokenizer: See `tokenize_example`.
         stop_token_ids: See `tokenize_example`.
         max_dropped_share: Largest share of rows, 0 to 1, that may be dropped before it is an error.
         num_proc: Processes that tokenize. None: one.
-        eval_masks: Of rows to evaluate on: `response`, `last_response` and `all`, as they are asked
-            for in `MaskedSFTConfig`. Rows get a column `eval_masks`, unless their `response_mask`
-            tells it all.
+        eval_masks: See `MaskedSFTConfig`. A column of that name is added where it is needed.
         **options: Fields of `DataOptions`, such as `max_length` or `prompt_format`.
 
     Returns:
-        A dataset with the columns `input_ids` and `response_mask`, and `loss_weights` and `source`
-        where the rows bring them; and its ledger.
+        Rows of `input_ids`, `response_mask`, and where they bring them `loss_weights` and
+        `source`; and the ledger.
 
     Raises:
-        ValueError: If columns, tokenizer or options do not fit each other, if the dataset is
-            empty, or if too many rows cannot be trained.
+        ValueError: If columns, tokenizer or options do not fit each other, or too many rows cannot
+            be trained.
         RowError: If a row is too long and `overflow` is `error`.
     """
     _require_dataset(dataset)
     data_options = make_options(options)
     row_format = detect_format(dataset.column_names, data_options)
-    has_masks = needs_column(data_options, eval_masks)
-    features = _features(dataset.column_names, has_masks)
-    key = preparation_key(dataset, tokenizer, data_options, stop_token_ids)
+    marks = needs_column(data_options, eval_masks)
+    features = _features(dataset.column_names, marks)
     accounted = dataset.with_format(None).map(
         partial(
             _prepare_batch,
@@ -78,7 +74,7 @@ def prepare_dataset(
         remove_columns=dataset.column_names,
         features=features,
         desc="Tokenizing",
-        new_fingerprint=f"{key}-eval-masks" if has_masks else key,
+        new_fingerprint=preparation_key(dataset, tokenizer, data_options, stop_token_ids, marks),
     )
     ledger = Ledger(num_rows=len(dataset), columns=row_format.describe())
     ledger.unused_columns = row_format.unused(dataset.column_names, data_options)

@@ -122,8 +122,8 @@ class RowTokenizer:
     ) -> None:
         require_tokenizer(tokenizer)
         self._tokenizer = tokenizer
-        self._trains_all = not options.use_loss_mask or options.train_on == "all"
-        self._trains_last = options.train_on == "last_response" and not self._trains_all
+        self._trains_all = options.trained_mask == "all"
+        self._trains_last = options.trained_mask == "last_response"
         self._eval_masks = eval_masks if needs_column(options, eval_masks) else ()
         self._options = options = with_every_response(options) if self._eval_masks else options
         self._stops = resolve_stop_tokens(tokenizer, options.stop_token, stop_token_ids)
@@ -159,8 +159,9 @@ class RowTokenizer:
         self._prove([*self._tokenize_chats(chats), *self._tokenize_texts(texts)])
         for outcome, conversation in chats:
             self._shorten(outcome, conversation)
-        for outcome, _ in (*chats, *texts) if self._eval_masks else ():
-            mark_masks(outcome.examples, outcome.spans, self._trains_last)
+        for outcome, made in (*chats, *texts) if self._eval_masks else ():
+            is_all = self._trains_all and bool(made.turns)
+            mark_masks(outcome.examples, outcome.spans, self._trains_last, is_all)
         for row, outcome in zip(rows, outcomes, strict=True):
             if outcome.error is None:
                 self._finish(outcome)
@@ -359,7 +360,8 @@ class RowTokenizer:
                 pieces = [keep(example, spans, ranges) for ranges in plan]
             for piece, left in pieces:
                 # Nothing comes before the first token, so nothing predicts it.
-                piece["response_mask"][0:1] = [0] * len(piece["response_mask"][0:1])
+                for marks in (piece["response_mask"], piece.get("eval_masks", [])):
+                    marks[0:1] = [0] * len(marks[0:1])
                 if any(piece["response_mask"]) or any(piece.get("eval_masks", ())):
                     outcome.add(piece, left)
                     if _ends_with(piece, self._stops):

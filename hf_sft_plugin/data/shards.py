@@ -308,3 +308,17 @@ def check_tokenizer(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> N
         "model would read other text than was prepared. Write the shards again with the model's "
         "tokenizer, or train the model that they were made for."
     )
+
+
+def check_lengths(dataset: ShardDataset, max_length: int | None) -> None:
+    """Raises where shards hold rows that would be cut without being counted."""
+    lengths = dataset.row_lengths
+    num_longer = 0 if max_length is None else int((lengths > max_length).sum())
+    if num_longer:
+        raise ValueError(
+            f"{dataset.folder}, split {dataset.split!r}: {num_longer:,} of {len(lengths):,} rows "
+            f"are longer than max_length {max_length:,}; the longest has {lengths.max():,} tokens. "
+            "Shards are trained on as they were written, where what was cut is counted. Write them "
+            f"again with --max_length {max_length}, read them in blocks with block_size, or raise "
+            "max_length as far as the model reaches."
+        )

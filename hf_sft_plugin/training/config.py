@@ -4,13 +4,13 @@ import copy
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from transformers import TrainingArguments
 
 from hf_sft_plugin.loss.masked_loss import LossNormalization
 from hf_sft_plugin.loss.objective import LossObjective, LossType
-from hf_sft_plugin.types import DataOptions
+from hf_sft_plugin.types import DataOptions, TrainOn
 
 # Settings that can be off, and what else they can be.
 _SWITCHES = {
@@ -128,6 +128,14 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
             "per_device_train_batch_size rows at a time."
         },
     )
+    auto_gradient_checkpointing: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether gradient checkpointing is switched on where a step with the longest "
+            "row alone is estimated to need more memory than there is. The gradient stays the "
+            "same. Needs max_tokens_per_microbatch='auto'; not with FSDP or DeepSpeed."
+        },
+    )
     packing: bool = field(
         default=False,
         metadata={
@@ -166,6 +174,15 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Arguments of from_pretrained, as JSON, when the model is a name."},
+    )
+    eval_masks: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Masks over which evaluation reports figures beside those of what is trained, "
+            "from the same forward pass: 'response', 'last_response' and 'all', as in "
+            "eval_last_response_loss.",
+            "choices": list(get_args(TrainOn)),
+        },
     )
     predict_with_generate: bool = field(
         default=False,
@@ -338,6 +355,12 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
                     "None for per_device_train_batch_size rows at a time."
                 )
             self.max_tokens_per_microbatch = int(tokens)
+        if self.auto_gradient_checkpointing and self.max_tokens_per_microbatch != "auto":
+            raise ValueError(
+                "auto_gradient_checkpointing is set, but nothing is estimated, because "
+                f"max_tokens_per_microbatch is {self.max_tokens_per_microbatch!r}. Set that to "
+                "'auto', or gradient_checkpointing to true."
+            )
         for name in (
             "dataset_num_proc",
             "pad_to_multiple_of",
@@ -348,10 +371,14 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name} is {value}; it counts from 1.")
-        metrics: Any = self.generation_metrics
-        if isinstance(metrics, str):
+        for name in ("generation_metrics", "eval_masks"):
+            names = getattr(self, name)
+            if isinstance(names, str):
+                raise ValueError(f"{name} is {names!r}; give a list of names, such as [{names!r}].")
+        unknown = [name for name in self.eval_masks if name not in get_args(TrainOn)]
+        if unknown:
             raise ValueError(
-                f"generation_metrics is {metrics!r}; give a list of names, such as [{metrics!r}]."
+                f"eval_masks names {unknown[0]!r}; choose some of {', '.join(get_args(TrainOn))}."
             )
 
     def _check_model_init_kwargs(self) -> None:

@@ -135,8 +135,13 @@ class FusedHead:
         objective: LossObjective,
         positions: Tensor,
         places: Tensor | None = None,
+        read: Callable[[Tensor, Callable[[Tensor], Tensor]], None] | None = None,
     ) -> ResponseResult:
-        """Like `forward_full`, within rounding, in memory that does not grow with the batch."""
+        """Like `forward_full`, within rounding, in memory that does not grow with the batch.
+
+        Where `read` is given, it is called with the hidden states of all positions, `(B, S, D)`,
+        and what makes logits of some of them.
+        """
         own_forward = self.lm_head.forward
         answers: list[HeadLoss] = []
 
@@ -154,6 +159,8 @@ class FusedHead:
                 weight=handed_on[0] if handed_on else None,
             )
             answers.append(answer)
+            if read is not None:
+                read(hidden_states, lambda some: self.transform(own_forward(some)))
             return answer.loss
 
         with (

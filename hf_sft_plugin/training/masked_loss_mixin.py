@@ -1,6 +1,6 @@
 """The loss, the counts and the logs, for any `Trainer`: steps 6 to 9 of the walk."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -18,6 +18,7 @@ from hf_sft_plugin.training.attention_choice import AttentionChoice, AttentionCh
 from hf_sft_plugin.training.checkpoint import load_budget, load_totals, save_budget, save_totals
 from hf_sft_plugin.training.compilation import compile_for_all_sizes
 from hf_sft_plugin.training.data_loaders import DataLoadersMixin
+from hf_sft_plugin.training.eval_masks import figures_by_mask, split_by_mask, totals_by_mask
 from hf_sft_plugin.training.exact_settings import refuse_inexact_settings
 from hf_sft_plugin.training.last_layer import LastLayerMixin
 from hf_sft_plugin.training.left_padding import move_padding_right
@@ -32,6 +33,7 @@ from hf_sft_plugin.training.metrics import (
 )
 from hf_sft_plugin.training.microbatches import remember_tensors
 from hf_sft_plugin.training.packed_rows import refuse_documents, refuse_padded_documents
+from hf_sft_plugin.training.prediction import LogitReader, make_reader, prediction_steps
 from hf_sft_plugin.training.repeats import (
     cut_repeats,
     gather_in_order,
@@ -45,6 +47,7 @@ from hf_sft_plugin.training.response_batch import (
     count_step,
     split_batch,
     without_padding,
+    without_stale,
 )
 from hf_sft_plugin.training.resume import ResumeMixin
 from hf_sft_plugin.training.router_loss import aux_loss_coefficient, has_router_loss
@@ -61,7 +64,9 @@ class MaskedLossMixin(
     gives labels, and uses `loss_weights` where the batch has them.
 
     The gradient depends on the rows of an optimizer step alone, not on how they were split into
-    micro-batches or over processes. Every `logging_steps` it logs `loss`, `token_entropy` and
+    micro-batches or over processes. It is divided by a count of the labels as the collator made
+    them: labels that are to change change there, because in a `compute_loss` of one's own the step
+    has been counted already. Every `logging_steps` it logs `loss`, `token_entropy` and
     `token_accuracy`, each one sum over the window divided by one count, and the cumulative
     `num_response_tokens` and `num_tokens`. Evaluation gives the same with the prefix `eval_`, and
     `eval_perplexity`, whatever the evaluation batch size; where the rows have a `source`, also
@@ -75,7 +80,8 @@ class MaskedLossMixin(
         fused_head: `auto`, `on` or `off`; see `MaskedSFTConfig`.
         padding_free: `auto`, `on` or `off`; see `MaskedSFTConfig`.
         shared_prompts: `auto` or `off`; see `MaskedSFTConfig`.
-        group_by_prompt, verify_before_training: See `MaskedSFTConfig`.
+        group_by_prompt, verify_before_training, eval_masks: See `MaskedSFTConfig`.
+        trained_mask: The one of these masks that the labels have.
 
     Raises:
         ValueError: From the constructor, if a setting would make the numbers inexact.
@@ -86,6 +92,8 @@ class MaskedLossMixin(
     normalize_constant: float = 1.0
     objective: LossObjective = LossObjective()
     fused_head: str = "auto"
+    eval_masks: Sequence[str] = ()
+    trained_mask: str = "response"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -189,27 +197,24 @@ class MaskedLossMixin(
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[None, Tensor | None, Tensor | None]:
+    ) -> tuple[None, Any, Tensor | None]:
         """Adds a batch to the totals of the evaluation.
 
         Returns:
             None for the loss, which `evaluation_loop` makes of the totals. Unless
-            `prediction_loss_only`: the most probable token of each position, `(B, S)` (or the
-            logits, where `preprocess_logits_for_metrics` will reduce them), and the labels.
+            `prediction_loss_only`: the most probable token of each position, `(B, S)`, or what
+            `preprocess_logits_for_metrics` makes of the logits of some rows; and the labels.
         """
-        batch = split_batch(self._prepare_inputs(inputs), self._eval_normalization)
+        known = without_stale(self._prepare_inputs(inputs))
+        masks = self.eval_masks, self.trained_mask
+        batch, parts = split_by_mask(known, self.loss_normalization, *masks)
+        labels = parts[0].labels
+        reader = None if prediction_loss_only else make_reader(self, labels)
         with torch.no_grad(), self.compute_loss_context_manager():
-            nll = LossObjective()
-            result, outputs = self._forward(model, batch, nll, not prediction_loss_only)
-        num_own = num_own_rows(inputs, self.accelerator)
-        self._eval_rows.append(_row_totals(batch, result, batch.divisors)[:num_own])
-        if prediction_loss_only:
-            return None, None, None
-        self._num_own_rows = num_own
-        logits = outputs.logits[:, -batch.targets.shape[1] :]
-        if self.preprocess_logits_for_metrics is None:
-            logits = logits.argmax(-1)
-        return None, logits, batch.labels
+            result, _ = self._forward(model, batch, LossObjective(), False, reader)
+        self._num_own_rows = num_own_rows(inputs, self.accelerator)
+        self._eval_rows.append(totals_by_mask(batch, parts, result)[: self._num_own_rows])
+        return (None, None, None) if reader is None else (None, reader.predictions, labels)
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`, with metrics made of sums over all rows, whatever the batch size.
@@ -222,15 +227,17 @@ class MaskedLossMixin(
             self.gather_function = self._gather_own_rows
         prefix = kwargs.get("metric_key_prefix", "eval")
         try:
-            output: EvalLoopOutput = super().evaluation_loop(
-                dataloader, description, *args, **kwargs
-            )
+            with prediction_steps(self):
+                output: EvalLoopOutput = super().evaluation_loop(
+                    dataloader, description, *args, **kwargs
+                )
         except RowError as error:
             error.args = (f"{prefix} data: {error}",)
             raise
         found = gather_in_order(self._eval_rows, self.accelerator)
         rows = torch.cat(found or [torch.zeros(1, NUM_TOTALS)])
-        totals = Totals(*rows.sum(0).tolist())
+        own = rows[:, :NUM_TOTALS]
+        totals = Totals(*own.sum(0).tolist())
         if not totals.means():
             raise ValueError(
                 f"No row of the {description.lower()} data has a response token, so there is "
@@ -238,7 +245,8 @@ class MaskedLossMixin(
             )
         metrics = {**totals.means(), "perplexity": totals.perplexity(), **totals.counts()}
         dataset = rows_of_dataset(dataloader.dataset)
-        metrics |= means_by_source(rows, dataset, self._get_eval_sampler)
+        metrics |= means_by_source(own, dataset, self._get_eval_sampler)
+        metrics |= figures_by_mask(rows, self.eval_masks, metrics)
         prefixed = {f"{prefix}_{name}": value for name, value in metrics.items()}
         return output._replace(metrics={**prefixed, **(output.metrics or {})})
 
@@ -269,15 +277,13 @@ class MaskedLossMixin(
         """How rows are attended to, in a few words; None before the model was first run."""
         return None if self._attention.choice is None else self._attention.choice.summary
 
-    @property
-    def _eval_normalization(self) -> LossNormalization:
-        # A constant divisor belongs to an optimizer step; an evaluation has a mean per token.
-        if self.loss_normalization == LossNormalization.CONSTANT:
-            return LossNormalization.TOKEN
-        return self.loss_normalization
-
     def _forward(
-        self, model: nn.Module, batch: ResponseBatch, objective: LossObjective, needs_outputs: bool
+        self,
+        model: nn.Module,
+        batch: ResponseBatch,
+        objective: LossObjective,
+        needs_outputs: bool,
+        reader: LogitReader | None = None,
     ) -> tuple[ResponseResult, Any]:
         """Steps 6 and 7: the body and the head of the model."""
         if needs_outputs:
@@ -289,17 +295,21 @@ class MaskedLossMixin(
         head = self._head.choose(model, unwrapped, batch.model_inputs, self.fused_head)
         attention = self._choose_attention(model)
         shares_prompts = attention.shares_prompts
-        flat = without_padding(batch, shares_prompts) if attention.is_padding_free else None
+        # Predictions have a row for each row of the batch.
+        is_flat = attention.is_padding_free and reader is None
+        flat = without_padding(batch, shares_prompts) if is_flat else None
         if flat is None:
-            refuse_documents(batch.model_inputs, attention)
+            refuse_documents(batch.model_inputs, attention if reader is None else None)
         batch = flat or batch
         inputs = batch.model_inputs, batch.targets, batch.weights, objective, batch.positions
         last_layer = self.run_last_layer(unwrapped, flat)
         with nullcontext() if flat is None else attention.running(), last_layer:
             if head is None:
-                result, _ = forward_full(model, *inputs, batch.places)
+                result, full = forward_full(model, *inputs, batch.places)
+                if reader is not None:
+                    reader(full.logits, lambda logits: logits)
             else:
-                result = head.forward(model, *inputs, batch.places)
+                result = head.forward(model, *inputs, batch.places, reader)
         if flat is not None:
             attention.keep_in_backward(result.loss, result.aux_loss)
         return result, None
@@ -357,7 +367,8 @@ class MaskedLossMixin(
         if self.loss_normalization == LossNormalization.CONSTANT:
             parts = len(divisors) * self._num_microbatches * self.accelerator.num_processes
             divisors = torch.full_like(divisors, self.normalize_constant / parts)
-        return _row_totals(batch, result, divisors, is_training=True).sum(0)
+        found = result.token_losses, result.stats, batch.positions, batch.weights, divisors
+        return row_totals(*found, batch.num_tokens, leaves_out_nonfinite=True).sum(0)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -387,10 +398,3 @@ class MaskedLossMixin(
         if checkpoint is not None:
             load_totals(checkpoint, self._train_totals, self.accelerator)
             self._budget = load_budget(checkpoint)
-
-
-def _row_totals(
-    batch: ResponseBatch, result: ResponseResult, divisors: Tensor, is_training: bool = False
-) -> Tensor:
-    values = result.token_losses, result.stats, batch.positions, batch.weights
-    return row_totals(*values, divisors, batch.num_tokens, leaves_out_nonfinite=is_training)

@@ -32,8 +32,13 @@ _OF_ROWS = {"input_ids", "labels", "attention_mask", "response_mask", "loss_weig
 
 
 class MemoryPlanMixin(MicrobatchesMixin):
-    """Lets `max_tokens_per_microbatch` be `auto`: a budget made from memory at the first step."""
+    """Lets `max_tokens_per_microbatch` be `auto`: a budget made from memory at the first step.
 
+    Attributes:
+        auto_gradient_checkpointing: See `MaskedSFTConfig`.
+    """
+
+    auto_gradient_checkpointing: bool = False
     _budget: TokenBudget | None = None
     _step_memory: StepMemory | None = None
     _memory_line: str | None = None
@@ -134,12 +139,19 @@ class MemoryPlanMixin(MicrobatchesMixin):
                 return self.probe_loss(model, rows)
 
         memory = measure_step_memory(model, run, self.optimizer)
-        # Which head it is was found out by running it.
-        memory = replace(memory, forward_limit=self.forward_limit())
         # The weights are there already, and after a checkpoint was read so are the states.
         has_states = self.optimizer is not None and bool(self.optimizer.state)
         coming = memory.gradients + (0 if has_states else memory.optimizer)
         left = available_memory(self.args.device) - coming
+        # Which head it is was found out by running it.
+        limit = self.forward_limit()
+        memory = replace(memory, forward_limit=limit)
+        is_short = memory.of_pass([longest]) > left and not memory.is_checkpointed
+        if self.auto_gradient_checkpointing and is_short:
+            # The model could be a PeftModel, which hands on what it does not know.
+            own: Any = model
+            own.activation_checkpointing_enable({"use_reentrant": False})
+            memory = replace(measure_step_memory(model, run, self.optimizer), forward_limit=limit)
         self._step_memory = memory
         needed = memory.of_pass([longest])
         if needed > left:
@@ -150,7 +162,7 @@ class MemoryPlanMixin(MicrobatchesMixin):
                 f"{longest:,}",
                 _gigabytes(needed),
                 _gigabytes(max(0, left)),
-                "" if memory.is_checkpointed else "gradient_checkpointing to true, or ",
+                "" if memory.is_checkpointed else "auto_gradient_checkpointing to true, or ",
             )
         return min(_NUM_MOST, memory.max_tokens(left / 2, longest))
 

@@ -27,7 +27,7 @@ ROW_LAYOUT = "row_layout"
 FOUND_IN = "found_in"
 # What a batch carries for us beside its tensors.
 OURS = (ROW_LAYOUT, TRAINED_POSITIONS, FOUND_IN, REPEATED)
-_NOT_FOR_THE_MODEL = ("labels", "response_mask", "loss_weights", *OURS)
+_NOT_FOR_THE_MODEL = ("labels", "response_mask", "loss_weights", "eval_masks", *OURS)
 _FOUND_FROM = ("input_ids", "attention_mask", "position_ids", "labels")
 # What collators of packed rows may add for the model: a layout says it anew.
 _OF_LAYOUT = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -283,6 +283,17 @@ def count_step(
         tokens = _count_tokens(batch, targets)
         counts += torch.stack([divisors.sum(), tokens.sum()]).to(device)
     return counts
+
+
+def without_stale(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A batch without what was found in it before it was changed, or before nobody knows what.
+
+    What a batch carries for us is good as long as it `remember_tensors` what it was found in.
+    """
+    found_in: FoundIn | None = inputs.get(FOUND_IN)
+    if found_in is not None and found_in.is_still_in(inputs):
+        return inputs
+    return {name: value for name, value in inputs.items() if name not in OURS}
 
 
 def split_batch(inputs: Mapping[str, Any], normalization: LossNormalization) -> ResponseBatch:

@@ -15,11 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from hf_sft_plugin.data.arguments import refuse_name, require_row
 from hf_sft_plugin.data.collator import DataCollatorForPromptResponse
+from hf_sft_plugin.data.eval_masks import missing_column, needs_column
 from hf_sft_plugin.data.ledger import Ledger
 from hf_sft_plugin.data.packing import PackedDataset
 from hf_sft_plugin.data.prepare import name_in_errors, prepare_dataset
 from hf_sft_plugin.data.row_files import rows_to_dataset
-from hf_sft_plugin.data.shards import ShardDataset, check_tokenizer
+from hf_sft_plugin.data.shards import ShardDataset, check_lengths, check_tokenizer
 from hf_sft_plugin.data.streaming import prepare_stream
 from hf_sft_plugin.loss.masked_loss import LossNormalization
 from hf_sft_plugin.training.adapters import add_adapter
@@ -54,6 +55,9 @@ _SETTINGS_OF_THE_MIXIN = (
     "group_by_prompt",
     "max_tokens_per_microbatch",
     "verify_before_training",
+    "auto_gradient_checkpointing",
+    "eval_masks",
+    "trained_mask",
 )
 
 
@@ -294,15 +298,17 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             return {part: prepare(f"{name}_{part}", rows) for part, rows in dataset.items()}
         if any(dataset is prepared for prepared in self._prepared):
             return dataset
+        eval_masks = () if name == "train" else args.eval_masks
         if isinstance(dataset, IterableDataset):
             share = args.max_dropped_share
-            stream = prepare_stream(
-                dataset, tokenizer, max_dropped_share=share, name=name, **options
-            )
+            more: dict[str, Any] = {**options, "eval_masks": eval_masks}
+            stream = prepare_stream(dataset, tokenizer, max_dropped_share=share, name=name, **more)
             self._prepared.append(stream)
             return stream
         check_packed_rows(dataset, name, options["max_length"])
         if isinstance(dataset, ShardDataset):
+            if needs_column(args, eval_masks):
+                raise missing_column(eval_masks, f"The rows of the {name} data, which are shards,")
             self._check_shards(name, dataset, tokenizer, options)
         if isinstance(dataset, list):
             dataset = _as_dataset(dataset, name)
@@ -314,6 +320,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
                 tokenizer,
                 max_dropped_share=args.max_dropped_share,
                 num_proc=args.dataset_num_proc,
+                eval_masks=eval_masks,
                 **options,
             )
         self._prepared.append(prepared)
@@ -328,7 +335,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
     ) -> None:
         """Checks that shards fit the run, and takes over the account of their documents."""
         check_tokenizer(dataset.folder, tokenizer)
-        _check_lengths(dataset, options["max_length"])
+        check_lengths(dataset, options["max_length"])
         if dataset.use_loss_mask and not options["use_loss_mask"]:
             raise ValueError(
                 f"use_loss_mask is False, but the {name} data is a ShardDataset that was opened "
@@ -350,20 +357,6 @@ def _as_dataset(rows: list[Any], name: str) -> Dataset:
     except (pa.ArrowException, OverflowError, UnicodeEncodeError):
         # Arrow does not say which row it was.
         return rows_to_dataset(rows, f"The {name} data")
-
-
-def _check_lengths(dataset: ShardDataset, max_length: int | None) -> None:
-    """Raises where shards hold rows that would be cut without being counted."""
-    lengths = dataset.row_lengths
-    num_longer = 0 if max_length is None else int((lengths > max_length).sum())
-    if num_longer:
-        raise ValueError(
-            f"{dataset.folder}, split {dataset.split!r}: {num_longer:,} of {len(lengths):,} rows "
-            f"are longer than max_length {max_length:,}; the longest has {lengths.max():,} tokens. "
-            "Shards are trained on as they were written, where what was cut is counted. Write them "
-            f"again with --max_length {max_length}, read them in blocks with block_size, or raise "
-            "max_length as far as the model reaches."
-        )
 
 
 def _choose_split(dataset: Any) -> Any:

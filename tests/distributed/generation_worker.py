@@ -27,6 +27,7 @@ def run(folder: Path, batch_size: int) -> dict[str, Any]:
             disable_tqdm=True,
             per_device_eval_batch_size=batch_size,
             activation_checkpointing=True,
+            eval_masks=["all"],
             predict_with_generate=True,
             generation_max_new_tokens=8,
             generation_metrics=["exact_match", str(folder / "first_letter")],

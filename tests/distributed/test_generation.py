@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import generation_worker
+import pytest
 import torch
 from datasets import Dataset
 from processes import run_on_processes
@@ -81,3 +82,8 @@ def test_two_processes_answer_seven_prompts_as_one_process_does_one_at_a_time(
         assert found["was_training"]
         assert found["is_training"]
         assert {name: found["metrics"][f"eval_{name}"] for name in figures} == figures
+        for name in ("loss", "token_entropy", "token_accuracy", "perplexity", "num_tokens"):
+            of_all = found["metrics"][f"eval_all_{name}"]
+            assert of_all == pytest.approx(one["metrics"][f"eval_all_{name}"], rel=1e-12), name
+    # Every token but the first of each row.
+    assert one["metrics"]["eval_all_num_tokens"] == one["metrics"]["eval_num_tokens"] - NUM_ROWS

@@ -144,6 +144,60 @@ def test_loss_metrics_and_gradient_do_not_depend_on_how_a_step_is_split(
     assert relative(keeper.gradient, expected["gradient"]) < bound
 
 
+class ChangesLabels(MaskedSFTTrainer):
+    """Leaves out the first ten trained tokens of each row, after the step was counted."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(model, leave_out(inputs), *args, **kwargs)
+
+
+def leave_out(batch: dict[str, Any]) -> dict[str, Any]:
+    labels = batch["labels"]
+    rank = (labels != -100).cumsum(-1)
+    return {**batch, "labels": labels.masked_fill(rank <= 10, -100)}
+
+
+@pytest.mark.parametrize("where", ["collator", "compute_loss"])
+def test_the_divisor_counts_the_labels_that_the_collator_made(
+    where: str,
+    tokenizer: Any,
+    model_factory: Callable[..., Any],
+    make_config: Callable[..., MaskedSFTConfig],
+) -> None:
+    rows = make_rows()
+    fewer = [
+        {
+            "input_ids": row["input_ids"],
+            "response_mask": [
+                int(mark and sum(row["response_mask"][: t + 1]) > 10)
+                for t, mark in enumerate(row["response_mask"])
+            ],
+        }
+        for row in rows
+    ]
+    keeper, collate = GradientKeeper(), DataCollatorForPromptResponse(tokenizer)
+    in_collator = where == "collator"
+    trainer = (MaskedSFTTrainer if in_collator else ChangesLabels)(
+        model_factory().double(),
+        make_config(
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=4,
+            max_steps=1,
+            max_grad_norm=0.0,
+        ),
+        data_collator=(lambda rows: leave_out(collate(rows))) if in_collator else collate,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[keeper],
+    )
+    trainer.train()
+    num_tokens = [sum(sum(row["response_mask"]) for row in each) for each in (fewer, rows)]
+    assert num_tokens[0] < 0.7 * num_tokens[1]
+    divisor = float(num_tokens[0] if in_collator else num_tokens[1])
+    expected = truth(model_factory(), fewer, "constant", divisor)
+    assert relative(keeper.gradient, expected["gradient"]) < 1e-12
+
+
 @pytest.mark.parametrize("normalization", ["token", "example", "constant"])
 @pytest.mark.parametrize("with_weights", [False, True], ids=["unweighted", "weighted"])
 @pytest.mark.parametrize("split", [(16, 1), (3, 6)])

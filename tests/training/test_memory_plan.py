@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 
 from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
-from hf_sft_plugin.training import memory_plan
+from hf_sft_plugin.training import memory, memory_plan
 from hf_sft_plugin.training.microbatches import TokenBudget
 
 Train = Callable[..., tuple[MaskedSFTTrainer, list[list[int]]]]
@@ -34,9 +35,12 @@ def train(tokenizer: Any, model_factory: Any, make_config: Any) -> Train:
             {"input_ids": [3 + n, *range(4, 3 + size)], "response_mask": [0, *[1] * (size - 1)]}
             for n, size in enumerate((20, 40) * 6)
         ]
+        peft_config = settings.pop("peft_config", None)
+        torch.manual_seed(0)
         trainer = Watched(
             model_factory(attention_dropout=0.1),
-            make_config(
+            peft_config=peft_config,
+            args=make_config(
                 gradient_accumulation_steps=3, train_sampling_strategy="sequential", **settings
             ),
             train_dataset=Dataset.from_list(rows),
@@ -72,6 +76,27 @@ def test_little_memory_makes_small_micro_batches_and_a_warning(
     (warning,) = [r.getMessage() for r in caplog.records if "the longest" in r.getMessage()]
     assert "one row of 40 tokens" in warning
     assert "gradient_checkpointing to true" in warning
+
+
+@pytest.mark.parametrize("is_adapter", [False, True], ids=["full", "lora"])
+def test_gradient_checkpointing_is_switched_on_where_memory_is_short_and_it_was_asked_for(
+    is_adapter: bool, train: Train, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    lora = LoraConfig(target_modules="all-linear") if is_adapter else None
+    settings: dict[str, Any] = {"peft_config": lora, "auto_gradient_checkpointing": True}
+    if not is_adapter:
+        plenty, _ = train(**settings)
+        assert plenty.describe_speed()["memory"].endswith("gradient checkpointing off")
+    monkeypatch.setattr(memory_plan, "available_memory", lambda device: 0)
+    plain, ran_plain = train(**{**settings, "auto_gradient_checkpointing": False})
+    assert "auto_gradient_checkpointing to true, or max_length lower" in caplog.text
+    found, ran = train(**settings)
+    assert any(map(memory._is_checkpointed, found.model.modules()))
+    assert found.describe_speed()["memory"].endswith("gradient checkpointing on")
+    assert ran == ran_plain
+    # Dropout included.
+    for ours, theirs in zip(found.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
 def test_the_size_of_the_users_batches_is_kept_where_there_is_memory(
