@@ -69,8 +69,8 @@ def forward_full(
     """
     outputs = model(**inputs, use_cache=False)
     logits = _choose(outputs.logits, targets.shape[1], positions, places)
-    chosen = _choose_each(positions, targets, weights)
-    answer = _on_device(full_head_loss(logits, *chosen, objective), targets.device)
+    chosen, factors = _choose_each(positions, targets, weights)
+    answer = _on_device(full_head_loss(logits, chosen, factors, objective), targets.device)
     return ResponseResult(*answer, outputs.get("aux_loss")), outputs
 
 
@@ -169,7 +169,7 @@ class FusedHead:
             replaced_forward(self.lm_head, answer_with_loss),
         ):
             returned = model(**inputs, use_cache=False)[_RESULT_KEY]
-        answer = _on_device(*answers, targets.device)
+        (answer,) = (_on_device(answer, targets.device) for answer in answers)
         # FSDP2 rounds outputs, after it put its hooks on what they were.
         loss, aux_loss = (
             own if own is None or own.dtype != value.dtype else value.to(own.device)

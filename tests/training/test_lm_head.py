@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -411,47 +412,53 @@ def test_a_compiled_model_is_not_compiled_again_for_another_number_of_rows(model
     assert len(graphs) == num_graphs
 
 
-def with_head_on(model: Any, device: str) -> Any:
-    """A model whose head Accelerate runs on another device than its body."""
-    hook = AlignDevicesHook(execution_device=device, io_same_device=False)
-    add_hook_to_module(model.lm_head, hook)
-    model.lm_head.to(device)
-    return model
-
-
 @pytest.mark.parametrize("is_fused", [True, False])
+@pytest.mark.parametrize("is_alone", [True, False])
 def test_a_head_on_another_device_is_followed(
-    is_fused: bool, model_factory: Callable[..., Any]
+    is_fused: bool, is_alone: bool, model_factory: Callable[..., Any]
 ) -> None:
-    """Tensors that hold nothing, but know where they are."""
+    """Tensors that hold nothing know where they are, and do not mix with those of elsewhere."""
     inputs, targets, weights = make_batch()
     positions = trained(targets)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        model = with_head_on(model_factory(tie_word_embeddings=False), "cuda")
-        head = FusedHead(model, LogitTransform())
+    with FakeTensorMode() as mode:
+        model = model_factory(tie_word_embeddings=False)
+        weight = nn.Parameter(torch.empty(300, 32, device="meta"))
+        model.lm_head.weight = weight
+        # As Accelerate does it.
+        model.lm_head.forward = lambda rows: F.linear(rows.to("meta"), weight)
+        if not is_alone:
+            model.model.norm.register_forward_hook(lambda _, __, hidden: hidden.to("meta"))
         inputs = {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}
-        batch = [mode.from_tensor(x) for x in (targets, weights)] + [NLL]
-        forward = head.forward if is_fused else lambda *args: forward_full(*args)[0]
-        result = forward(model, inputs, *batch, mode.from_tensor(positions))
+        batch = [mode.from_tensor(tensor) for tensor in (targets, weights, positions)]
+        batch.insert(2, NLL)
+        fused = FusedHead(model, LogitTransform())
+        result = (
+            fused.forward(model, inputs, *batch)
+            if is_fused
+            else forward_full(model, inputs, *batch)[0]
+        )
         result.loss.backward()
-    assert model.lm_head.weight.device.type == "cuda"
     for tensor in (result.loss, result.token_losses, *result.stats):
         assert tensor.device.type == "cpu"
-    for parameter in model.parameters():
-        assert parameter.grad.device == parameter.device
+    devices = {name: p.grad.device.type for name, p in model.named_parameters()}
+    assert devices.pop("lm_head.weight") == "meta"
+    assert set(devices.values()) == {"cpu"}
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_head_on_a_gpu_gives_the_numbers_of_one_beside_its_body(
     model_factory: Callable[..., Any],
 ) -> None:
     inputs, targets, weights = make_batch()
     found = []
     for device in ("cpu", "cuda"):
-        model = with_head_on(model_factory(tie_word_embeddings=False).double(), device)
+        model = model_factory(tie_word_embeddings=False).double()
+        add_hook_to_module(model.lm_head, AlignDevicesHook(execution_device=device))
+        model.lm_head.to(device)
         head = FusedHead(model, LogitTransform())
         found.append(run(head.forward, model, inputs, targets, weights, NLL, trained(targets))[:2])
-    (loss, gradients), (expected_loss, expected) = found[1], found[0]
+    (expected_loss, expected), (loss, gradients) = found
     torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=1e-12)
     for key, gradient in expected.items():
         torch.testing.assert_close(gradients[key].cpu(), gradient, rtol=1e-10, atol=1e-13)
