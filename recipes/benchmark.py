@@ -6,6 +6,7 @@
     python recipes/benchmark.py memory --batch_sizes 1 2 4 8
     python recipes/benchmark.py head
     python recipes/benchmark.py prepare --rows train.jsonl
+    python recipes/benchmark.py processes --counts 1 2 --rows train.jsonl
     python recipes/benchmark.py masks
 
 Every contestant trains the same model on the same rows in the same order, each in a process of its
@@ -29,6 +30,7 @@ from heads import HEADS, PRECISIONS, HeadSetup, head_result, measure_heads
 from preparation import measure_preparation, preparation_result
 from results import Result, publish
 from rich.console import Console
+from scaling import run_scaling
 from step_memory import measure_memory, memory_result
 from steps import make_step_rows, measure_steps, step_result
 from template_proof import proof_table, prove_templates
@@ -59,6 +61,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     impossible = why_impossible(options.get("contestants", ()))
     if impossible:
         parser.error(impossible)
+    if command == "processes" and any(options["batch_size"] % n for n in options["counts"]):
+        parser.error(
+            f"--batch_size {options['batch_size']} cannot be shared out evenly over each of "
+            f"--counts {' '.join(map(str, options['counts']))}: choose a multiple of them."
+        )
     if command in _TRAINING:
         if options["rows"] is not None and options["prompt_to_response"] is not None:
             parser.error(
@@ -157,6 +164,7 @@ def _add_other_commands(commands: Any) -> None:
     prepare = _add_command(commands, "prepare", purpose)
     prepare.add_argument("--rows", help="rows with a question and an answer; none: rows made up")
     prepare.add_argument("--num_proc", type=int, help="processes of each; none: one")
+    _add_processes(commands)
     masks = commands.add_parser(
         "masks",
         help="the proof of the masks over real chat templates",
@@ -165,6 +173,19 @@ def _add_other_commands(commands: Any) -> None:
     masks.add_argument(
         "--templates", type=Path, help="folder with *.jinja files; none: those of TRL"
     )
+
+
+def _add_processes(commands: Any) -> None:
+    purpose = "tokens per second of several processes over those of one, at the same steps"
+    processes = _add_command(commands, "processes", purpose)
+    processes.add_argument("--counts", type=int, nargs="+", default=[1, 2], help="processes")
+    processes.add_argument("--shape", choices=SHAPES, default="small", help="size of the model")
+    processes.add_argument("--rows", help="rows with a question and an answer; none: rows made up")
+    processes.add_argument(
+        "--batch_size", type=int, default=32, help="rows of a step, over all processes"
+    )
+    processes.add_argument("--steps_per_turn", type=int, default=4, help="steps of a turn")
+    processes.add_argument("--threads", type=int, default=1, help="CPU threads of each process")
 
 
 def _num_cpus() -> int:
@@ -203,6 +224,11 @@ def _run_prepare(options: dict[str, Any]) -> list[Result]:
     return [preparation_result(options, measured)]
 
 
+def _run_processes(options: dict[str, Any]) -> list[Result]:
+    counts = options.pop("counts")
+    return [run_scaling(Setup(accumulation=1, precision="float32", **options), counts)]
+
+
 _TRAINING = ("step", "train", "memory")
 _COMMANDS = {
     "step": _run_step,
@@ -210,6 +236,7 @@ _COMMANDS = {
     "memory": _run_memory,
     "head": _run_head,
     "prepare": _run_prepare,
+    "processes": _run_processes,
 }
 
 

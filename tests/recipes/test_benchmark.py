@@ -59,7 +59,7 @@ def test_heads_are_measured_at_every_precision(tmp_path: Path) -> None:
 
 
 def test_the_help_of_every_command_is_worth_reading(capsys: pytest.CaptureFixture[str]) -> None:
-    commands = ("step", "train", "memory", "head", "prepare")
+    commands = ("step", "train", "memory", "head", "prepare", "processes")
     cases = [(["--help"], "take turns"), *(([name, "--help"], "--chart") for name in commands)]
     for argv, words in cases:
         with pytest.raises(SystemExit) as end:

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -16,11 +18,18 @@ from hf_sft_plugin.training.microbatches import (
     can_regroup,
     plan_microbatches,
     regroup,
+    remember_tensors,
     row_extents,
     share_out,
     split_up,
 )
-from hf_sft_plugin.training.response_batch import ROW_LAYOUT, CollatorWithLayout, find_layout
+from hf_sft_plugin.training.repeats import REPEATED, as_repeat
+from hf_sft_plugin.training.response_batch import (
+    FOUND_IN,
+    ROW_LAYOUT,
+    CollatorWithLayout,
+    find_layout,
+)
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 
@@ -278,3 +287,65 @@ def test_a_training_step_of_ones_own_sees_the_batches_as_they_come(
     trainer.train()
     assert seen
     assert not any(isinstance(inputs, Microbatches) for inputs in seen)
+
+
+@pytest.fixture
+def own_trainer(
+    model_factory: Callable[..., Any], make_config: Callable[..., MaskedSFTConfig]
+) -> Any:
+    class Own(MaskedLossMixin, Trainer):
+        max_tokens_per_microbatch = 10
+
+    return Own(model_factory(), make_config())
+
+
+def test_repeats_do_not_run_where_there_are_rows(own_trainer: Any) -> None:
+    batches = [batch_of([1, 2, 3]), as_repeat(batch_of([4, 5]))]
+    empty, (made,) = own_trainer.regroup_step(batches, is_padded=False)
+    assert not empty
+    assert made["input_ids"].tolist() == [[1, 2, 3]]
+    assert REPEATED not in made
+    ((alone,),) = own_trainer.regroup_step(batches[1:], is_padded=False)
+    assert REPEATED in alone
+    assert alone["labels"].tolist() == [[-100, -100]]
+
+
+def test_where_weights_are_sharded_every_process_runs_as_many_micro_batches(
+    own_trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    # Another process has three.
+    monkeypatch.setattr(own_trainer.accelerator, "gather", lambda n: torch.tensor([int(n), 3]))
+    row = batch_of([1, 2, 3])
+    for batch, num_own in ((row, 1), (as_repeat(row), 0)):
+        (made,) = own_trainer.regroup_step([batch], is_padded=False)
+        assert [REPEATED not in each for each in made] == [True] * num_own + [False] * (3 - num_own)
+        trained = [int((each["labels"] != -100).sum()) for each in made]
+        assert trained == [3] * num_own + [0] * (3 - num_own)
+
+
+def test_the_last_step_of_a_stream_has_as_many_places_as_any_other(own_trainer: Any) -> None:
+    batch = batch_of([1, 2])
+    assert own_trainer.fill_step([batch], 3) == [[], [], batch]
+    assert own_trainer.fill_step([batch, batch], 2) == [batch, batch]
+    # The stream was at its end before.
+    assert own_trainer.fill_step([], 3) == []
+
+
+def test_what_was_found_in_a_batch_is_found_in_a_copy_of_it(
+    own_trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copy(self: Any, data: Any) -> Any:
+        if isinstance(data, dict):
+            return {name: copy(self, value) for name, value in data.items()}
+        return data.clone() if isinstance(data, torch.Tensor) else data
+
+    monkeypatch.setattr(Trainer, "_prepare_input", copy)
+    batch = CollatorWithLayout(lambda rows: batch_of(*rows))([[5, 6, 7], [4]])
+    remember_tensors([batch])
+    prepared = own_trainer._prepare_inputs(batch)
+    assert prepared["labels"] is not batch["labels"]
+    assert prepared[FOUND_IN].is_still_in(prepared)
+    batch["labels"] = batch["labels"] + 0
+    prepared = own_trainer._prepare_inputs(batch)
+    assert not prepared[FOUND_IN].is_still_in(prepared)
