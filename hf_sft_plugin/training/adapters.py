@@ -1,6 +1,6 @@
 """LoRA and other PEFT adapters, put on a model before it is trained."""
 
-from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft import PeftConfig, PeftMixedModel, PeftModel, PeftType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -66,4 +66,25 @@ def find_row_dependence(model: nn.Module) -> str | None:
             return "the adapter puts virtual tokens before every row"
         if getattr(config, "alora_invocation_tokens", None) is not None:
             return "the adapter begins where its invocation tokens are in a row"
+    return None
+
+
+def find_checkpointing_problem(model: nn.Module | None) -> str | None:
+    """Why gradient checkpointing cannot be used with the active adapters; None where it can."""
+    if not isinstance(model, PeftModel):
+        return None
+    for name in model.active_adapters:
+        config = model.peft_config[name]
+        if config.peft_type in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE):
+            return (
+                "Gradient checkpointing leaves out the keys and values that the adapter puts "
+                "before every row. Set gradient_checkpointing to false, or train an adapter that "
+                "puts virtual tokens there, as prompt tuning does."
+            )
+        if getattr(config, "alora_invocation_tokens", None) is not None:
+            return (
+                "Under gradient checkpointing PEFT runs an adapter with invocation tokens for "
+                "nothing but training, and neither evaluation nor a trial of the model could go "
+                "between. Set gradient_checkpointing to false."
+            )
     return None

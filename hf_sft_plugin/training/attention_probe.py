@@ -192,6 +192,8 @@ def _run_probe(wrapped: nn.Module, model: nn.Module, switch: AttentionSwitch | N
             return problem
         tolerance = _TOLERANCES.get(witness.dtype)
     flat = logits(end_to_end(rows), IMPLEMENTATION)[0]
+    if flat.isnan().any():
+        return "its logits are NaN from the start, so that leaks would go unseen"
     with _disturbance(unwrapped.get_input_embeddings(), _DISTURBED):
         disturbed = logits(end_to_end(rows), IMPLEMENTATION)[0]
     others = torch.ones(len(flat), dtype=torch.bool, device=flat.device)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import Trainer
 
+from hf_sft_plugin.training.adapters import find_checkpointing_problem
+
 
 def refuse_inexact_settings(trainer: Trainer) -> None:
     """Refuses settings under which the promised numbers could not hold.
@@ -14,7 +16,10 @@ def refuse_inexact_settings(trainer: Trainer) -> None:
         ValueError: If there is one; says what to use instead.
     """
     num_started = int(os.environ.get("WORLD_SIZE", "1"))
+    is_checkpointed = bool(trainer.args.gradient_checkpointing)
+    adapter_problem = find_checkpointing_problem(trainer.model) if is_checkpointed else None
     conflicts: Sequence[tuple[bool, str]] = (
+        (adapter_problem is not None, str(adapter_problem)),
         (
             trainer.args.n_gpu > 1,
             "Several GPUs are visible to one process, which DataParallel would split each batch "

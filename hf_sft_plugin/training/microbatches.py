@@ -143,6 +143,9 @@ def can_regroup(batches: Sequence[Mapping[str, Any]]) -> bool:
         layout = batch.get(ROW_LAYOUT)
         if layout is not None and (not layout.are_rows or layout.shape != batch["labels"].shape):
             return False
+        # It might have several documents in a row, which a mask would join.
+        if layout is None and "position_ids" in batch and "attention_mask" not in batch:
+            return False
         ids = batch.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2 or not len(ids) or batch.keys() != names:
             return False

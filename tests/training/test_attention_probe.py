@@ -60,3 +60,9 @@ def test_embeddings_that_cannot_be_disturbed_prove_nothing(model: Any) -> None:
     elsewhere = torch.nn.Identity()
     model.get_input_embeddings = lambda: elsewhere
     assert "leaks would go unseen" in str(problem(model))
+
+
+def test_a_model_that_is_broken_already_is_not_said_to_leak(model: Any) -> None:
+    """As with DoRA on the tied head of a model whose padding token has an embedding of zeros."""
+    torch.nn.init.constant_(model.model.norm.weight, torch.nan)
+    assert "its logits are NaN from the start" in str(problem(model))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState
+from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import Trainer
 
@@ -84,3 +85,35 @@ def test_parallelism_within_a_row_is_refused(
     monkeypatch.setattr(MaskedTrainer, method, lambda self: 2)
     with pytest.raises(ValueError, match=message):
         MaskedTrainer(model=model, args=make_config())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+            "leaves out the keys and values that the adapter puts before every row",
+        ),
+        (
+            LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5]),
+            "PEFT runs an adapter with invocation tokens for nothing but training",
+        ),
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), None),
+        (LoraConfig(task_type="CAUSAL_LM"), None),
+    ],
+    ids=["prefix", "invoked", "prompt", "lora"],
+)
+def test_adapters_that_gradient_checkpointing_would_leave_out_are_refused(
+    config: PeftConfig,
+    message: str | None,
+    model: Any,
+    make_config: Callable[..., MaskedSFTConfig],
+) -> None:
+    adapted = get_peft_model(model, config)
+    MaskedTrainer(model=adapted, args=make_config())
+    args = make_config(gradient_checkpointing=True)
+    if message is None:
+        MaskedTrainer(model=adapted, args=args)
+        return
+    with pytest.raises(ValueError, match=f"{message}.* Set gradient_checkpointing to false"):
+        MaskedTrainer(model=adapted, args=args)

@@ -121,6 +121,9 @@ def test_packed_rows_stay_as_they_are() -> None:
         "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]),
     }
     assert not can_regroup([CollatorWithLayout(lambda rows: dict(packed))([])])
+    # Nobody looked for documents.
+    assert not can_regroup([packed])
+    assert can_regroup([{**packed, "attention_mask": torch.ones(1, 6)}])
 
 
 def test_batches_without_a_mask_get_one_when_their_rows_meet() -> None:

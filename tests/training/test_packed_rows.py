@@ -234,11 +234,19 @@ def test_the_summary_says_how_full_the_packed_rows_are(
     assert ("rows 15 in = 15 trained" in text) == packing
 
 
+def virtual_tokens(model: Any) -> Any:
+    return get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
 def test_a_model_that_would_mix_the_rows_refuses_them_with_the_reason(
-    model_factory: Make, one_step: Make
+    model: Any, model_factory: Make, one_step: Make
 ) -> None:
     with pytest.raises(ValueError, match=r"packed, but .* padded, because tokens of one row reach"):
         one_step(model_factory("lfm2", **LAYERS), Dataset.from_list(make_rows()), 8)
+    with pytest.raises(
+        ValueError, match=r"packed, but .* padded, because the adapter puts virtual"
+    ):
+        one_step(virtual_tokens(model), Dataset.from_list(make_rows()), 8)
 
 
 def test_evaluation_is_by_rows_and_so_are_its_sources(
@@ -334,10 +342,6 @@ def flattened(rows: list[dict[str, Any]], **settings: Any) -> dict[str, Any]:
     return batch
 
 
-def virtual_tokens(model: Any) -> Any:
-    return get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-
-
 OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32}
 
 
@@ -380,3 +384,18 @@ def test_documents_beside_something_unknown_or_with_outputs_are_refused(
         trainer.compute_loss(model, strange)
     with pytest.raises(ValueError, match="the outputs of the model are asked for"):
         trainer.compute_loss(model, flattened(make_rows()), return_outputs=True)
+
+
+def test_a_budget_of_tokens_does_not_join_documents(
+    model_factory: Make, make_config: Make, tokenizer: Any
+) -> None:
+    """Rows that meet get a mask, and with a mask positions no longer tell documents apart."""
+    trainer = MaskedSFTTrainer(
+        model_factory("opt", **OPT),
+        make_config(padding_free="off", max_tokens_per_microbatch=100),
+        data_collator=lambda rows: flattened(list(rows)),
+        train_dataset=Dataset.from_list(make_rows()),
+        processing_class=tokenizer,
+    )
+    with pytest.raises(ValueError, match="several documents in a row"):
+        trainer.train()
