@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -56,6 +57,15 @@ class ControlTokenMarker:
     def find(self, conversation: Conversation) -> list[str]:
         """The control tokens that stand in contents, tools and segments."""
         found: list[str] = []
+        if not conversation.tools and not conversation.segments:
+            try:
+                told = "\n".join(chain(*((*m, *m.values()) for m in conversation.messages)))
+            except TypeError:
+                # Some values are not text; each is looked at.
+                pass
+            else:
+                if not any(opening in told for opening in self._openings):
+                    return found
         written = [segment.text for segment in conversation.segments]
         for value in (*conversation.messages, *(conversation.tools or ()), written):
             for text in _texts(value):

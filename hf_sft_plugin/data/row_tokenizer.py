@@ -26,9 +26,9 @@ from hf_sft_plugin.data.text_encoding import (
     JoinedEncoding,
     TextEncoder,
     TextEncoding,
-    decode_tokens,
     encode_parts,
 )
+from hf_sft_plugin.data.token_decoding import TokenDecoder
 from hf_sft_plugin.data.tokenized_rows import check_tokenized_row
 from hf_sft_plugin.data.truncation import (
     keep,
@@ -130,6 +130,7 @@ class RowTokenizer:
         self._limit = max_row_length(tokenizer, options.max_length)
         self._marker = ControlTokenMarker(tokenizer)
         self._encode = TextEncoder(tokenizer)
+        self._decode = TokenDecoder(tokenizer)
         self._render = ChatRenderer(tokenizer, options, self._stops.values())
 
     def __call__(
@@ -252,7 +253,7 @@ class RowTokenizer:
             if is_hidden:
                 self._marker.check(text.text, encoding.ids, outcome.row)
             if masked.input_ids is not encoding.ids:
-                read, expected = decode_tokens([masked.input_ids, encoding.ids], self._tokenizer)
+                read, expected = self._decode([masked.input_ids, encoding.ids])
                 check_parts(read, expected, show(text.text), outcome.row)
         except RowError as error:
             outcome.num_tokens = outcome.num_example_tokens + len(encoding.ids)
@@ -297,13 +298,13 @@ class RowTokenizer:
 
     def _prove(self, proofs: Sequence[Proof]) -> None:
         """Decodes what is trained: it must be the text of the response."""
-        decoded = decode_tokens([ids for _, ids, *_ in proofs], self._tokenizer)
+        decoded = self._decode([ids for _, ids, *_ in proofs])
         for (outcome, ids, told, encode_alone), read in zip(proofs, decoded, strict=True):
             if read == told or outcome.error is not None:
                 continue
             # Some tokenizers cannot give any text back exactly; then both must lose the same.
             alone = ids if encode_alone is None else encode_alone().ids
-            if read.strip() == decode_tokens([alone], self._tokenizer)[0].strip():
+            if read.strip() == self._decode([alone])[0].strip():
                 outcome.is_lossy = True
                 continue
             outcome.drop(

@@ -141,11 +141,3 @@ def encode_parts(parts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Jo
     )
     lengths = [len(part) for part in parts]
     return JoinedEncoding(list(zip(ids, places, strict=True)), lengths, tokenizer.is_fast)
-
-
-def decode_tokens(ids: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Texts of token ids, control tokens included."""
-    if tokenizer.is_fast:
-        # The tokenizer's own decoding, without what transformers tidies up.
-        return list(tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=False))
-    return [str(tokenizer.decode(each, clean_up_tokenization_spaces=False)) for each in ids]

@@ -2,52 +2,31 @@
 
 Byte-level tokenizers cut a text into words by a pattern and encode each word by itself, so a word
 has the same tokens wherever it stands. Here the words are cut by the tokenizer's own pattern, and
-only those that were not seen before are encoded by the tokenizer. This is done for ASCII text
-alone, where such a pattern means the same to Python as to the tokenizer: what stands between two
-control tokens and is not ASCII goes to the tokenizer as if it were one word. One text in a hundred
-is encoded both ways and compared.
+only those that were not seen before are encoded by the tokenizer. Where the pattern is known to
+cut before every single space, what lies between two of them is remembered too. ASCII text alone is
+cut, where such a pattern means the same to Python as to the tokenizer: other text, from one space
+or control token to the next, goes to the tokenizer as if it were one word. One text in a hundred is
+encoded both ways and compared.
 """
 
-import json
 import re
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
+
+from hf_sft_plugin.data.word_patterns import cuts_before_spaces, word_patterns
 
 # With fewer texts than this at a time, words hardly repeat.
 _MIN_TEXTS = 64
 _AUDIT_EVERY = 100
-_MAX_WORDS = 2**18
-_MAX_WORD_LENGTH = 64
-# Normal forms that leave ASCII as it is.
-_NORMAL_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
-# The pattern of the ByteLevel pre-tokenizer, which is GPT-2's.
-_BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same where each digit is cut off first: then space before a digit is space at an end.
-_DIGITS_BYTE_LEVEL = (
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-)
-# What Unicode classes hold of ASCII; a character beyond it stands for nothing.
-_NOTHING = "\u0100"
-_ASCII_CLASSES = {
-    "L": "A-Za-z",
-    "Lu": "A-Z",
-    "Ll": "a-z",
-    "N": "0-9",
-    "Nd": "0-9",
-    "P": r"!-#%-*,-/:;?@\[-\]_{}",
-    "S": "$+<=>^`|~",
-    **dict.fromkeys(("Lt", "Lm", "Lo", "M", "Mn"), _NOTHING),
-}
-_PATTERN_PARTS = re.compile(r"\\p\{(\w+)\}|\\.|.", re.DOTALL)
-# What means the same to Python's patterns as to the tokenizer's.
-_KNOWN_ESCAPES = re.compile(r"\\[rntfvsSdDwW\W]")
-_OTHER_MEANINGS = re.compile(r"\{[\d,]+}\+|&&|\|\||--|~~|\(\?[^:!=i]|\(\?i[^:]")
+# What is remembered: of each kind so many texts, of so many characters.
+_MAX_TEXTS = 2**18
+_MAX_LENGTH = 64
 
 
 class WordEncoding:
@@ -55,7 +34,7 @@ class WordEncoding:
 
     tells_characters = True
 
-    def __init__(self, ids: list[int], ends: list[int]) -> None:
+    def __init__(self, ids: list[int], ends: Sequence[int]) -> None:
         self.ids = ids
         self.seams: dict[int, int] = {}
         self._ends = ends
@@ -70,6 +49,24 @@ class WordEncoding:
         return (self._ends[token - 1] if token else 0), self._ends[token]
 
 
+class _Table(dict[str, Any]):
+    """The tokens of texts, found when they are first asked for; None where they are not known.
+
+    Args:
+        find: Finds it.
+    """
+
+    def __init__(self, find: Callable[[str], bytes | None]) -> None:
+        super().__init__()
+        self._find = find
+
+    def __missing__(self, text: str) -> Any:
+        found = self._find(text)
+        if len(text) <= _MAX_LENGTH and len(self) < _MAX_TEXTS:
+            self[text] = found
+        return found
+
+
 class WordEncoder:
     """Encodes texts word by word, where a tokenizer is known to work that way.
 
@@ -79,16 +76,25 @@ class WordEncoder:
 
     def __init__(self, backend: Tokenizer) -> None:
         self._backend = backend
+        self._model = backend.model
         added = backend.get_added_tokens_decoder()
         contents = sorted((token.content for token in added.values()), key=len, reverse=True)
         self._added = re.compile(f"({'|'.join(map(re.escape, contents)) or '(?!)'})")
-        self._cutters = _cutters(backend)
+        self._cutters = word_patterns(backend)
         # Of each word the pairs of a token and how many characters further it reaches, as bytes,
-        # because bytes are joined faster than lists.
-        self._pairs = {
-            token.content: _to_bytes([token_id], [len(token.content)])
-            for token_id, token in added.items()
-        }
+        # because bytes are joined faster than lists; None where the tokenizer has to be asked.
+        self._pairs = _Table(self._encode_word)
+        for token_id, token in added.items():
+            self._pairs[token.content] = _to_bytes([token_id], [len(token.content)])
+        # There are fewer pieces between spaces than words, and it takes no pattern to find them.
+        self._cut: Callable[[str], list[str]] = self._cut_by_steps
+        self._has_pieces = False
+        if self._cutters is not None and len(self._cutters) == 1:
+            self._cut = self._cutters[0].findall
+            self._has_pieces = cuts_before_spaces(self._cutters[0].pattern)
+        self._pieces = _Table(self._encode_piece)
+        # What stands between two added tokens; most of the short ones are the template's.
+        self._segments = _Table(self._encode_segment)
 
     def __call__(self, texts: Sequence[str]) -> list[WordEncoding | None]:
         """Encodes many texts, control tokens included.
@@ -101,77 +107,95 @@ class WordEncoder:
         """
         if self._cutters is None or len(texts) < _MIN_TEXTS:
             return [None] * len(texts)
-        cut = [self._cut(text) for text in texts]
-        long = self._learn(set(chain.from_iterable(cut)).difference(self._pairs))
-        encodings = [self._join(*pair) for pair in zip(texts, cut, strict=True)]
-        for word in long:
-            del self._pairs[word]
+        encodings = [self._encode(text) for text in texts]
         self._audit(texts, encodings)
         return encodings
 
-    def _cut(self, text: str) -> list[str]:
-        """The words of a text, and the added tokens between them; some of it may be missing."""
-        assert self._cutters is not None
-        first, *others = self._cutters
-        words: list[str] = []
-        for number, piece in enumerate(self._added.split(text)):
-            # Every second piece is an added token.
-            if number % 2 or not piece.isascii():
-                words.append(piece)
-                continue
-            pieces = first.findall(piece)
-            for cutter in others:
-                pieces = [*chain.from_iterable(map(cutter.findall, pieces))]
-            words += pieces
-        return words
-
-    def _join(self, text: str, words: list[str]) -> WordEncoding | None:
+    def _encode(self, text: str) -> WordEncoding | None:
+        parts: list[Any] = self._added.split(text)
+        # Every second one is an added token.
+        parts[::2] = map(self._segments.__getitem__, parts[::2])
+        parts[1::2] = map(self._pairs.__getitem__, parts[1::2])
         try:
-            joined = b"".join(map(self._pairs.__getitem__, words))
-        except KeyError:
+            joined = b"".join(parts)
+        except TypeError:
             return None
         ids, advances = np.frombuffer(joined, dtype=np.uint32).reshape(-1, 2).T
         ends = advances.cumsum()
+        # Some of the text may be missing, where a pattern leaves it out.
         is_whole = len(ends) > 0 and ends[-1] == len(text)
-        return WordEncoding(ids.tolist(), ends.tolist()) if is_whole else None
+        return WordEncoding(ids.tolist(), ends.data) if is_whole else None
 
-    def _learn(self, words: Iterable[str]) -> list[str]:
-        """Has the tokenizer encode words that were not seen before; says which not to keep."""
-        new = [*words]
-        for word, encoding in zip(new, self._encode(new), strict=True):
-            # An ASCII word is one word to the tokenizer too; others may have another normal form.
-            is_known = _is_one_word(encoding) if word.isascii() else self._is_normal(word)
-            advances = _advances(word, encoding.tokens) if is_known else None
-            if advances is not None:
-                self._pairs[word] = _to_bytes(encoding.ids, advances)
-        is_full = len(self._pairs) > _MAX_WORDS
-        known = (word for word in new if word in self._pairs)
-        return [word for word in known if is_full or len(word) > _MAX_WORD_LENGTH]
+    def _encode_segment(self, segment: str) -> bytes | None:
+        """What stands between two added tokens."""
+        if not self._has_pieces:
+            return self._encode_words(segment)
+        first, *others = segment.split(" ")
+        # Words may reach over several spaces, or over a line break and a space.
+        if first != first.rstrip():
+            return self._encode_words(segment)
+        parts: list[Any] = [self._encode_words(first)]
+        try:
+            parts += map(self._pieces.__getitem__, others)
+            return b"".join(parts)
+        except LookupError:
+            return self._encode_words(segment)
+        except TypeError:
+            return None
+
+    def _encode_piece(self, piece: str) -> bytes | None:
+        """A piece of text between two spaces, and the first of them."""
+        if not piece or piece != piece.strip():
+            raise LookupError(piece)
+        return self._encode_words(" " + piece)
+
+    def _encode_words(self, text: str) -> bytes | None:
+        """A text that is cut into words; one that is not ASCII is taken for a word."""
+        words: list[str] = self._cut(text) if text.isascii() else [text]
+        try:
+            return b"".join(map(self._pairs.__getitem__, words))
+        except TypeError:
+            return None
+
+    def _cut_by_steps(self, text: str) -> list[str]:
+        """The words of an ASCII text; some of it may be missing."""
+        words = [text]
+        for cutter in self._cutters or ():
+            words = [*chain.from_iterable(map(cutter.findall, words))]
+        return words
+
+    def _encode_word(self, word: str) -> bytes | None:
+        if not word.isascii():
+            # It may be several words to the tokenizer, and have another normal form.
+            (encoding,) = self._encode_batch([word])
+            advances = _advances(word, encoding.tokens) if self._is_normal(word) else None
+            return None if advances is None else _to_bytes(encoding.ids, advances)
+        pieces = self._backend.pre_tokenizer.pre_tokenize_str(word)
+        tokens = self._model.tokenize(pieces[0][0]) if len(pieces) == 1 else []
+        # In the byte-level alphabet every byte is one character.
+        advances = [len(token.value) for token in tokens]
+        is_whole = sum(advances) == len(word)
+        return _to_bytes([token.id for token in tokens], advances) if is_whole else None
 
     def _is_normal(self, text: str) -> bool:
         normalizer = self._backend.normalizer
         return normalizer is None or bool(normalizer.normalize_str(text) == text)
 
-    def _encode(self, texts: list[str]) -> Any:
+    def _encode_batch(self, texts: list[str]) -> Any:
         return self._backend.encode_batch(texts, add_special_tokens=False)
 
     def _audit(self, texts: Sequence[str], encodings: Sequence[WordEncoding | None]) -> None:
         pairs = zip(texts, encodings, strict=True)
         made = [(text, encoding.ids) for text, encoding in pairs if encoding is not None]
         chosen = made[::_AUDIT_EVERY]
-        whole = self._encode([text for text, _ in chosen])
+        whole = self._encode_batch([text for text, _ in chosen])
         for (text, ids), expected in zip(chosen, whole, strict=True):
             assert ids == expected.ids, f"words make other tokens than {text[:200]!r}"
 
 
 def _to_bytes(ids: list[int], advances: list[int]) -> bytes:
     """Pairs of a token and how many characters further it reaches."""
-    return array("I", chain.from_iterable(zip(ids, advances, strict=True))).tobytes()
-
-
-def _is_one_word(encoding: Encoding) -> bool:
-    """Whether the tokenizer did not cut a text before it encoded it."""
-    return len(encoding) > 0 and encoding.token_to_word(len(encoding) - 1) == 0
+    return array("I", [*chain(*zip(ids, advances, strict=True))]).tobytes()
 
 
 def _advances(word: str, tokens: list[str]) -> list[int] | None:
@@ -185,8 +209,6 @@ def _advances(word: str, tokens: list[str]) -> list[int] | None:
         As many numbers as tokens; None where not every byte is one of a token.
     """
     lengths = [*map(len, tokens)]
-    if word.isascii():
-        return lengths if sum(lengths) == len(word) else None
     codes = np.frombuffer(word.encode("utf-32-le"), dtype="<u4")
     last_bytes = np.cumsum(1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF))
     if sum(lengths) != last_bytes[-1]:
@@ -194,85 +216,3 @@ def _advances(word: str, tokens: list[str]) -> list[int] | None:
     ends = np.searchsorted(last_bytes, np.cumsum(lengths)) + 1
     advances: list[int] = np.diff(ends, prepend=0).tolist()
     return advances
-
-
-def _cutters(backend: Tokenizer) -> list[re.Pattern[str]] | None:
-    """The patterns that cut ASCII text into words, one after the other; None where unknown."""
-    added = backend.get_added_tokens_decoder().values()
-    if any(token.lstrip or token.rstrip or token.single_word for token in added):
-        return None
-    # Those matched before normalization win over the others, wherever they stand.
-    if len({token.normalized for token in added}) > 1:
-        return None
-    normalizer, first = _state(backend.normalizer), _state(backend.pre_tokenizer)
-    normal_forms = normalizer.get("normalizers", [normalizer]) if normalizer else []
-    if any(form["type"] not in _NORMAL_FORMS for form in normal_forms):
-        return None
-    # A dropout of merges gives one word other tokens each time.
-    if getattr(backend.model, "dropout", None):
-        return None
-    steps = first.get("pretokenizers", [first])
-    if steps[-1].get("type") != "ByteLevel":
-        return None
-    try:
-        patterns = [pattern for step in steps for pattern in _patterns(step)]
-        if patterns == ["[0-9]|[^0-9]+", _to_ascii(_BYTE_LEVEL)]:
-            patterns = [_to_ascii(_DIGITS_BYTE_LEVEL)]
-        return [re.compile(pattern, re.ASCII) for pattern in patterns]
-    except (LookupError, ValueError, re.error):
-        return None
-
-
-def _state(part: Any) -> dict[str, Any]:
-    """A part of a tokenizer as its file describes it."""
-    state: dict[str, Any] = {} if part is None else json.loads(part.__getstate__())
-    return state
-
-
-def _patterns(step: dict[str, Any]) -> list[str]:
-    """What the pieces match that one step of a pre-tokenizer makes of ASCII text.
-
-    Raises:
-        ValueError: If the step does something else.
-        LookupError: If it names something unknown.
-    """
-    if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
-        return [_to_ascii(_BYTE_LEVEL)] if step["use_regex"] else []
-    if step["type"] == "Digits":
-        return ["[0-9]|[^0-9]+" if step["individual_digits"] else "[0-9]+|[^0-9]+"]
-    if step["type"] == "Split":
-        pattern = _to_ascii(step["pattern"]["Regex"])
-        if (step["behavior"], step["invert"]) == ("Isolated", False):
-            # What lies between two matches is a piece as well.
-            return [rf"(?:{pattern})|(?:(?!{pattern})[\s\S])+"]
-        if (step["behavior"], step["invert"]) == ("Removed", True):
-            return [pattern]
-    raise ValueError(step["type"])
-
-
-def _to_ascii(pattern: str) -> str:
-    """A tokenizer's pattern as Python writes it, for ASCII text.
-
-    Raises:
-        ValueError: If a part of it could mean something else to Python.
-        LookupError: If it names an unknown class of characters.
-    """
-    if _OTHER_MEANINGS.search(pattern):
-        raise ValueError(pattern)
-    parts = []
-    is_class = False
-    for part in _PATTERN_PARTS.finditer(pattern):
-        text = part.group()
-        if part.group(1):
-            members = _ASCII_CLASSES[part.group(1)]
-            text = members if is_class else f"[{members}]"
-        elif text[0] == "\\" and not _KNOWN_ESCAPES.fullmatch(text):
-            raise ValueError(pattern)
-        elif text in ("[", "]"):
-            if is_class == (text == "["):
-                raise ValueError(pattern)
-            is_class = not is_class
-        elif text in "^$" and not is_class:
-            raise ValueError(pattern)
-        parts.append(text)
-    return "".join(parts)

@@ -8,12 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
-from hf_sft_plugin.data.text_encoding import (
-    JoinedEncoding,
-    TextEncoder,
-    decode_tokens,
-    encode_parts,
-)
+from hf_sft_plugin.data.text_encoding import JoinedEncoding, TextEncoder, encode_parts
+from hf_sft_plugin.data.token_decoding import TokenDecoder
 
 TEXT = "a \U0001f30d<|im_end|>\n\u00e9"
 
@@ -85,7 +81,7 @@ def test_seams_stand_where_parts_begin_and_end(
             assert begin <= start <= end <= begin + len(part)
         begin += len(part)
     assert joined.ids == ids
-    assert decode_tokens([joined.ids], tokenizer) == ["".join(parts)]
+    assert TokenDecoder(tokenizer)([joined.ids]) == ["".join(parts)]
 
 
 def test_an_empty_part_shares_its_seam_with_its_neighbour(tokenizer: Any) -> None:
@@ -111,7 +107,7 @@ def test_a_tokenizer_without_characters_says_so_and_still_knows_the_seams() -> N
     assert [joined.token_at(char) for char in range(4)] == [0, 0, 5, None]
     whole = encoded("a\U0001f30d\u00e9", tokenizer)
     assert (whole.ids, whole.seams) == (joined.ids, {0: 0, 3: 7})
-    assert decode_tokens([joined.ids], tokenizer) == ["a\U0001f30d\u00e9"]
+    assert TokenDecoder(tokenizer)([joined.ids]) == ["a\U0001f30d\u00e9"]
 
 
 @pytest.mark.parametrize(
@@ -145,11 +141,3 @@ def test_special_tokens_of_the_tokenizers_own_are_not_added(
     tokenizer = tokenizer_factory(bos_token="<|endoftext|>", add_bos_token=True)
     assert encoded("a", tokenizer).ids == encode_parts(["a"], tokenizer).ids == [67]
     assert encoded("<|endoftext|>a", tokenizer).ids == [0, 67]
-
-
-def test_control_tokens_are_decoded_as_they_are_written(tokenizer: Any) -> None:
-    assert decode_tokens([[1, 67, 2], [], [0]], tokenizer) == [
-        "<|im_start|>a<|im_end|>",
-        "",
-        "<|endoftext|>",
-    ]
