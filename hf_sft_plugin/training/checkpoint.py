@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_sft_plugin.training.metrics import Totals, WindowedTotals
-from hf_sft_plugin.training.microbatches import TokenBudget
+from hf_sft_plugin.training.microbatch_plan import TokenBudget
 
 logger = logging.getLogger(__name__)
 

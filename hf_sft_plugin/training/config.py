@@ -62,8 +62,7 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
         },
     )
     focal_gamma: float | None = field(
-        default=None,
-        metadata={"help": "The exponent of loss_type='focal'. None: 2."},
+        default=None, metadata={"help": "The exponent of loss_type='focal'. None: 2."}
     )
     z_loss_coef: float = field(
         default=0.0,

@@ -9,7 +9,8 @@ from torch import Tensor
 from hf_sft_plugin.training.attention_probe import tolerance_of
 from hf_sft_plugin.training.checks import VerificationCheck, not_run
 from hf_sft_plugin.training.first_step import FirstStep
-from hf_sft_plugin.training.microbatches import can_regroup, regroup, row_extents
+from hf_sft_plugin.training.microbatch_plan import can_regroup, row_extents
+from hf_sft_plugin.training.microbatches import regroup
 from hf_sft_plugin.training.response_batch import OURS
 from hf_sft_plugin.training.run_state import local_part
 

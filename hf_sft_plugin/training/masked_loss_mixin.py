@@ -1,6 +1,6 @@
 """The loss, the counts and the logs, for any `Trainer`: steps 6 to 9 of the walk."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.trainer_utils import EvalLoopOutput
 
 from hf_sft_plugin.loss.masked_loss import LossNormalization
 from hf_sft_plugin.loss.objective import LossObjective
@@ -18,45 +17,35 @@ from hf_sft_plugin.training.attention_choice import AttentionChoice, AttentionCh
 from hf_sft_plugin.training.checkpoint import load_budget, load_totals, save_budget, save_totals
 from hf_sft_plugin.training.compilation import compile_for_all_sizes
 from hf_sft_plugin.training.data_loaders import DataLoadersMixin
-from hf_sft_plugin.training.eval_masks import figures_by_mask, split_by_mask, totals_by_mask
 from hf_sft_plugin.training.exact_settings import refuse_inexact_settings
 from hf_sft_plugin.training.last_layer import LastLayerMixin
 from hf_sft_plugin.training.left_padding import move_padding_right
 from hf_sft_plugin.training.lm_head import HeadChooser, ResponseResult, forward_full
+from hf_sft_plugin.training.masked_evaluation import MaskedEvaluationMixin
 from hf_sft_plugin.training.memory_plan import MemoryPlanMixin
-from hf_sft_plugin.training.metrics import (
-    NUM_TOTALS,
-    Totals,
-    WindowedTotals,
-    means_by_source,
-    row_totals,
-)
+from hf_sft_plugin.training.metrics import Totals, WindowedTotals, row_totals
 from hf_sft_plugin.training.microbatches import remember_tensors
 from hf_sft_plugin.training.packed_rows import refuse_documents, refuse_padded_documents
-from hf_sft_plugin.training.prediction import LogitReader, make_reader, prediction_steps
-from hf_sft_plugin.training.repeats import (
-    cut_repeats,
-    gather_in_order,
-    gather_own_rows,
-    num_own_rows,
-    rows_of_dataset,
-    without_repeats,
-)
+from hf_sft_plugin.training.prediction import LogitReader
+from hf_sft_plugin.training.repeats import cut_repeats, without_repeats
 from hf_sft_plugin.training.response_batch import (
     ResponseBatch,
     count_step,
     split_batch,
     without_padding,
-    without_stale,
 )
 from hf_sft_plugin.training.resume import ResumeMixin
 from hf_sft_plugin.training.router_loss import aux_loss_coefficient, has_router_loss
 from hf_sft_plugin.training.verification import VerificationMixin
-from hf_sft_plugin.types import RowError
 
 
 class MaskedLossMixin(
-    LastLayerMixin, MemoryPlanMixin, DataLoadersMixin, ResumeMixin, VerificationMixin
+    MaskedEvaluationMixin,
+    LastLayerMixin,
+    MemoryPlanMixin,
+    DataLoadersMixin,
+    ResumeMixin,
+    VerificationMixin,
 ):
     """Gives a `Trainer` the response-masked loss, divided by one global count, and exact logs.
 
@@ -92,8 +81,6 @@ class MaskedLossMixin(
     normalize_constant: float = 1.0
     objective: LossObjective = LossObjective()
     fused_head: str = "auto"
-    eval_masks: Sequence[str] = ()
-    trained_mask: str = "response"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -107,8 +94,6 @@ class MaskedLossMixin(
             smoothing = self.args.label_smoothing_factor
             self.objective = replace(self.objective, label_smoothing=smoothing)
         self._train_totals = WindowedTotals()
-        self._eval_rows: list[Tensor] = []
-        self._num_own_rows = 0
         self._num_microbatches = 1
         self._num_step_tokens: Tensor | None = None
         self._head = HeadChooser()
@@ -190,68 +175,6 @@ class MaskedLossMixin(
         if model.training:
             self._train_totals.add(self._totals(batch, result))
         return (loss, outputs) if return_outputs else loss
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[None, Any, Tensor | None]:
-        """Adds a batch to the totals of the evaluation.
-
-        Returns:
-            None for the loss, which `evaluation_loop` makes of the totals. Unless
-            `prediction_loss_only`: the most probable token of each position, `(B, S)`, or what
-            `preprocess_logits_for_metrics` makes of the logits of some rows; and the labels.
-        """
-        known = without_stale(self._prepare_inputs(inputs))
-        masks = self.eval_masks, self.trained_mask
-        batch, parts = split_by_mask(known, self.loss_normalization, *masks)
-        labels = parts[0].labels
-        reader = None if prediction_loss_only else make_reader(self, labels)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            result, _ = self._forward(model, batch, LossObjective(), False, reader)
-        self._num_own_rows = num_own_rows(inputs, self.accelerator)
-        self._eval_rows.append(totals_by_mask(batch, parts, result)[: self._num_own_rows])
-        return (None, None, None) if reader is None else (None, reader.predictions, labels)
-
-    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`, with metrics made of sums over all rows, whatever the batch size.
-
-        Raises:
-            ValueError: If no row of the dataset has a response token.
-        """
-        self._eval_rows = []
-        if self.accelerator.num_processes > 1:
-            self.gather_function = self._gather_own_rows
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        try:
-            with prediction_steps(self):
-                output: EvalLoopOutput = super().evaluation_loop(
-                    dataloader, description, *args, **kwargs
-                )
-        except RowError as error:
-            error.args = (f"{prefix} data: {error}",)
-            raise
-        found = gather_in_order(self._eval_rows, self.accelerator)
-        rows = torch.cat(found or [torch.zeros(1, NUM_TOTALS)])
-        own = rows[:, :NUM_TOTALS]
-        totals = Totals(*own.sum(0).tolist())
-        if not totals.means():
-            raise ValueError(
-                f"No row of the {description.lower()} data has a response token, so there is "
-                "nothing to measure. Check its response_mask or labels."
-            )
-        metrics = {**totals.means(), "perplexity": totals.perplexity(), **totals.counts()}
-        dataset = rows_of_dataset(dataloader.dataset)
-        metrics |= means_by_source(own, dataset, self._get_eval_sampler)
-        metrics |= figures_by_mask(rows, self.eval_masks, metrics)
-        prefixed = {f"{prefix}_{name}": value for name, value in metrics.items()}
-        return output._replace(metrics={**prefixed, **(output.metrics or {})})
-
-    def _gather_own_rows(self, tensors: Any) -> Any:
-        return gather_own_rows(tensors, self._num_own_rows, self.accelerator)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `Trainer`, with the exact means of the window in place of its loss."""

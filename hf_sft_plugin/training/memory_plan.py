@@ -12,13 +12,8 @@ from torch import Tensor, nn
 from hf_sft_plugin.training.attention_probe import MODEL_ERRORS
 from hf_sft_plugin.training.available_memory import available_memory
 from hf_sft_plugin.training.memory import StepMemory, measure_step_memory
-from hf_sft_plugin.training.microbatches import (
-    Microbatches,
-    MicrobatchesMixin,
-    TokenBudget,
-    can_regroup,
-    row_extents,
-)
+from hf_sft_plugin.training.microbatch_plan import TokenBudget, can_regroup, row_extents
+from hf_sft_plugin.training.microbatches import Microbatches, MicrobatchesMixin
 from hf_sft_plugin.training.response_batch import OURS
 from hf_sft_plugin.types import IGNORE_INDEX
 

@@ -393,37 +393,6 @@ def test_counts_begin_anew_where_the_trainer_looks_for_a_batch_size_that_fits(
     assert counts[-1] == sum(len(row["input_ids"]) for row in rows)
 
 
-def test_an_evaluation_of_conversations_that_split_counts_every_response(
-    tokenizer_factory: Callable[..., Any],
-    model: Any,
-    make_config: Callable[..., MaskedSFTConfig],
-) -> None:
-    # Earlier responses are written otherwise, so each conversation makes two examples.
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'user' or loop.last %}"
-        "{{ m.content }}{% else %}said{% endif %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    turns = [("user", "hello"), ("assistant", "world"), ("user", "what"), ("assistant", "this")]
-    messages = [{"role": role, "content": text} for role, text in turns]
-
-    class OwnTrainer(MaskedLossMixin, Trainer):
-        pass
-
-    tokenizer = tokenizer_factory(chat_template=template)
-    figures = []
-    for batch_size in (1, 4):
-        trainer = OwnTrainer(
-            model,
-            make_config(per_device_eval_batch_size=batch_size),
-            data_collator=DataCollatorForPromptResponse(tokenizer),
-            eval_dataset=[{"messages": messages}] * 5,
-        )
-        figures.append(trainer.evaluate())
-    assert figures[0]["eval_num_response_tokens"] == figures[1]["eval_num_response_tokens"]
-    assert figures[0]["eval_loss"] == pytest.approx(figures[1]["eval_loss"], rel=1e-6)
-
-
 def test_a_step_in_which_one_micro_batch_is_all_masked_equals_the_step_without_it(
     tokenizer: Any, model_factory: Callable[..., Any], make_config: Callable[..., MaskedSFTConfig]
 ) -> None:
@@ -533,20 +502,6 @@ def test_a_batch_without_labels_is_refused(
     trainer = MaskedSFTTrainer(model, make_config(), processing_class=tokenizer)
     with pytest.raises(ValueError, match="has no labels, only input_ids"):
         trainer.compute_loss(model, {"input_ids": torch.tensor([[5, 6, 7]])})
-
-
-def test_an_evaluation_without_response_tokens_is_refused(
-    tokenizer: Any, model: Any, make_config: Callable[..., MaskedSFTConfig]
-) -> None:
-    trainer = MaskedSFTTrainer(
-        model,
-        make_config(),
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
-        eval_dataset=Unchecked([{"input_ids": [5, 6], "labels": [-100, -100]}]),
-        processing_class=tokenizer,
-    )
-    with pytest.raises(ValueError, match="No row of the evaluation data has a response token"):
-        trainer.evaluate()
 
 
 @pytest.mark.parametrize("fused_head", ["on", "off"])

@@ -13,7 +13,7 @@ from peft import LoraConfig
 
 from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
 from hf_sft_plugin.training import memory, memory_plan
-from hf_sft_plugin.training.microbatches import TokenBudget
+from hf_sft_plugin.training.microbatch_plan import TokenBudget
 
 Train = Callable[..., tuple[MaskedSFTTrainer, list[list[int]]]]
 
