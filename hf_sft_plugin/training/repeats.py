@@ -128,9 +128,10 @@ def mark_repeats(loader: Any) -> None:
     shard = loader.batch_sampler
     if not isinstance(shard, BatchSamplerShard) or shard.num_processes == 1 or shard.drop_last:
         return
-    shard.batch_sampler = EvenBatches(
-        shard.batch_sampler, 1 if shard.split_batches else shard.num_processes
-    )
+    num_processes = 1 if shard.split_batches else shard.num_processes
+    shard.batch_sampler = EvenBatches(shard.batch_sampler, num_processes)
+    # Where an epoch is resumed, this is where it is looked for to tell it the epoch.
+    shard.sampler = getattr(shard.batch_sampler, "sampler", None)
 
 
 def rows_of_dataset(dataset: Any) -> Any:

@@ -15,7 +15,7 @@ import torch
 from processes import run_on_processes
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
-from worker import make_dataset, run
+from worker import PADDED_TO, make_dataset, run
 
 PROCESSES = (1, 2, 4)
 ROWS_PER_STEP = 8
@@ -130,6 +130,12 @@ def all_cases(num_processes: int) -> dict[str, dict[str, Any]]:
         "float32": case(both, dtype="float32"),
         "adamw": case(wide, {"optim": "adamw_torch", "learning_rate": 1e-3}),
         "stream": case(deep, whole, kind="stream"),
+        "dispatched": case(
+            both,
+            {"accelerator_config": {"dispatch_batches": True}},
+            kind="dispatched",
+            pad_to=PADDED_TO["dispatched"],
+        ),
         "one batch for all": case((1, 8), parts),
         "loader processes": case(both, LOADER_PROCESSES),
         "resumed": case(both, resume_at=2),
@@ -146,7 +152,11 @@ ON_FOUR = (
 TRAINED = [(name, count) for count in PROCESSES for name in make_cases(count)]
 # Nobody but the trainer knows their order, so only processes are compared.
 SHUFFLED = [each for each in TRAINED if each[0].startswith("shuffled")]
-EVALUATIONS = {"rows": ("eval", "map", (1, 2, 3)), "stream": ("eval", "stream", (2, 3))}
+EVALUATIONS = {
+    "rows": ("eval", "map", (1, 2, 3)),
+    "stream": ("eval", "stream", (2, 3)),
+    "dispatched": ("eval", "dispatched", (3,)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +356,7 @@ def test_seven_rows_are_evaluated_as_one_after_the_other(
     for found in results[num_processes]:
         for metrics in found["evaluate"][kind].values():
             for prefix, parts in (("", sums), ("part0_", sums[::2]), ("part1_", sums[1::2])):
-                if prefix and kind == "stream":
+                if prefix and kind != "rows":
                     continue
                 count = sum(part["num_response_tokens"] for part in parts)
                 for key in ("loss", "token_entropy", "token_accuracy"):
@@ -368,6 +378,8 @@ def test_processes_ask_each_other_once_a_step_and_once_a_log_however_many_micro_
     # operations, and the tokens read. At the end the totals and the operations.
     assert counts.pop("constant") == 4 * NUM_STEPS + 2
     assert {counts.pop(name) for name in ("resumed", "shuffled and resumed")} == {5 * 3 + 2}
+    # There rows are sent around.
+    assert counts.pop("dispatched") > 50
     # Whether memory suffices is asked once a run.
     assert counts.pop("wide, as memory allows") == 5 * NUM_STEPS + 3
     # An epoch of a stream is known to be at its end when it gives nothing: here in 2 steps.

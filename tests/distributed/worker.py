@@ -29,6 +29,9 @@ from hf_sft_plugin import (
     pack_dataset,
 )
 
+# Where one process reads for all of them, batches have to be equally wide.
+PADDED_TO = {"map": None, "stream": None, "dispatched": 80}
+
 
 class OwnTrainer(MaskedLossMixin, Trainer):
     """A Trainer of a user, whose rows may have no trained token."""
@@ -83,7 +86,7 @@ def make_dataset(rows: list[dict[str, Any]], kind: str) -> Any:
     if kind == "packed":
         return pack_dataset(rows, max_length=70)
     dataset = Dataset.from_list(rows)
-    if kind == "stream":
+    if kind in ("stream", "dispatched"):
         # As many parts as there may be processes, which could each read some of them.
         return dataset.to_iterable_dataset(num_shards=4)
     return dataset
@@ -111,6 +114,7 @@ def make_trainer(
     kind: str = "map",
     attributes: dict[str, Any] | None = None,
     dtype: str = "float64",
+    pad_to: int | None = None,
     callbacks: tuple[TrainerCallback, ...] = (),
     **more: Any,
 ) -> OwnTrainer:
@@ -119,7 +123,7 @@ def make_trainer(
         model,
         TrainingArguments(**arguments(folder, settings)),
         data_collator=DataCollatorForPromptResponse(
-            AutoTokenizer.from_pretrained(folder / "tokenizer")
+            AutoTokenizer.from_pretrained(folder / "tokenizer"), pad_to_multiple_of=pad_to
         ),
         train_dataset=make_dataset(read_rows(folder, rows), kind),
         callbacks=[*callbacks],
@@ -178,10 +182,11 @@ def evaluate(
         settings = {
             "per_device_eval_batch_size": size,
             "remove_unused_columns": False,
-            # As MaskedSFTConfig has it; otherwise rows of different lengths cannot be streamed.
-            "accelerator_config": {"dispatch_batches": False},
+            "accelerator_config": {"dispatch_batches": kind == "dispatched"},
         }
-        trainer = make_trainer(folder, settings, compute_metrics=describe_predictions)
+        trainer = make_trainer(
+            folder, settings, pad_to=PADDED_TO[kind], compute_metrics=describe_predictions
+        )
         trainer.args.prediction_loss_only = False
         metrics = trainer.evaluate(dataset)
         trainer.compute_metrics = None

@@ -82,6 +82,20 @@ def test_every_process_gets_its_own_rows_and_as_many_batches(
         assert len(loader) == 2
 
 
+def test_an_epoch_that_is_resumed_has_its_own_order(make_trainer: Any) -> None:
+    trainer = make_trainer()
+    trainer.group_by_prompt = True
+    loader = trainer.get_train_dataloader()
+    orders = []
+    for epoch in range(4):
+        loader.set_epoch(epoch)
+        orders.append(own_rows(loader))
+        rest = skip_first_batches(loader, 1)
+        rest.set_epoch(epoch)
+        assert own_rows(rest) == orders[-1][1:]
+    assert len({str(order) for order in orders}) > 1
+
+
 def test_a_batch_that_is_shared_out_is_filled_up(make_trainer: Any) -> None:
     trainer = make_trainer(rank=1)
     trainer.accelerator.dataloader_config.split_batches = True
