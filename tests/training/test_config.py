@@ -28,6 +28,7 @@ OWN_DEFAULTS = {
     "fused_head": "auto",
     "max_tokens_per_microbatch": "auto",
     "packing": False,
+    "verify_before_training": False,
     "keep_freed_memory": True,
     "padding_free": "auto",
     "shared_prompts": "auto",
