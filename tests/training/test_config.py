@@ -29,6 +29,7 @@ OWN_DEFAULTS = {
     "max_tokens_per_microbatch": "auto",
     "auto_gradient_checkpointing": False,
     "packing": False,
+    "verify_before_training": False,
     "keep_freed_memory": True,
     "padding_free": "auto",
     "shared_prompts": "auto",

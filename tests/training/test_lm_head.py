@@ -14,7 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hf_sft_plugin.loss import head as head_module
 from hf_sft_plugin.loss.logit_tile import LogitTransform
 from hf_sft_plugin.loss.objective import LossObjective
-from hf_sft_plugin.training.lm_head import FusedHead, find_transform, forward_full
+from hf_sft_plugin.training.lm_head import (
+    FusedHead,
+    HeadChooser,
+    find_transform,
+    forward_full,
+)
 
 NLL = LossObjective()
 GEMMA = {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 5.0}
@@ -258,6 +263,15 @@ def test_the_model_is_left_as_it_was(model: Any) -> None:
     assert before == after
     assert model.training
     assert model(**inputs).logits.shape == (3, 9, 300)
+
+
+def test_full_logits_may_be_taken_for_a_while(model: Any) -> None:
+    chooser, inputs = HeadChooser(), {"input_ids": torch.tensor([[3, 4, 5]])}
+    head = chooser.choose(model, model, inputs, "auto")
+    assert head is not None
+    with chooser.full_logits():
+        assert chooser.choose(model, model, inputs, "auto") is None
+    assert chooser.choose(model, model, inputs, "auto") is head
 
 
 def test_a_forward_of_its_own_on_the_head_is_used_and_comes_back(model: Any) -> None:
