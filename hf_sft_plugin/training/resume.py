@@ -1,5 +1,6 @@
 """Stopping and resuming: a resumed run is the run that was not stopped, to the last bit."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +8,7 @@ import torch
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_sft_plugin.training.checkpoint import (
     find_checkpoint,
@@ -71,7 +72,7 @@ class ResumeMixin(_TrainerBase):
             refuse_other_order(
                 str(resume_from_checkpoint), order, self._describe_order(), rows_per_batch
             )
-            if not has_length(self.train_dataset):
+            if num_train_epochs == sys.maxsize:
                 # The Trainer takes every stream for one that outlasts the training.
                 epoch, batches = passes, steps * self.args.gradient_accumulation_steps
         if self.state.global_step >= max_steps:
