@@ -1,7 +1,9 @@
 """The walk over a stream: rows are tokenized as they come, and counted as far as they came."""
 
 import logging
+from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from datasets import IterableDataset
@@ -20,6 +22,7 @@ logger = logging.getLogger(__name__)
 _NUM_ROWS_FOR_SHARE = 200
 _NUM_NAMED_ROWS = 5
 _COLUMNS = ("input_ids", "response_mask", "loss_weights", "source")
+_STAND_IN = tuple(zip(_COLUMNS, ([0, 0], [0, 1], None, None), strict=True))
 
 
 def prepare_stream(
@@ -68,14 +71,20 @@ def prepare_stream(
     tokenize = RowTokenizer(tokenizer, data_options, stop_token_ids, eval_masks)
     marks = ("eval_masks",) if needs_column(data_options, eval_masks) else ()
     made = (*_COLUMNS, *marks)
-    preparer = _StreamPreparer(tokenize, row_format, max_dropped_share, name, made)
-    return dataset.map(
+    preparer = StreamPreparer(tokenize, row_format, max_dropped_share, name, made)
+    stream: Any = dataset.map(
         preparer, batched=True, batch_size=64, with_indices=True, remove_columns=columns
     )
+    stream.preparer = preparer
+    return stream
 
 
-class _StreamPreparer:
-    """Tokenizes one batch after the other, and keeps the account of this process."""
+class StreamPreparer:
+    """Tokenizes one batch after the other, and keeps the account of this process.
+
+    Attributes:
+        num_examples: What became of each batch of rows of this pass over the stream.
+    """
 
     def __init__(
         self,
@@ -91,10 +100,33 @@ class _StreamPreparer:
         self._name = name
         self._columns = columns
         self._ledger = Ledger(num_rows=0)
+        self.num_examples: list[int] = []
+        self._num_known: list[int] = []
+        self._num_known_next: list[int] = []
+
+    def skip(self, num_examples: Sequence[int], count: int) -> None:
+        """Spares the next pass the tokens of examples that will be thrown away.
+
+        Stand-ins come in their place. What was dropped among them is not counted again.
+
+        Args:
+            num_examples: As an earlier pass over the same rows had them.
+            count: How many examples will be thrown away.
+        """
+        ends = list(accumulate(num_examples))
+        self._num_known_next = list(num_examples[: bisect_right(ends, count)])
 
     def __call__(
         self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
     ) -> dict[str, list[Any]]:
+        """Tokenizes a batch of columns, or gives stand-ins for its examples; see `skip`."""
+        if indices[0] == 0:
+            self.num_examples, self._num_known = [], self._num_known_next
+            self._num_known_next = []
+        number = len(self.num_examples)
+        if number < len(self._num_known):
+            self.num_examples.append(self._num_known[number])
+            return {column: [value] * self._num_known[number] for column, value in _STAND_IN}
         values = zip(*batch.values(), strict=True)
         rows = [dict(zip(batch, row, strict=True)) for row in values]
         table: dict[str, list[Any]] = {column: [] for column in self._columns}
@@ -111,4 +143,5 @@ class _StreamPreparer:
         if self._ledger.num_rows >= _NUM_ROWS_FOR_SHARE:
             with name_in_errors(self._name):
                 self._ledger.check_share(self._max_dropped_share)
+        self.num_examples.append(len(table["input_ids"]))
         return table

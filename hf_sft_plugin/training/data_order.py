@@ -41,7 +41,7 @@ def describe_order(trainer: Trainer, rows_per_batch: int, steps_per_epoch: int) 
             order["tokenizer"] = tokenizer_digest(tokenizer)[:16]
             order["chat template"] = _digest(tokenizer.chat_template)
         if hasattr(args, "data_options"):
-            order["data options"] = _digest(args.data_options())
+            order["data options"] = _digest(repr(args.data_options()))
         if getattr(dataset, "num_shards", 0) != 1:
             # Processes and workers read shards of their own.
             order["processes"] = processes

@@ -1,5 +1,6 @@
 """Stopping and resuming: a resumed run is the run that was not stopped, to the last bit."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,13 +8,16 @@ import torch
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_sft_plugin.data.streaming import StreamPreparer
 from hf_sft_plugin.training.checkpoint import (
     find_checkpoint,
     load_order,
+    load_stream,
     require_resumable,
     save_order,
+    save_stream,
 )
 from hf_sft_plugin.training.data_order import data_seed, describe_order, refuse_other_order
 from hf_sft_plugin.training.prompt_sampler import SeededLengthSampler
@@ -71,9 +75,10 @@ class ResumeMixin(_TrainerBase):
             refuse_other_order(
                 str(resume_from_checkpoint), order, self._describe_order(), rows_per_batch
             )
-            if not has_length(self.train_dataset):
+            if num_train_epochs == sys.maxsize:
                 # The Trainer takes every stream for one that outlasts the training.
                 epoch, batches = passes, steps * self.args.gradient_accumulation_steps
+                self._skip_stream(str(resume_from_checkpoint), batches)
         if self.state.global_step >= max_steps:
             # The Trainer would take one more step.
             epoch, batches = num_train_epochs, 0
@@ -138,8 +143,18 @@ class ResumeMixin(_TrainerBase):
         position = self._epoch, self.state.global_step - self._first_step_of_epoch
         order = {**self._describe_order(), _POSITION: position}
         save_order(output_dir, order, self.accelerator)
+        if isinstance(preparer := getattr(self.train_dataset, "preparer", None), StreamPreparer):
+            save_stream(output_dir, preparer.num_examples, self.accelerator)
         # Next comes the file that makes the checkpoint complete.
         self.accelerator.wait_for_everyone()
+
+    def _skip_stream(self, checkpoint: str, num_batches: int) -> None:
+        preparer = getattr(self.train_dataset, "preparer", None)
+        if isinstance(preparer, StreamPreparer):
+            processes = self.args.world_size
+            reads_own = getattr(self.train_dataset, "num_shards", 0) >= processes
+            num_rows = num_batches * self._train_batch_size * (1 if reads_own else processes)
+            preparer.skip(load_stream(checkpoint, self.accelerator), num_rows)
 
     def _describe_order(self) -> dict[str, Any]:
         if self._order is None:

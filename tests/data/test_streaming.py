@@ -87,3 +87,20 @@ def test_only_a_stream_is_taken(tokenizer: Any) -> None:
     for other, message in ((rows, "is a Dataset, but"), (several, r"one, such as dataset\['train")):
         with pytest.raises(ValueError, match=message):
             prepare_stream(other, tokenizer)
+
+
+def test_examples_that_are_thrown_away_again_are_not_tokenized_again(tokenizer: Any) -> None:
+    rows = [{**(BAD if n in (3, 70) else GOOD), "source": str(n)} for n in range(200)]
+    whole: Any = prepare_stream(stream(rows), tokenizer)
+    expected = list(whole)
+    assert whole.preparer.num_examples == [63, 63, 64, 8]
+    again: Any = prepare_stream(stream(rows), tokenizer)
+    # The 127th example is in the third batch of rows, which is tokenized as a whole.
+    again.preparer.skip(whole.preparer.num_examples, 127)
+    found = list(again)
+    assert len(found) == len(expected) == 198
+    assert {str(row["input_ids"]) for row in found[:126]} == {"[0, 0]"}
+    assert found[126:] == expected[126:]
+    assert again.preparer.num_examples == [63, 63, 64, 8]
+    # In the next pass all rows are wanted.
+    assert list(again) == expected

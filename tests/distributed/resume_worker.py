@@ -30,8 +30,8 @@ def make_rows(num_rows: int = 16) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def make_stream(num_shards: int) -> Any:
-    return make_rows().to_iterable_dataset(num_shards).shuffle(seed=1, buffer_size=3)
+def make_stream(num_shards: int, num_rows: int) -> Any:
+    return make_rows(num_rows).to_iterable_dataset(num_shards).shuffle(seed=1, buffer_size=3)
 
 
 class Recorder(MaskedSFTTrainer):
@@ -73,6 +73,7 @@ def run(
     name: str,
     resume: Any = None,
     num_shards: int | None = None,
+    num_rows: int = 16,
     dropout: float = 0.0,
     dies_in: tuple[str, int, int] | None = None,
     **settings: Any,
@@ -90,7 +91,7 @@ def run(
             disable_tqdm=True,
             **{**own, **settings},
         ),
-        train_dataset=make_rows() if num_shards is None else make_stream(num_shards),
+        train_dataset=make_rows() if num_shards is None else make_stream(num_shards, num_rows),
         processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
     )
     trainer.dies_in = dies_in

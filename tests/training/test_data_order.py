@@ -1,5 +1,6 @@
 """What decides on the rows of a step is written down, and compared before a run goes on."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 from datasets import Dataset
 from transformers import TrainingArguments
 
+from hf_sft_plugin import MaskedSFTConfig
 from hf_sft_plugin.data.packing import pack_dataset
 from hf_sft_plugin.training.data_order import describe_order, digest_rows, refuse_other_order
 
@@ -62,10 +64,12 @@ def test_rows_that_may_differ_every_time_have_no_digest() -> None:
     assert digest_rows(dated) is None
 
 
-def describe(dataset: Any, **settings: Any) -> dict[str, Any]:
+def describe(
+    dataset: Any, tokenizer: Any = None, config: Any = TrainingArguments, **settings: Any
+) -> dict[str, Any]:
     given = {"output_dir": "run", "use_cpu": True, "report_to": "none", **settings}
     trainer: Any = SimpleNamespace(
-        args=TrainingArguments(**given), train_dataset=dataset, processing_class=None
+        args=config(**given), train_dataset=dataset, processing_class=tokenizer
     )
     return describe_order(trainer, rows_per_batch=2, steps_per_epoch=3)
 
@@ -99,6 +103,21 @@ def test_a_stream_in_shards_is_bound_to_processes_and_workers_and_another_is_not
         "per_device_train_batch_size": 2,
         "dataloader_num_workers": 2,
     }
+
+
+def test_a_stream_is_told_by_what_makes_its_tokens(tokenizer_factory: Callable[..., Any]) -> None:
+    stream = Dataset.from_list(make_rows()).to_iterable_dataset()
+    found = [
+        describe(stream, tokenizer_factory(**changes), MaskedSFTConfig, max_steps=3, **settings)
+        for changes, settings in (
+            ({}, {}),
+            ({"eos_token": "<|endoftext|>"}, {}),
+            ({"chat_template": "{{ messages }}"}, {}),
+            ({}, {"max_length": 9}),
+        )
+    ]
+    changed = [{name for name in each if each[name] != found[0][name]} for each in found]
+    assert changed == [set(), {"tokenizer"}, {"chat template"}, {"data options"}]
 
 
 BEFORE = {"rows per optimizer step": 8, "optimizer steps per epoch": 3, "order": "random"}

@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
+from hf_sft_plugin.data.row_tokenizer import RowTokenizer
 from hf_sft_plugin.reporting.run_log import read_log
 from hf_sft_plugin.training.checkpoint import find_checkpoint
 from hf_sft_plugin.training.microbatches import Microbatches
@@ -172,6 +173,34 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(name: str, train
     for step in steps:
         checkpoint = f"{whole.args.output_dir}/checkpoint-{step}"
         assert_goes_on(train("resumed", checkpoint, rows=make(), **case), whole, step)
+
+
+def test_rows_of_a_stream_that_were_trained_are_not_tokenized_again(
+    train: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenized: list[int] = []
+    tokenize = RowTokenizer.__call__
+
+    def count(self: Any, rows: Any, indices: Any, *args: Any) -> Any:
+        # Those of the stream, which come 64 at a time, and not what the collator checks.
+        tokenized.extend(indices if len(rows) in (64, 22) else ())
+        return tokenize(self, rows, indices, *args)
+
+    monkeypatch.setattr(RowTokenizer, "__call__", count)
+    rows = [{"prompt": f"{n} is", "response": f"{n}" if n % 9 else " "} for n in range(150)]
+
+    def make() -> Any:
+        return Dataset.from_list(rows).to_iterable_dataset().shuffle(seed=2, buffer_size=100)
+
+    settings = {"per_device_train_batch_size": 8, "max_dropped_share": 0.5, "model": DROPOUT}
+    # An epoch has 133 rows, 16 of them in a step; 80 come from the first two times 64.
+    whole = train("whole", rows=make(), **settings)
+    assert sorted({*tokenized}) == list(range(150))
+    tokenized.clear()
+    resumed = train("resumed", f"{whole.args.output_dir}/checkpoint-5", rows=make(), **settings)
+    assert_goes_on(resumed, whole, 5)
+    # Then comes the next pass, with the first 64 rows again.
+    assert tokenized[:86] == list(range(64, 150))
 
 
 def test_the_last_rows_of_a_stream_are_a_step_of_their_own(train: Make) -> None:
