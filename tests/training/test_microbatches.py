@@ -1,6 +1,7 @@
 """However the rows of a step are distributed, every row runs once and the gradient is the same."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from hf_sft_plugin import MaskedLossMixin, MaskedSFTConfig, MaskedSFTTrainer
 from hf_sft_plugin.training.microbatches import (
     Microbatches,
+    MicrobatchesMixin,
     can_regroup,
     plan_microbatches,
     regroup,
@@ -278,3 +280,17 @@ def test_a_training_step_of_ones_own_sees_the_batches_as_they_come(
     trainer.train()
     assert seen
     assert not any(isinstance(inputs, Microbatches) for inputs in seen)
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [((2, 9), 3), ((5, 9), 0), ((2, 2), 0), ((0, 0), 0), ((4, 4), 4)],
+    ids=["as many", "too many for us", "too many for it", "it cannot", "as many as rows"],
+)
+def test_processes_that_gather_weights_agree_on_a_number_that_all_have_rows_for(
+    other: tuple[int, int], expected: int
+) -> None:
+    counts = torch.tensor([other[0], -other[1]])
+    accelerator = SimpleNamespace(device="cpu", gather=lambda ours: torch.cat([ours, counts]))
+    trainer: Any = SimpleNamespace(accelerator=accelerator)
+    assert MicrobatchesMixin._agree_on_number(trainer, 3, 4) == expected
