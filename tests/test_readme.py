@@ -51,7 +51,8 @@ def test_every_flag_and_file_of_the_commands_exists() -> None:
     all_fields = [field for class_ in classes for field in dataclasses.fields(class_)]
     aliases = [alias for field in all_fields for alias in field.metadata.get("aliases", ())]
     fields = {field.name for field in all_fields} | {name.removeprefix("--") for name in aliases}
-    commands = [line.partition("#")[0] for line in SHELL_LINES if "recipes/sft.py" in line]
+    parts = [line.partition("#")[0].partition("recipes/sft.py") for line in SHELL_LINES]
+    commands = [flags for _, script, flags in parts if script]
     flags = {flag for line in commands for flag in re.findall(r"--(\w+)", line)}
     assert flags - {"help"} <= fields
     paths = {path for line in SHELL_LINES for path in re.findall(r"recipes/[\w./]+", line)}

@@ -42,6 +42,9 @@ FIELDS = {
 }
 
 
+LEARNING_RATE = 0.5
+
+
 def build_model(fields: Mapping[str, Any], dtype: torch.dtype = torch.float64) -> Any:
     """The same model on every process, and where the reference is worked out."""
     fields = {**FIELDS, **fields}
@@ -185,7 +188,7 @@ def train(case: Mapping[str, Any]) -> dict[str, Any]:
             logging_steps=1,
             max_grad_norm=0.0,
             optim="sgd",
-            learning_rate=0.5,
+            learning_rate=case.get("learning_rate", LEARNING_RATE),
             lr_scheduler_type="constant",
             train_sampling_strategy="sequential",
             **settings,

@@ -315,3 +315,12 @@ def test_what_was_found_in_a_batch_is_found_in_a_copy_of_it(
     batch["labels"] = batch["labels"] + 0
     prepared = own_trainer._prepare_inputs(batch)
     assert not prepared[FOUND_IN].is_still_in(prepared)
+
+
+def test_no_process_regroups_where_one_cannot(
+    own_trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    monkeypatch.setattr(own_trainer.accelerator, "gather", lambda n: torch.tensor([int(n), 0]))
+    batches = [batch_of([1, 2, 3]), batch_of([4, 5])]
+    assert own_trainer.regroup_step(batches, is_padded=False) == batches
