@@ -94,7 +94,10 @@ class FirstStep:
     def forward(self, microbatch: Mapping[str, Any]) -> ResponseResult:
         """What training works out for a micro-batch, without gradients."""
         self.num_forward += 1
-        with torch.no_grad(), self.trainer.compute_loss_context_manager():
+        # Compiling for passes without gradients would take longer than they do; `gradients` runs
+        # what training has compiled.
+        eagerly = torch.compiler.set_stance("force_eager")
+        with torch.no_grad(), eagerly, self.trainer.compute_loss_context_manager():
             inputs = self.trainer._prepare_inputs(dict(microbatch))
             result: ResponseResult = self.trainer.probe_loss(self.model, inputs)[0]
         return result
