@@ -3,6 +3,7 @@
 The folder holds a model and a tokenizer.
 """
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -116,6 +117,8 @@ def run(
 
 def run_all(folder: Path, runs: list[dict[str, Any]]) -> list[Any]:
     """Runs one after the other; gives what is wrong with those that are refused."""
+    # Every training looks for garbage; what was made by imports is none.
+    gc.freeze()
     found: list[Any] = []
     for each in runs:
         try:

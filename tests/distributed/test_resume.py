@@ -21,6 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
     "long stream": {"num_shards": 1, "num_rows": 160, "per_device_train_batch_size": 8},
 }
 # In the middle of a window of the log, at the end of an epoch, and in the next one.
+NO_SAVE = {"save_strategy": "no"}
 STEPS = {"dropout": (3, 4, 5), "stream": (4, 5)}
 
 
@@ -41,10 +42,16 @@ def results(folder: Path) -> dict[Any, list[dict[str, Any]]]:
     """What every rank found, by case and step that was resumed from; 0 is the whole run."""
     runs = {}
     for case, settings in CASES.items():
-        runs[case, 0] = {"name": f"{case} whole", **settings}
+        saves = {"save_steps": 1 if case in STEPS else 5}
+        runs[case, 0] = {"name": f"{case} whole", **settings, **saves}
         for step in STEPS.get(case, (5,)):
             checkpoint = str(folder / f"{case} whole" / f"checkpoint-{step}")
-            runs[case, step] = {"name": f"{case} {step}", "resume": checkpoint, **settings}
+            runs[case, step] = {
+                "name": f"{case} {step}",
+                "resume": checkpoint,
+                **settings,
+                **NO_SAVE,
+            }
     by_rank = run_on_processes(2, run_all, folder, list(runs.values()))
     return dict(zip(runs, (list(found) for found in zip(*by_rank, strict=True)), strict=True))
 
@@ -89,13 +96,19 @@ def changed(folder: Path, results: Any) -> dict[str, list[Any]]:
     to_one, to_two = [], []
     for case in ("prompts", "lengths", "stream", "stream in shards"):
         checkpoint = str(folder / f"{case} whole" / "checkpoint-5")
-        settings = {**CASES[case], "resume": checkpoint, "gradient_accumulation_steps": 2}
+        settings = {
+            **CASES[case],
+            "resume": checkpoint,
+            "gradient_accumulation_steps": 2,
+            **NO_SAVE,
+        }
         to_one.append({"name": f"one {case}", **settings})
     wider = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     to_one.append({**to_one[0], "name": "wider", **wider})
     to_one.append({**to_one[0], "name": "smaller", "gradient_accumulation_steps": 1})
-    to_one.append({"name": "began on one", "gradient_accumulation_steps": 2})
-    to_two.append({"name": "two", "resume": str(folder / "began on one" / "checkpoint-5")})
+    to_one.append({"name": "began on one", "gradient_accumulation_steps": 2, "save_steps": 5})
+    checkpoint = str(folder / "began on one" / "checkpoint-5")
+    to_two.append({"name": "two", "resume": checkpoint, **NO_SAVE})
     names = [each["name"] for each in (*to_one, *to_two)]
     found = [[each] for each in run_on_processes(1, run_all, folder, to_one)[0]]
     by_rank = run_on_processes(2, run_all, folder, to_two)
