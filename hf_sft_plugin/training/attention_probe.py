@@ -24,6 +24,10 @@ from hf_sft_plugin.training.shared_prompts import find_shared_prompts
 MODEL_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 _PROBE = "document_attention_probe"
 _OURS = (IMPLEMENTATION, _PROBE)
+# Tensors that layers may hand on: what `document_attention` takes, or need not know.
+_KNOWN_TENSORS = frozenset(
+    ("cu_seq_lens_q", "cu_seq_lens_k", "key_index", "position_ids", "s_aux", "position_bias")
+)
 # Documents of the probe; the one in the middle is disturbed, and the others must not notice.
 _LENGTHS = (6, 4, 9)
 _DISTURBED = slice(6, 10)
@@ -110,6 +114,10 @@ class _Witness:
     ) -> tuple[Tensor, None]:
         if options.get("document_lengths") is None:
             raise _UnsupportedError("its layers do not hand on what the model is told")
+        # Such as the blocks that a query sees, of which short rows have too few to leave any out.
+        tensors = {name for name, value in options.items() if isinstance(value, Tensor)}
+        if unknown := tensors - _KNOWN_TENSORS:
+            raise _UnsupportedError(f"its layers attend by {', '.join(sorted(unknown))} as well")
         self._calls.append((attention_mask, options.get("sliding_window")))
         self.dtype = min(self.dtype, value.dtype, key=lambda dtype: torch.finfo(dtype).bits)
         return document_attention(module, query, key, value, attention_mask, **options)

@@ -260,6 +260,22 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "padded, because without padding its logits differ",
         SHORT_WAY,
     ),
+    # As many blocks as the rows of the probe have, and fewer than those here.
+    "minimax m3, sparse blocks": (
+        "minimax_m3_vl_text",
+        {
+            "layer_types": ["minimax_m3_sparse", "full_attention"],
+            "index_block_size": 16,
+            "index_topk_blocks": 1,
+            "index_n_heads": 2,
+            "index_head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "experts_implementation": "eager",
+        },
+        "padded, because its layers attend by block_indices as well",
+        SHORT_WAY,
+    ),
     "more logits than tokens": ("qwen3", {"vocab_size": 337}, NO_PADDING, SHORT_WAY),
 }
 
