@@ -173,9 +173,8 @@ class WordEncoder:
         pieces = self._backend.pre_tokenizer.pre_tokenize_str(word)
         tokens = self._model.tokenize(pieces[0][0]) if len(pieces) == 1 else []
         # In the byte-level alphabet every byte is one character.
-        advances = [len(token.value) for token in tokens]
-        is_whole = sum(advances) == len(word)
-        return _to_bytes([token.id for token in tokens], advances) if is_whole else None
+        pairs = [number for token in tokens for number in (token.id, len(token.value))]
+        return array("I", pairs).tobytes() if sum(pairs[1::2]) == len(word) else None
 
     def _is_normal(self, text: str) -> bool:
         normalizer = self._backend.normalizer
