@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sft_plugin.training.response_batch import OURS, ROW_LAYOUT, RowLayout, layout_of_rows
+from hf_sft_plugin.training.response_batch import FOUND_IN, ROW_LAYOUT, RowLayout, layout_of_rows
 from hf_sft_plugin.training.trained_positions import (
     TRAINED_POSITIONS,
     TrainedPositions,
@@ -40,7 +40,7 @@ def move_padding_right(batch: Any) -> Any:
     moved: dict[str, Any] = {
         name: value.take_along_dim(columns, dim=1) if isinstance(value, Tensor) else value
         for name, value in batch.items()
-        if name not in OURS
+        if name not in (ROW_LAYOUT, TRAINED_POSITIONS, FOUND_IN)
     }
     aligned = layout_of_rows(lengths)
     if layout.documents is not None:

@@ -61,7 +61,7 @@ def test_other_batches_are_left_alone(tokenizer: Any) -> None:
     right = CollatorWithLayout(DataCollatorForPromptResponse(tokenizer))(make_rows())
     left = LeftCollator(tokenizer)(make_rows())
     positions = (left["attention_mask"].cumsum(-1) - 1).clamp_min(0)
-    own = CollatorWithLayout(lambda _: {**left, "position_ids": positions})(None)
+    own = CollatorWithLayout(lambda _: {**left, "position_ids": positions})(make_rows())
     for batch in (right, left, own, [right]):
         assert move_padding_right(batch) is batch
 
