@@ -42,7 +42,6 @@ ONE = {"per_device_train_batch_size": 12}
 TWO = {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 3}
 CASES = {
     "full": {"model": QWEN, "settings": ONE, "is_lora": False},
-    "adapter": {"model": QWEN, "settings": ONE, "is_lora": True},
     "adapter, checkpointed": {
         "model": QWEN,
         "settings": {**ONE, "gradient_checkpointing": True},
