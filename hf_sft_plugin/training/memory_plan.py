@@ -145,7 +145,7 @@ class MemoryPlanMixin(MicrobatchesMixin):
         if self.auto_gradient_checkpointing and is_short:
             # The model could be a PeftModel, which hands on what it does not know.
             own: Any = model
-            own.activation_checkpointing_enable({"use_reentrant": False})
+            own.gradient_checkpointing_enable({"use_reentrant": False})
             memory = replace(measure_step_memory(model, run, self.optimizer), forward_limit=limit)
         self._step_memory = memory
         needed = memory.of_pass([longest])

@@ -26,7 +26,7 @@ def run(folder: Path, batch_size: int) -> dict[str, Any]:
             report_to="none",
             disable_tqdm=True,
             per_device_eval_batch_size=batch_size,
-            activation_checkpointing=True,
+            gradient_checkpointing=True,
             eval_masks=["all"],
             predict_with_generate=True,
             generation_max_new_tokens=8,

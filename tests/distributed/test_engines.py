@@ -39,8 +39,8 @@ OFF = {"fused_head": "off"}
 
 def checkpointing(is_reentrant: bool) -> dict[str, Any]:
     return {
-        "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": {"use_reentrant": is_reentrant},
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": is_reentrant},
     }
 
 

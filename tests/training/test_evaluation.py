@@ -111,7 +111,7 @@ def test_an_adapter_in_training_with_gradient_checkpointing_answers_as_in_evalua
     assert expected != [greedy(model, prompt, {2}, 6) for prompt in prompts]
     model.enable_adapter_layers()
     # As a Trainer leaves it in the middle of a training.
-    base.activation_checkpointing_enable({"use_reentrant": False})
+    base.gradient_checkpointing_enable({"use_reentrant": False})
     model.config.use_cache = False
     model.train()
     found = generate(
@@ -119,7 +119,7 @@ def test_an_adapter_in_training_with_gradient_checkpointing_answers_as_in_evalua
     )
     assert found == expected
     assert model.training
-    assert base.is_activation_checkpointing
+    assert base.is_gradient_checkpointing
 
 
 def test_batches_hold_prompts_of_similar_length(model: Any, monkeypatch: Any) -> None:
