@@ -13,7 +13,7 @@ from hf_sft_plugin.training.attention_probe import MODEL_ERRORS
 from hf_sft_plugin.training.available_memory import available_memory
 from hf_sft_plugin.training.memory import StepMemory, measure_step_memory
 from hf_sft_plugin.training.microbatch_plan import TokenBudget, can_regroup, row_extents
-from hf_sft_plugin.training.microbatches import Microbatches, MicrobatchesMixin
+from hf_sft_plugin.training.microbatches import MicrobatchesMixin, in_one_list
 from hf_sft_plugin.training.response_batch import OURS
 from hf_sft_plugin.types import IGNORE_INDEX
 
@@ -106,7 +106,7 @@ class MemoryPlanMixin(MicrobatchesMixin):
         memory = self._step_memory
         if memory is None or self._memory_line is not None:
             return
-        parts = [p for b in batches for p in (b if isinstance(b, Microbatches) else [b])]
+        parts = in_one_list(batches)
         rows = []
         for part in parts:
             lengths, extents = row_extents([part])

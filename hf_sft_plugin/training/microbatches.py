@@ -4,7 +4,7 @@ Which rows share an optimizer step, and so the gradient, stays as it is; only wh
 changes. A micro-batch has a cost of its own however short its rows are, so few are better.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -48,13 +48,18 @@ class Microbatches(list[dict[str, Any]]):
     """What runs in the place of one batch of the data loader: no micro-batch, one or several."""
 
 
+def in_one_list(batches: Sequence[Any]) -> list[Any]:
+    """What runs in the place of batches, micro-batch by micro-batch."""
+    return [part for b in batches for part in (b if isinstance(b, Microbatches) else [b])]
+
+
 def remember_tensors(batches: Sequence[Any]) -> int:
     """Has each micro-batch remember what its layout and its trained positions were found in.
 
     Returns:
         How many micro-batches run in the place of these batches.
     """
-    parts = [p for b in batches for p in (b if isinstance(b, Microbatches) else [b])]
+    parts = in_one_list(batches)
     for part in parts:
         if TRAINED_POSITIONS in part or ROW_LAYOUT in part:
             part[FOUND_IN] = FoundIn(part)
@@ -249,14 +254,14 @@ class MicrobatchesMixin(_TrainerBase):
 
     def floating_point_ops(self, inputs: Any) -> int:
         """As in `Trainer`, over all micro-batches."""
-        parts: Iterator[Any] = iter(inputs if isinstance(inputs, Microbatches) else [inputs])
+        parts = in_one_list([inputs])
         return sum(super(MicrobatchesMixin, self).floating_point_ops(part) for part in parts)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         if self.args.include_num_input_tokens_seen == "no":
             return
-        parts = inputs if isinstance(inputs, Microbatches) else [inputs]
-        self._parts_of_step = [*self._parts_of_step, *without_repeats(parts)]
+        own = without_repeats(in_one_list([inputs]))
+        self._parts_of_step = [*self._parts_of_step, *own]
         # Processes run different numbers of micro-batches, so they ask each other once a step.
         if not self.accelerator.sync_gradients:
             return
