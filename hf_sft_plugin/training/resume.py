@@ -151,9 +151,8 @@ class ResumeMixin(_TrainerBase):
     def _skip_stream(self, checkpoint: str, num_batches: int) -> None:
         preparer = getattr(self.train_dataset, "preparer", None)
         if isinstance(preparer, StreamPreparer):
-            processes = self.args.world_size
-            reads_own = getattr(self.train_dataset, "num_shards", 0) >= processes
-            num_rows = num_batches * self._train_batch_size * (1 if reads_own else processes)
+            # Every process reads the rows of all.
+            num_rows = num_batches * self._train_batch_size * self.args.world_size
             preparer.skip(load_stream(checkpoint, self.accelerator), num_rows)
 
     def _describe_order(self) -> dict[str, Any]:
