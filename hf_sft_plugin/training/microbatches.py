@@ -6,7 +6,7 @@ changes. A micro-batch has a cost of its own however short its rows are, so few 
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from accelerate.utils import DistributedType
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import Trainer
 
 from hf_sft_plugin.training.microbatch_plan import (
     TokenBudget,
@@ -32,13 +31,8 @@ from hf_sft_plugin.training.response_batch import (
     layout_of_rows,
 )
 from hf_sft_plugin.training.trained_positions import TRAINED_POSITIONS, positions_of_rows
+from hf_sft_plugin.training.trainer_base import TrainerBase
 from hf_sft_plugin.types import IGNORE_INDEX
-
-if TYPE_CHECKING:
-    # A mixin stands in front of a Trainer, which type checkers cannot know from its bases.
-    _TrainerBase = Trainer
-else:
-    _TrainerBase = object
 
 # What stands where a row has no token. No model sees it: the attention mask is 0 there.
 _FILL = {"labels": IGNORE_INDEX}
@@ -141,7 +135,7 @@ def share_out(microbatches: Sequence[dict[str, Any]], num_slots: int) -> list[Mi
     ]
 
 
-class MicrobatchesMixin(_TrainerBase):
+class MicrobatchesMixin(TrainerBase):
     """Lets a `Trainer` run the rows of an optimizer step in other micro-batches than they came in.
 
     To the Trainer a step keeps its number of batches, so steps, epochs, logs and resuming are not

@@ -2,10 +2,9 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -21,18 +20,13 @@ from hf_sft_plugin.training.checkpoint import (
 )
 from hf_sft_plugin.training.data_order import data_seed, describe_order, refuse_other_order
 from hf_sft_plugin.training.prompt_sampler import SeededLengthSampler
-
-if TYPE_CHECKING:
-    # A mixin stands in front of a Trainer, which type checkers cannot know from its bases.
-    _TrainerBase = Trainer
-else:
-    _TrainerBase = object
+from hf_sft_plugin.training.trainer_base import TrainerBase
 
 # Passes over a stream that are done, and optimizer steps of the one that is not.
 _POSITION = "position"
 
 
-class ResumeMixin(_TrainerBase):
+class ResumeMixin(TrainerBase):
     """Has a `Trainer` go on exactly where a checkpoint was written, or say why it cannot."""
 
     _order: dict[str, Any] | None = None
