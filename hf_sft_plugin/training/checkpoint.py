@@ -7,7 +7,6 @@ rows of every step.
 
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ logger = logging.getLogger(__name__)
 _FILE = "response_totals.json"
 _BUDGET_FILE = "microbatch_budget.json"
 _ORDER_FILE = "data_order.json"
-_STREAM_FILE = "stream_{}.json"
 
 
 def save_totals(folder: str, totals: WindowedTotals, accelerator: Accelerator) -> None:
@@ -75,19 +73,6 @@ def load_order(folder: str) -> dict[str, Any] | None:
     """Reads what `save_order` wrote; None where a checkpoint has nothing of the kind."""
     path = Path(folder, _ORDER_FILE)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def save_stream(folder: str, num_examples: Sequence[int], accelerator: Accelerator) -> None:
-    """Writes what became of the rows of a stream so far; every process has a file of its own."""
-    path = Path(folder, _STREAM_FILE.format(accelerator.process_index))
-    path.write_text(json.dumps(num_examples), encoding="utf-8")
-
-
-def load_stream(folder: str, accelerator: Accelerator) -> list[int]:
-    """Reads what `save_stream` wrote; where there were fewer processes, all read all rows."""
-    paths = [Path(folder, _STREAM_FILE.format(n)) for n in (accelerator.process_index, 0)]
-    texts = [path.read_text(encoding="utf-8") for path in paths if path.is_file()]
-    return json.loads(texts[0]) if texts else []
 
 
 def find_checkpoint(output_dir: str) -> str:

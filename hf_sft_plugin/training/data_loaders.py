@@ -1,25 +1,19 @@
 """Data loaders: batches come with what is known of them on the host, and with marked repeats."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 from torch.utils.data import IterableDataset
-from transformers import Trainer
 
 from hf_sft_plugin.training.data_order import data_seed
 from hf_sft_plugin.training.prompt_sampler import GroupedSampler, group_prompts, require_rows
 from hf_sft_plugin.training.repeats import RowsWithRepeats, StreamWithRepeats, mark_repeats
 from hf_sft_plugin.training.response_batch import CollatorWithLayout
-
-if TYPE_CHECKING:
-    # A mixin stands in front of a Trainer, which type checkers cannot know from its bases.
-    _TrainerBase = Trainer
-else:
-    _TrainerBase = object
+from hf_sft_plugin.training.trainer_base import TrainerBase
 
 
-class DataLoadersMixin(_TrainerBase):
+class DataLoadersMixin(TrainerBase):
     """Gives a `Trainer` data loaders whose batches know their layout and which rows are repeats.
 
     Attributes:

@@ -43,10 +43,11 @@ def describe_order(trainer: Trainer, rows_per_batch: int, steps_per_epoch: int) 
         if hasattr(args, "data_options"):
             order["data options"] = _digest(repr(args.data_options()))
         if getattr(dataset, "num_shards", 0) != 1:
-            # Processes and workers read shards of their own.
-            order["processes"] = processes
-            order["per_device_train_batch_size"] = rows_per_batch
+            # Workers read shards of their own, and take turns with batches.
             order["dataloader_num_workers"] = args.dataloader_num_workers
+            if args.dataloader_num_workers > 1:
+                order["processes"] = processes
+                order["per_device_train_batch_size"] = rows_per_batch
         return order
     strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
     order["training rows"] = len(dataset)

@@ -16,7 +16,7 @@ from transformers.training_args import OptimizerNames
 from hf_sft_plugin.training.checks import working_dtype
 from hf_sft_plugin.training.lm_head import ResponseResult
 from hf_sft_plugin.training.metrics import WindowedTotals
-from hf_sft_plugin.training.microbatches import Microbatches, remember_tensors
+from hf_sft_plugin.training.microbatches import Microbatches, in_one_list, remember_tensors
 from hf_sft_plugin.training.run_state import (
     OptimizerState,
     local_part,
@@ -139,11 +139,11 @@ class FirstStep:
         for module in gathered:
             module.unshard()
 
-    def is_anywhere(self, claim: bool) -> bool:
-        """Whether something is so on any process."""
+    def on_processes(self, number: int) -> list[int]:
+        """A number as every process has it."""
         accelerator = self.trainer.accelerator
-        counts = accelerator.reduce(torch.tensor(float(claim), device=accelerator.device))
-        return bool(counts > 0)
+        numbers = accelerator.gather(torch.tensor([number], device=accelerator.device))
+        return [int(each) for each in numbers]
 
     def sum_of_shards(self, sums: Tensor) -> Tensor:
         """Sums over all parts of tensors, of sums over those of this process."""
@@ -199,11 +199,6 @@ class FirstStep:
             trainer.accelerator.gradient_state._set_sync_gradients(is_synced)
             vars(trainer).clear()
             vars(trainer).update(attributes)
-
-
-def in_one_list(batches: Sequence[Any]) -> list[Any]:
-    """The micro-batches that run in the place of batches."""
-    return [part for b in batches for part in (b if isinstance(b, Microbatches) else [b])]
 
 
 def _copy(batch: Any, shares: bool = False) -> Any:

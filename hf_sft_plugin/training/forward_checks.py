@@ -99,7 +99,7 @@ def check_documents(step: FirstStep) -> list[VerificationCheck]:
         _largest_move(before, with_other_padding),
     )
     bound = 0.0
-    if step.is_anywhere(any(moves)):
+    if any(step.on_processes(any(moves))):
         bound = 2 * _largest_move(before, predictions(ids))
     if any("expert" in name for name, _ in step.unwrapped.named_modules()):
         # Experts multiply the tokens that chose them, and round by how many these are.

@@ -12,6 +12,7 @@ from hf_sft_plugin.training.first_step import FirstStep
 from hf_sft_plugin.training.microbatch_plan import can_regroup, row_extents
 from hf_sft_plugin.training.microbatches import regroup
 from hf_sft_plugin.training.response_batch import OURS
+from hf_sft_plugin.training.router_loss import has_router_loss
 from hf_sft_plugin.training.run_state import local_part
 
 GRADIENT_CHECKS = ("gradient", "trained tensors", "updates")
@@ -58,43 +59,37 @@ def _compare_splits(
 ) -> VerificationCheck:
     name = GRADIENT_CHECKS[0]
     parts = step.microbatches
-    if getattr(step.unwrapped.config.get_text_config(), "output_router_logits", False):
+    if has_router_loss(step.unwrapped):
         return not_run(name, "the loss of the router is one of whole micro-batches")
-    split, note = split_otherwise(parts)
-    if step.is_sharded:
-        # Each pass gathers weights, so all processes need as many.
-        counts = step.trainer.accelerator.gather(
-            torch.tensor([len(split)], device=step.trainer.args.device)
-        )
-        split = [] if len(set(counts.tolist())) > 1 else split
-        note = note if split else "processes would need different numbers of passes"
-    if not split:
-        return not_run(name, note)
+    split = split_otherwise(parts)
+    # Gradients are added up over the processes, so those that can split nothing run along.
+    if not any(step.on_processes(len(split))):
+        return not_run(name, "rows cannot be put into other micro-batches")
+    split = split or parts
+    # Each pass gathers weights, so all processes need as many.
+    if step.is_sharded and len(set(step.on_processes(len(split)))) > 1:
+        return not_run(name, "processes would need different numbers of passes")
     error = _relative(step, step.gradients(split), gradients)
     if step.trainer.accelerator.scaler is not None and not error < float("inf"):
         return not_run(name, "the scaled loss overflows, as float16 often does at first")
     bound = tolerance_of(step.dtype)
+    note = f"relative difference between the same rows in {len(parts)} and in {len(split)} "
+    note += "micro-batches"
     if is_random and not error <= bound:
         return not_run(name, "the model draws random numbers that cannot be taken out of it")
     return VerificationCheck(name, error, bound, note, _ON_SPLITS)
 
 
-def split_otherwise(parts: Sequence[Any]) -> tuple[list[Any], str]:
-    """The rows of micro-batches in other micro-batches, and how they differ.
-
-    Returns:
-        The micro-batches; none where rows cannot be told apart, with the reason.
-    """
+def split_otherwise(parts: Sequence[Any]) -> list[Any]:
+    """The rows of micro-batches in other micro-batches; none where they cannot be told apart."""
     split = [piece for part in parts for piece in _in_two(part)]
-    how = "relative difference between the same rows in"
     if len(split) > len(parts):
-        return split, f"{how} {len(parts)} and in {len(split)} micro-batches"
+        return split
     if len(parts) > 1 and can_regroup(parts) and all(len(part["labels"]) == 1 for part in parts):
         _, extents = row_extents(parts)
         rows = list(range(len(parts)))
-        split = regroup(parts, [rows[n : n + 2] for n in rows[::2]], extents)
-        return split, f"{how} {len(parts)} and in {len(split)} micro-batches"
-    return [], "rows cannot be put into other micro-batches"
+        return regroup(parts, [rows[n : n + 2] for n in rows[::2]], extents)
+    return []
 
 
 def _in_two(part: Mapping[str, Any]) -> list[Any]:

@@ -7,13 +7,12 @@ these modules run at trained positions only, and put zeros elsewhere, which noth
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import DistributedType, is_compiled_module
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_sft_plugin.training.adapters import adapter_state
@@ -26,12 +25,7 @@ from hf_sft_plugin.training.attention_probe import (
 )
 from hf_sft_plugin.training.lm_head import replaced_forward
 from hf_sft_plugin.training.response_batch import ResponseBatch
-
-if TYPE_CHECKING:
-    # A mixin stands in front of a Trainer, which type checkers cannot know from its bases.
-    _TrainerBase = Trainer
-else:
-    _TrainerBase = object
+from hf_sft_plugin.training.trainer_base import TrainerBase
 
 # Children of a decoder layer that work on each position by itself, by their names in transformers.
 _PART_NAMES = ("q_proj", "o_proj", "mlp", "feed_forward")
@@ -206,7 +200,7 @@ def _random_states(device: torch.device) -> list[Tensor]:
     return states
 
 
-class LastLayerMixin(_TrainerBase):
+class LastLayerMixin(TrainerBase):
     """Lets a trainer run the last layer at trained positions only.
 
     Attributes:

@@ -1,11 +1,10 @@
 """Evaluation by the loss: sums over all rows, whatever the batch size and the processes."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_sft_plugin.loss.masked_loss import LossNormalization
@@ -20,16 +19,11 @@ from hf_sft_plugin.training.repeats import (
     rows_of_dataset,
 )
 from hf_sft_plugin.training.response_batch import without_stale
+from hf_sft_plugin.training.trainer_base import TrainerBase
 from hf_sft_plugin.types import RowError
 
-if TYPE_CHECKING:
-    # A mixin stands in front of a Trainer, which type checkers cannot know from its bases.
-    _TrainerBase = Trainer
-else:
-    _TrainerBase = object
 
-
-class MaskedEvaluationMixin(_TrainerBase):
+class MaskedEvaluationMixin(TrainerBase):
     """Gives a `Trainer` an evaluation with exact figures; see `MaskedLossMixin`.
 
     Attributes:

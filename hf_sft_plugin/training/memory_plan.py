@@ -9,11 +9,12 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from hf_sft_plugin.training.adapters import find_checkpointing_problem
 from hf_sft_plugin.training.attention_probe import MODEL_ERRORS
 from hf_sft_plugin.training.available_memory import available_memory
 from hf_sft_plugin.training.memory import StepMemory, measure_step_memory
 from hf_sft_plugin.training.microbatch_plan import TokenBudget, can_regroup, row_extents
-from hf_sft_plugin.training.microbatches import Microbatches, MicrobatchesMixin
+from hf_sft_plugin.training.microbatches import MicrobatchesMixin, in_one_list
 from hf_sft_plugin.training.response_batch import OURS
 from hf_sft_plugin.types import IGNORE_INDEX
 
@@ -60,7 +61,7 @@ class MemoryPlanMixin(MicrobatchesMixin):
             # Nor is one that a checkpoint brought along.
             self._budget = None
             return
-        possible, longest = 0, 0
+        possible = 0
         if batches and can_regroup(batches) and batches[0].keys() <= _OF_ROWS:
             lengths, extents = row_extents(batches)
             longest = self.longest_row() or max(lengths)
@@ -78,9 +79,8 @@ class MemoryPlanMixin(MicrobatchesMixin):
             self._memory_line = "not estimated, so batches run as they come"
         if self.accelerator.num_processes > 1:
             # Processes see different rows and memory, and have to agree.
-            found = torch.tensor([possible, -longest], device=self.accelerator.device)
-            everywhere = self.accelerator.gather(found).view(-1, 2)
-            possible, longest = int(everywhere[:, 0].min()), -int(everywhere[:, 1].min())
+            found = torch.tensor([possible], device=self.accelerator.device)
+            possible = int(self.accelerator.gather(found).min())
         if possible and self._budget is None:
             most = _CPU_TOKENS if self.args.device.type == "cpu" else _TOKENS
             self._budget = TokenBudget(min(most, possible), possible)
@@ -106,7 +106,7 @@ class MemoryPlanMixin(MicrobatchesMixin):
         memory = self._step_memory
         if memory is None or self._memory_line is not None:
             return
-        parts = [p for b in batches for p in (b if isinstance(b, Microbatches) else [b])]
+        parts = in_one_list(batches)
         rows = []
         for part in parts:
             lengths, extents = row_extents([part])
@@ -141,8 +141,9 @@ class MemoryPlanMixin(MicrobatchesMixin):
         # Which head it is was found out by running it.
         limit = self.forward_limit()
         memory = replace(memory, forward_limit=limit)
-        is_short = memory.of_pass([longest]) > left and not memory.is_checkpointed
-        if self.auto_gradient_checkpointing and is_short:
+        is_short = memory.of_pass([longest]) > left
+        can_switch = not memory.is_checkpointed and find_checkpointing_problem(model) is None
+        if self.auto_gradient_checkpointing and is_short and can_switch:
             # The model could be a PeftModel, which hands on what it does not know.
             own: Any = model
             own.gradient_checkpointing_enable({"use_reentrant": False})
@@ -157,7 +158,7 @@ class MemoryPlanMixin(MicrobatchesMixin):
                 f"{longest:,}",
                 _gigabytes(needed),
                 _gigabytes(max(0, left)),
-                "" if memory.is_checkpointed else "auto_gradient_checkpointing to true, or ",
+                "auto_gradient_checkpointing to true, or " if can_switch else "",
             )
         return min(_NUM_MOST, memory.max_tokens(left / 2, longest))
 

@@ -4,9 +4,9 @@ Which rows share an optimizer step, and so the gradient, stays as it is; only wh
 changes. A micro-batch has a cost of its own however short its rows are, so few are better.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from accelerate.utils import DistributedType
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import Trainer
 
 from hf_sft_plugin.training.microbatch_plan import (
     TokenBudget,
@@ -32,13 +31,8 @@ from hf_sft_plugin.training.response_batch import (
     layout_of_rows,
 )
 from hf_sft_plugin.training.trained_positions import TRAINED_POSITIONS, positions_of_rows
+from hf_sft_plugin.training.trainer_base import TrainerBase
 from hf_sft_plugin.types import IGNORE_INDEX
-
-if TYPE_CHECKING:
-    # A mixin stands in front of a Trainer, which type checkers cannot know from its bases.
-    _TrainerBase = Trainer
-else:
-    _TrainerBase = object
 
 # What stands where a row has no token. No model sees it: the attention mask is 0 there.
 _FILL = {"labels": IGNORE_INDEX}
@@ -48,13 +42,18 @@ class Microbatches(list[dict[str, Any]]):
     """What runs in the place of one batch of the data loader: no micro-batch, one or several."""
 
 
+def in_one_list(batches: Sequence[Any]) -> list[Any]:
+    """What runs in the place of batches, micro-batch by micro-batch."""
+    return [part for b in batches for part in (b if isinstance(b, Microbatches) else [b])]
+
+
 def remember_tensors(batches: Sequence[Any]) -> int:
     """Has each micro-batch remember what its layout and its trained positions were found in.
 
     Returns:
         How many micro-batches run in the place of these batches.
     """
-    parts = [p for b in batches for p in (b if isinstance(b, Microbatches) else [b])]
+    parts = in_one_list(batches)
     for part in parts:
         if TRAINED_POSITIONS in part or ROW_LAYOUT in part:
             part[FOUND_IN] = FoundIn(part)
@@ -136,7 +135,7 @@ def share_out(microbatches: Sequence[dict[str, Any]], num_slots: int) -> list[Mi
     ]
 
 
-class MicrobatchesMixin(_TrainerBase):
+class MicrobatchesMixin(TrainerBase):
     """Lets a `Trainer` run the rows of an optimizer step in other micro-batches than they came in.
 
     To the Trainer a step keeps its number of batches, so steps, epochs, logs and resuming are not
@@ -249,14 +248,14 @@ class MicrobatchesMixin(_TrainerBase):
 
     def floating_point_ops(self, inputs: Any) -> int:
         """As in `Trainer`, over all micro-batches."""
-        parts: Iterator[Any] = iter(inputs if isinstance(inputs, Microbatches) else [inputs])
+        parts = in_one_list([inputs])
         return sum(super(MicrobatchesMixin, self).floating_point_ops(part) for part in parts)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         if self.args.include_num_input_tokens_seen == "no":
             return
-        parts = inputs if isinstance(inputs, Microbatches) else [inputs]
-        self._parts_of_step = [*self._parts_of_step, *without_repeats(parts)]
+        own = without_repeats(in_one_list([inputs]))
+        self._parts_of_step = [*self._parts_of_step, *own]
         # Processes run different numbers of micro-batches, so they ask each other once a step.
         if not self.accelerator.sync_gradients:
             return

@@ -130,8 +130,6 @@ def mark_repeats(loader: Any) -> None:
         return
     num_processes = 1 if shard.split_batches else shard.num_processes
     shard.batch_sampler = EvenBatches(shard.batch_sampler, num_processes)
-    # Where an epoch is resumed, this is where it is looked for to tell it the epoch.
-    shard.sampler = getattr(shard.batch_sampler, "sampler", None)
 
 
 def rows_of_dataset(dataset: Any) -> Any:

@@ -311,9 +311,8 @@ def split_batch(inputs: Mapping[str, Any], normalization: LossNormalization) -> 
     """
     targets, weights, divisors = _weigh(inputs, normalization)
     num_tokens = _count_tokens(inputs, targets)
-    found_in: FoundIn | None = inputs.get(FOUND_IN)
-    if found_in is not None and not found_in.is_still_in(inputs):
-        inputs = {name: value for name, value in inputs.items() if name not in OURS}
+    if FOUND_IN in inputs:
+        inputs = without_stale(inputs)
     trained: TrainedPositions | None = inputs.get(TRAINED_POSITIONS)
     # A process that was sent its part of a larger batch got the positions of the whole.
     if trained is None or trained.shape != targets.shape:

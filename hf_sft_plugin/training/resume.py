@@ -1,11 +1,11 @@
 """Stopping and resuming: a resumed run is the run that was not stopped, to the last bit."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -14,25 +14,20 @@ from hf_sft_plugin.data.streaming import StreamPreparer
 from hf_sft_plugin.training.checkpoint import (
     find_checkpoint,
     load_order,
-    load_stream,
     require_resumable,
     save_order,
-    save_stream,
 )
 from hf_sft_plugin.training.data_order import data_seed, describe_order, refuse_other_order
 from hf_sft_plugin.training.prompt_sampler import SeededLengthSampler
-
-if TYPE_CHECKING:
-    # A mixin stands in front of a Trainer, which type checkers cannot know from its bases.
-    _TrainerBase = Trainer
-else:
-    _TrainerBase = object
+from hf_sft_plugin.training.trainer_base import TrainerBase
 
 # Passes over a stream that are done, and optimizer steps of the one that is not.
 _POSITION = "position"
+# What became of the rows of a stream so far, the same on every process.
+_NUM_EXAMPLES = "examples of a stream"
 
 
-class ResumeMixin(_TrainerBase):
+class ResumeMixin(TrainerBase):
     """Has a `Trainer` go on exactly where a checkpoint was written, or say why it cannot."""
 
     _order: dict[str, Any] | None = None
@@ -71,6 +66,7 @@ class ResumeMixin(_TrainerBase):
         order = None if resume_from_checkpoint is None else load_order(resume_from_checkpoint)
         if order is not None and not self.args.ignore_data_skip:
             passes, steps = order.pop(_POSITION)
+            num_examples = order.pop(_NUM_EXAMPLES, [])
             rows_per_batch = self._train_batch_size * self.args.world_size
             refuse_other_order(
                 str(resume_from_checkpoint), order, self._describe_order(), rows_per_batch
@@ -78,7 +74,7 @@ class ResumeMixin(_TrainerBase):
             if num_train_epochs == sys.maxsize:
                 # The Trainer takes every stream for one that outlasts the training.
                 epoch, batches = passes, steps * self.args.gradient_accumulation_steps
-                self._skip_stream(str(resume_from_checkpoint), batches)
+                self._skip_stream(num_examples, batches)
         if self.state.global_step >= max_steps:
             # The Trainer would take one more step.
             epoch, batches = num_train_epochs, 0
@@ -142,19 +138,18 @@ class ResumeMixin(_TrainerBase):
         super()._save_rng_state(output_dir)
         position = self._epoch, self.state.global_step - self._first_step_of_epoch
         order = {**self._describe_order(), _POSITION: position}
-        save_order(output_dir, order, self.accelerator)
         if isinstance(preparer := getattr(self.train_dataset, "preparer", None), StreamPreparer):
-            save_stream(output_dir, preparer.num_examples, self.accelerator)
+            order[_NUM_EXAMPLES] = preparer.num_examples
+        save_order(output_dir, order, self.accelerator)
         # Next comes the file that makes the checkpoint complete.
         self.accelerator.wait_for_everyone()
 
-    def _skip_stream(self, checkpoint: str, num_batches: int) -> None:
+    def _skip_stream(self, num_examples: Sequence[int], num_batches: int) -> None:
         preparer = getattr(self.train_dataset, "preparer", None)
         if isinstance(preparer, StreamPreparer):
-            processes = self.args.world_size
-            reads_own = getattr(self.train_dataset, "num_shards", 0) >= processes
-            num_rows = num_batches * self._train_batch_size * (1 if reads_own else processes)
-            preparer.skip(load_stream(checkpoint, self.accelerator), num_rows)
+            # Every process reads the rows of all.
+            num_rows = num_batches * self._train_batch_size * self.args.world_size
+            preparer.skip(num_examples, num_rows)
 
     def _describe_order(self) -> dict[str, Any]:
         if self._order is None:

@@ -110,9 +110,6 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-_local = local_part
-
-
 def on_host(tensor: Tensor) -> Tensor:
     """A copy of the part of a tensor that this process holds, in the memory of the host."""
     return local_part(tensor.detach()).to("cpu", copy=True)

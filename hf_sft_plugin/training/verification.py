@@ -6,7 +6,7 @@ the first real rows, by the trainer's own methods. Afterwards all is as it was.
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import DistributedType
 from rich.console import Console
@@ -30,13 +30,7 @@ from hf_sft_plugin.training.forward_checks import (
 )
 from hf_sft_plugin.training.gradient_checks import GRADIENT_CHECKS, check_gradients
 from hf_sft_plugin.training.run_state import training_undone
-
-if TYPE_CHECKING:
-    # A mixin stands in front of a Trainer, which type checkers cannot know from its bases.
-    _TrainerBase = Trainer
-else:
-    _TrainerBase = object
-
+from hf_sft_plugin.training.trainer_base import TrainerBase
 
 _ALL_CHECKS = (*BATCH_CHECKS, *DOCUMENT_CHECKS, *HEAD_CHECKS, *GRADIENT_CHECKS)
 
@@ -61,7 +55,7 @@ class _VerificationEnded(BaseException):
         self.checks = checks
 
 
-class VerificationMixin(_TrainerBase):
+class VerificationMixin(TrainerBase):
     """Lets a `Trainer` verify its first optimizer step before it takes it.
 
     Attributes:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from processes import run_on_processes
-from verification_worker import WAYS, run_all, run_unequal
+from verification_worker import WAYS, run_all, run_unequal, run_uneven
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +53,10 @@ def test_verified_runs_of_two_processes_are_the_same_runs(found: Any, is_sharded
 def test_what_fails_on_one_process_fails_on_all(folder: Path) -> None:
     # Of the four rows of the second process none ends with its stop token.
     assert run_on_processes(2, run_unequal, folder) == ["stop tokens 4"] * 2
+
+
+def test_a_process_with_one_row_takes_part_in_the_split_of_the_others(folder: Path) -> None:
+    # The second process has a repeat beside its row, and so nothing to split.
+    checks, others = run_on_processes(2, run_uneven, folder, timeout=60)
+    assert checks == others
+    assert [name for name, value in checks if value is None] == []

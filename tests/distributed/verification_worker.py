@@ -1,5 +1,6 @@
 """What every process of the test of verified runs runs: the same training three times."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,24 @@ def run_unequal(folder: Path) -> str:
         trainer.stop_token_ids = frozenset({299})
     failed = [c for c in verify_training(trainer, stop_on_failure=False) if c.has_failed]
     return ", ".join(f"{check.name} {check.value:.0f}" for check in failed)
+
+
+def run_uneven(folder: Path) -> list[tuple[str, float | None]]:
+    """A verification of one row on the last process, and of two on the others."""
+    world_size = int(os.environ["WORLD_SIZE"])
+    trainer = MaskedSFTTrainer(
+        AutoModelForCausalLM.from_pretrained(folder / "model"),
+        MaskedSFTConfig(
+            output_dir=str(folder / "uneven"),
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            per_device_train_batch_size=2,
+            max_steps=1,
+        ),
+        train_dataset=load_from_disk(folder / "train").select(range(2 * world_size - 1)),
+        processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+    )
+    checks = verify_training(trainer)
+    trainer.train()
+    return [(check.name, check.value) for check in checks]

@@ -4,8 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +17,9 @@ from hf_sft_plugin.training.checkpoint import (
     find_checkpoint,
     is_complete,
     load_order,
-    load_stream,
     load_totals,
     require_resumable,
     save_order,
-    save_stream,
     save_totals,
 )
 from hf_sft_plugin.training.metrics import NUM_TOTALS, Totals, WindowedTotals
@@ -98,18 +95,6 @@ def test_the_order_of_the_rows_comes_back(tmp_path: Path) -> None:
     order = {"training rows": 3, "position": [0, 2]}
     save_order(str(tmp_path), order, Accelerator(cpu=True))
     assert load_order(str(tmp_path)) == order
-
-
-def test_every_process_gets_its_own_account_of_a_stream_and_a_new_one_that_of_the_first(
-    tmp_path: Path,
-) -> None:
-    first, second = (cast(Accelerator, SimpleNamespace(process_index=n)) for n in range(2))
-    assert load_stream(str(tmp_path), first) == []
-    save_stream(str(tmp_path), [64, 63], first)
-    assert load_stream(str(tmp_path), second) == [64, 63]
-    save_stream(str(tmp_path), [1], second)
-    assert load_stream(str(tmp_path), first) == [64, 63]
-    assert load_stream(str(tmp_path), second) == [1]
 
 
 @pytest.mark.parametrize("state", [None, "", '{"epoch": 1.', "3", "\0"])

@@ -93,7 +93,7 @@ def test_the_order_of_rows_is_told_by_what_decides_on_it() -> None:
     assert set(found) == {"training rows", "digest of the training rows", "order", "data_seed"}
 
 
-def test_a_stream_in_shards_is_bound_to_processes_and_workers_and_another_is_not() -> None:
+def test_a_stream_in_shards_is_bound_to_workers_and_their_processes_and_another_is_not() -> None:
     rows = Dataset.from_list(make_rows())
     settings = {"max_steps": 3, "dataloader_num_workers": 2}
     assert describe(rows.to_iterable_dataset(), **settings) == {"rows per optimizer step": 2}
@@ -103,6 +103,9 @@ def test_a_stream_in_shards_is_bound_to_processes_and_workers_and_another_is_not
         "per_device_train_batch_size": 2,
         "dataloader_num_workers": 2,
     }
+    # One reader takes the shards one after the other.
+    found = describe(rows.to_iterable_dataset(2), max_steps=3)
+    assert found == {"rows per optimizer step": 2, "dataloader_num_workers": 0}
 
 
 def test_a_stream_is_told_by_what_makes_its_tokens(tokenizer_factory: Callable[..., Any]) -> None:

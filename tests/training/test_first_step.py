@@ -113,7 +113,7 @@ def test_engines_and_optimizers_that_allow_no_trial_are_told_apart(
     step = first_step(model, args, tokenizer)
     assert step.backward_problem is None
     assert not step.is_sharded
-    assert (step.is_anywhere(True), step.is_anywhere(False)) == (True, False)
+    assert (step.on_processes(3), step.on_processes(False)) == ([3], [0])
     assert step.sum_of_shards(torch.ones(2)).tolist() == [1, 1]
     step.trainer.args.optim = "lomo"
     assert step.backward_problem == "the optimizer lomo changes weights in the backward pass"

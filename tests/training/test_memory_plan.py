@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig
 
 from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
 from hf_sft_plugin.training import memory, memory_plan
@@ -97,6 +97,16 @@ def test_gradient_checkpointing_is_switched_on_where_memory_is_short_and_it_was_
     # Dropout included.
     for ours, theirs in zip(found.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_an_adapter_that_gradient_checkpointing_would_leave_out_goes_without(
+    train: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(memory_plan, "available_memory", lambda device: 0)
+    prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    found, _ = train(peft_config=prefix, auto_gradient_checkpointing=True)
+    assert not any(map(memory._is_checkpointed, found.model.modules()))
+    assert "are left. Set max_length lower." in caplog.text
 
 
 def test_the_size_of_the_users_batches_is_kept_where_there_is_memory(
