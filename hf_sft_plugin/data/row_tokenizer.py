@@ -38,13 +38,7 @@ from hf_sft_plugin.data.truncation import (
     plan_truncation,
     without_oldest_exchange,
 )
-from hf_sft_plugin.types import (
-    Conversation,
-    DataOptions,
-    RowError,
-    TokenizedExample,
-    TrainedSpan,
-)
+from hf_sft_plugin.types import Conversation, DataOptions, RowError, TokenizedExample, TrainedSpan
 
 # A row, trained token ids of it, the text that they must decode to, and what encodes that text
 # alone; None where the ids came about so.

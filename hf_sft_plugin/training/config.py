@@ -186,8 +186,7 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
     predict_with_generate: bool = field(
         default=False,
         metadata={
-            "help": "Whether evaluation also generates a response to every prompt and compares it "
-            "with the expected one."
+            "help": "Whether evaluation also generates a response to every prompt, and judges it."
         },
     )
     generation_metrics: list[str] = field(
@@ -210,9 +209,8 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={
-            "help": "Has no effect, and is False: it would wait for the device at every "
-            "micro-batch. Tokens whose loss is not finite are left out of the logged means, and "
-            "counted in num_nonfinite_losses."
+            "help": "Has no effect: it would wait for the device at every micro-batch. Losses that "
+            "are not finite are left out of logged means, and counted in num_nonfinite_losses."
         },
     )
     logging_steps: float = field(

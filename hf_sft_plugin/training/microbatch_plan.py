@@ -169,7 +169,7 @@ def keep_prompts_together(
 ) -> list[list[int]]:
     """A plan whose rows share prompts within micro-batches, unless that would need more of them."""
     documents = documents_of(batches)
-    if documents is None:
+    if not plan or documents is None:
         return plan
     bundles, costs = bundle_rows(documents, max_tokens)
     bundled = plan_microbatches(costs, max_tokens)

@@ -176,13 +176,13 @@ class MicrobatchesMixin(_TrainerBase):
         own = without_repeats(batches)
         rows = own or batches[:1]
         plan, extents, max_tokens = plan_step(rows, budget, is_padded)
-        most = len(plan)
         if self.accelerator.distributed_type == DistributedType.FSDP:
             # Each forward pass gathers weights, so all processes need as many.
             most = self._agree_on_number(len(plan))
             plan = split_up(plan, min(most, len(extents)))
-        elif plan and shares_prompts:
-            plan = keep_prompts_together(plan, rows, max_tokens)
+        else:
+            plan = keep_prompts_together(plan, rows, max_tokens) if shares_prompts else plan
+            most = len(plan)
         if not most:
             return batches
         made = regroup(rows, plan, extents)

@@ -125,5 +125,5 @@ def test_rows_of_one_shape_ask_the_markers_once_and_at_the_audits(
 
     monkeypatch.setattr("hf_sft_plugin.data.rendering.marked_ranges", count)
     prepare(NARROW, [CHAT] * 250)
-    # One for the shape, three trials, and the hundredth and two hundredth rows.
-    assert num_asked == 6
+    # The first row, one for the shape, three trials, and the hundredth and two hundredth rows.
+    assert num_asked == 7

@@ -45,7 +45,7 @@ def run(
     monkeypatch.setenv("COLUMNS", "200")
 
     def run_recipe(*argv: str) -> str:
-        flags = (*argv, "--use_cpu", "1", "--num_cpu_threads", "2", "--output_dir", "out")
+        flags = (*argv, "--use_cpu", "1", "--num_cpu_threads", "1", "--output_dir", "out")
         monkeypatch.setattr(sys, "argv", ["sft.py", *flags])
         sft.main()
         return capsys.readouterr().out

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
+from hf_sft_plugin.training import callbacks
 from hf_sft_plugin.training.microbatches import Microbatches
 
 
@@ -100,6 +101,8 @@ def measure(model: dict[str, Any], settings: dict[str, Any], is_lora: bool) -> N
 
 def main(cases: list[dict[str, Any]]) -> None:
     torch.set_num_threads(1)
+    # They take longer than the training.
+    callbacks.write_report = lambda folder: []
     # What libraries take at their first use is not the model's.
     warm = torch.nn.Linear(256, 256)
     warm(torch.randn(512, 256)).sum().backward()

@@ -14,10 +14,10 @@ from hf_sft_plugin.training import allocator
 
 # Pages of 4 KiB that a process touches for the first time while 64 MiB are taken ten times.
 COUNT_FAULTS = """
-import resource, sys
-from hf_sft_plugin.training.allocator import keep_freed_memory
-if sys.argv[1] == "keep":
-    assert keep_freed_memory()
+import resource, runpy, sys
+mode, path = sys.argv[1:]
+if mode == "keep":
+    assert runpy.run_path(path)["keep_freed_memory"]()
 def fill():
     bytearray(b"x") * 2**26
 fill()
@@ -33,7 +33,7 @@ def test_memory_is_taken_from_the_system_once() -> None:
     faults = {
         mode: int(
             subprocess.run(
-                [sys.executable, "-c", COUNT_FAULTS, mode],
+                [sys.executable, "-c", COUNT_FAULTS, mode, str(allocator.__file__)],
                 capture_output=True,
                 text=True,
                 check=True,

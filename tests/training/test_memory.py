@@ -29,7 +29,7 @@ QWEN = {
 }
 LLAMA = {
     "model_type": "llama",
-    "vocab_size": 32768,
+    "vocab_size": 16384,
     "hidden_size": 384,
     "intermediate_size": 512,
     "num_hidden_layers": 3,
@@ -42,12 +42,6 @@ ONE = {"per_device_train_batch_size": 12}
 TWO = {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 3}
 CASES = {
     "full": {"model": QWEN, "settings": ONE, "is_lora": False},
-    "full, checkpointed": {
-        "model": QWEN,
-        "settings": {**ONE, "gradient_checkpointing": True},
-        "is_lora": False,
-    },
-    "adapter": {"model": QWEN, "settings": ONE, "is_lora": True},
     "adapter, checkpointed": {
         "model": QWEN,
         "settings": {**ONE, "gradient_checkpointing": True},

@@ -428,15 +428,3 @@ class Stream(IterableDataset[Any]):
 
     def __iter__(self) -> Any:
         return iter(make_rows())
-
-
-def test_a_compiled_model_needs_no_padding_either(
-    make_trainer: Callable[..., OwnTrainer], model_factory: Make
-) -> None:
-    losses = []
-    for settings in ({"torch_compile": True, "torch_compile_backend": "eager"}, {}):
-        mode = "on" if settings else "off"
-        options = {"max_steps": 4, "learning_rate": 1e-2, **settings}
-        trainer = make_trainer(mode, model=model_factory(), settings=options)
-        losses.append(trainer.train().training_loss)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -152,7 +152,7 @@ def test_the_table_is_printed_and_the_passes_in_it_are_those_that_ran(
 
     trainer.verify_first_step = verify_first_step  # type: ignore[method-assign]
     trainer.train()
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert counts == {"forward": 6, "backward": 3}
     assert "6 forward passes and 3 with backward in " in printed
     assert "those of the step itself, 1, took " in printed
