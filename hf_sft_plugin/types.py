@@ -11,6 +11,7 @@ prediction made at `t`. `loss.token_stats.shift_labels` is the one place that ch
 """
 
 import json
+from collections.abc import MutableSequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NotRequired, TypedDict, get_args
 
@@ -307,8 +308,8 @@ class TokenizedExample(TypedDict):
         source: Where the row came from; absent where the dataset does not say.
     """
 
-    input_ids: list[int]
-    response_mask: list[int]
+    input_ids: MutableSequence[int]
+    response_mask: MutableSequence[int]
     loss_weights: NotRequired[list[float]]
     eval_masks: NotRequired[list[int]]
     source: NotRequired[str]

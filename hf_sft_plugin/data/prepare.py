@@ -140,7 +140,19 @@ def _prepare_batch(
             for column in schema.names:
                 table[column].append(values.get(column))
             account = None
-    return pa.Table.from_pydict(table, schema=schema)
+    columns = [_to_arrow(table[field.name], field.type) for field in schema]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _to_arrow(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """A column; numbers are copied whole lists at a time, as they lie in memory."""
+    if not pa.types.is_list(kind):
+        return pa.array(values, kind)
+    dtype = kind.value_type.to_pandas_dtype()
+    parts = [np.asarray(() if value is None else value, dtype) for value in values]
+    offsets = np.cumsum([0, *map(len, parts)], dtype=np.int32)
+    is_missing = pa.array([value is None for value in values])
+    return pa.ListArray.from_arrays(offsets, np.concatenate(parts), type=kind, mask=is_missing)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ A trained span begins right after the text that inference supplies and ends with
 that inference waits for. Neither the role header before it nor the newline after it is trained.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -26,11 +26,11 @@ class MaskedText:
         num_straddled: Tokens that reached across the edge of a span.
     """
 
-    input_ids: list[int]
-    mask: list[int]
+    input_ids: MutableSequence[int]
+    mask: bytearray
     weights: list[float] | None
     spans: list[TrainedSpan]
-    proofs: list[tuple[list[int], str]]
+    proofs: list[tuple[Sequence[int], str]]
     num_straddled: int
 
 
@@ -72,7 +72,7 @@ def mask_text(
             parts = [text[start:end] for start, end in pairwise([0, *sorted(cuts), len(text)])]
             encoding = encode(parts)
             straddled = {edge for edge in edges if not _is_clean(encoding, edge)}
-    zeros = [0] * len(encoding.ids)
+    zeros = bytearray(len(encoding.ids))
     has_weights = any(span.weight != 1 for span in rendered.spans)
     weights = [0.0] * len(zeros) if has_weights else None
     masked = MaskedText(encoding.ids, zeros, weights, [], [], num_straddled)
@@ -201,13 +201,13 @@ def _mask_span(
             "empty response",
         )
     _check_turns(span, (span.start, last), rendered, index)
-    masked.mask[start:end] = [int(span.weight > 0)] * (end - start)
+    masked.mask[start:end] = bytes([span.weight > 0]) * (end - start)
     if masked.weights is not None:
         masked.weights[start:end] = [span.weight] * (end - start)
     for first, after in span.untrained:
         tokens = (_token_from(encoding, edge, text, boundary) for edge in (first, after))
         hidden = slice(*tokens)
-        masked.mask[hidden] = [0] * len(masked.mask[hidden])
+        masked.mask[hidden] = bytes(len(masked.mask[hidden]))
     masked.spans.append(TrainedSpan(start, end, span.turn, span.kind))
     if boundary == "split" or not masked.num_straddled:
         masked.proofs.append((masked.input_ids[start:stop], text[span.start : told]))

@@ -42,7 +42,7 @@ from hf_sft_plugin.types import Conversation, DataOptions, RowError, TokenizedEx
 
 # A row, trained token ids of it, the text that they must decode to, and what encodes that text
 # alone; None where the ids came about so.
-Proof: TypeAlias = tuple["RowOutcome", list[int], str, Callable[[], JoinedEncoding] | None]
+Proof: TypeAlias = tuple["RowOutcome", Sequence[int], str, Callable[[], JoinedEncoding] | None]
 
 
 @dataclass
@@ -356,15 +356,14 @@ class RowTokenizer:
             for piece, left in pieces:
                 # Nothing comes before the first token, so nothing predicts it.
                 for marks in (piece["response_mask"], piece.get("eval_masks", [])):
-                    marks[0:1] = [0] * len(marks[0:1])
+                    marks[0:1] = bytes(len(marks[0:1]))
                 if any(piece["response_mask"]) or any(piece.get("eval_masks", ())):
                     outcome.add(piece, left)
                     if _ends_with(piece, self._stops):
                         outcome.num_stopped += 1
                     elif piece is not example and _ends_with(example, self._stops):
                         outcome.num_cut_before_stop += 1
-        num_after = outcome.num_example_tokens
-        outcome.num_lost = outcome.num_tokens - num_after
+        outcome.num_lost = outcome.num_tokens - outcome.num_example_tokens
         if not outcome.examples and outcome.error is None:
             is_cut = limit is not None and longest > limit
             outcome.drop(nothing_left(outcome.row, limit if is_cut else None, longest))

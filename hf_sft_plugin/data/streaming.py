@@ -14,7 +14,7 @@ from hf_sft_plugin.data.formats import RowFormat, detect_format
 from hf_sft_plugin.data.ledger import Ledger, account_of
 from hf_sft_plugin.data.prepare import name_in_errors
 from hf_sft_plugin.data.row_tokenizer import RowTokenizer
-from hf_sft_plugin.data.tokenization import make_options
+from hf_sft_plugin.data.tokenization import make_options, with_lists
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class StreamPreparer:
             self._ledger.add_row(account_of(outcome))
             if outcome.error is not None and self._ledger.num_rows_dropped <= _NUM_NAMED_ROWS:
                 logger.warning("A row of the %s stream is left out. %s", self._name, outcome.error)
-            for example in outcome.examples:
+            for example in with_lists(outcome).examples:
                 for column in self._columns:
                     table[column].append(example.get(column))
         if self._ledger.num_rows >= _NUM_ROWS_FOR_SHARE:

@@ -1,7 +1,7 @@
 """Texts to tokens that know their characters, and back."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from typing import Protocol
 
 from tokenizers import Encoding
@@ -20,7 +20,7 @@ class TextEncoding(Protocol):
         tells_characters: Whether the characters of each single token are known.
     """
 
-    ids: list[int]
+    ids: MutableSequence[int]
     seams: dict[int, int]
     tells_characters: bool
 
@@ -39,7 +39,7 @@ class WholeEncoding:
     """
 
     def __init__(self, encoding: Encoding) -> None:
-        self.ids: list[int] = encoding.ids
+        self.ids: MutableSequence[int] = encoding.ids
         self.seams: dict[int, int] = {}
         self.tells_characters = True
         self._encoding = encoding
@@ -73,7 +73,7 @@ class JoinedEncoding:
         lengths: Sequence[int],
         tells_characters: bool = True,
     ) -> None:
-        self.ids: list[int] = []
+        self.ids: MutableSequence[int] = []
         self.seams: dict[int, int] = {0: 0}
         self.tells_characters = tells_characters
         self._places: list[tuple[int, int]] = []

@@ -30,7 +30,7 @@ class TokenDecoder:
             kind = json.loads(backend.decoder.__getstate__())["type"]
             self._texts = _TokenTexts(backend.decode) if kind == "ByteLevel" else None
 
-    def __call__(self, rows: Sequence[list[int]]) -> list[str]:
+    def __call__(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """One text per list of ids."""
         if self._texts is None:
             return self._decode_rows(rows)
@@ -41,13 +41,13 @@ class TokenDecoder:
             made[number] = text
         return [text or "" for text in made]
 
-    def _decode_rows(self, rows: Sequence[list[int]]) -> list[str]:
+    def _decode_rows(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The tokenizer's own decoding, without what transformers tidies up."""
         if self._tokenizer.is_fast:
             backend = self._tokenizer.backend_tokenizer
-            return list(backend.decode_batch(list(rows), skip_special_tokens=False))
+            return list(backend.decode_batch([*map(list, rows)], skip_special_tokens=False))
         decode = self._tokenizer.decode
-        return [str(decode(ids, clean_up_tokenization_spaces=False)) for ids in rows]
+        return [str(decode(list(ids), clean_up_tokenization_spaces=False)) for ids in rows]
 
 
 class _TokenTexts(dict[int, str]):
@@ -64,7 +64,7 @@ class _TokenTexts(dict[int, str]):
         self[token] = text
         return text
 
-    def join(self, ids: list[int]) -> str | None:
+    def join(self, ids: Sequence[int]) -> str | None:
         """The text of many; None where one of them is no text by itself."""
         try:
             return "".join(map(self.__getitem__, ids))

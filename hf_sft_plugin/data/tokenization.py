@@ -81,7 +81,16 @@ def tokenize_rows(
         RowError: If a row is too long and `overflow` is `error`.
     """
     row_format = detect_format(rows[0].keys(), options)
-    return RowTokenizer(tokenizer, options, stop_token_ids)(rows, indices, row_format)
+    outcomes = RowTokenizer(tokenizer, options, stop_token_ids)(rows, indices, row_format)
+    return [*map(with_lists, outcomes)]
+
+
+def with_lists(outcome: RowOutcome) -> RowOutcome:
+    """Makes lists of what is held more tightly where there are many rows."""
+    for example in outcome.examples:
+        example["input_ids"] = [*example["input_ids"]]
+        example["response_mask"] = [*example["response_mask"]]
+    return outcome
 
 
 def tokenize_prompt_and_output(

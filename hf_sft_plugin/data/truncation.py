@@ -134,7 +134,7 @@ def mask_runs(mask: Sequence[int]) -> list[Range]:
         [(1, 3), (4, 5)]
     """
     # Bytes are searched at once rather than one by one; a last 0 ends every run.
-    marks = bytes([*mask, 0])
+    marks = bytes(mask) + b"\0"
     runs = []
     start = marks.find(1)
     while start >= 0:

@@ -12,7 +12,7 @@ encoded both ways and compared.
 import re
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableSequence, Sequence
 from itertools import chain
 from typing import Any
 
@@ -34,7 +34,7 @@ class WordEncoding:
 
     tells_characters = True
 
-    def __init__(self, ids: list[int], ends: Sequence[int]) -> None:
+    def __init__(self, ids: MutableSequence[int], ends: Sequence[int]) -> None:
         self.ids = ids
         self.seams: dict[int, int] = {}
         self._ends = ends
@@ -120,11 +120,11 @@ class WordEncoder:
             joined = b"".join(parts)
         except TypeError:
             return None
-        ids, advances = np.frombuffer(joined, dtype=np.uint32).reshape(-1, 2).T
+        ids, advances = np.frombuffer(joined, dtype=np.int32).reshape(-1, 2).T
         ends = advances.cumsum()
         # Some of the text may be missing, where a pattern leaves it out.
         is_whole = len(ends) > 0 and ends[-1] == len(text)
-        return WordEncoding(ids.tolist(), ends.data) if is_whole else None
+        return WordEncoding(array("i", ids.tobytes()), ends.data) if is_whole else None
 
     def _encode_segment(self, segment: str) -> bytes | None:
         """What stands between two added tokens."""
@@ -174,7 +174,7 @@ class WordEncoder:
         tokens = self._model.tokenize(pieces[0][0]) if len(pieces) == 1 else []
         # In the byte-level alphabet every byte is one character.
         pairs = [number for token in tokens for number in (token.id, len(token.value))]
-        return array("I", pairs).tobytes() if sum(pairs[1::2]) == len(word) else None
+        return array("i", pairs).tobytes() if sum(pairs[1::2]) == len(word) else None
 
     def _is_normal(self, text: str) -> bool:
         normalizer = self._backend.normalizer
@@ -189,12 +189,12 @@ class WordEncoder:
         chosen = made[::_AUDIT_EVERY]
         whole = self._encode_batch([text for text, _ in chosen])
         for (text, ids), expected in zip(chosen, whole, strict=True):
-            assert ids == expected.ids, f"words make other tokens than {text[:200]!r}"
+            assert [*ids] == expected.ids, f"words make other tokens than {text[:200]!r}"
 
 
 def _to_bytes(ids: list[int], advances: list[int]) -> bytes:
     """Pairs of a token and how many characters further it reaches."""
-    return array("I", [*chain(*zip(ids, advances, strict=True))]).tobytes()
+    return array("i", [*chain(*zip(ids, advances, strict=True))]).tobytes()
 
 
 def _advances(word: str, tokens: list[str]) -> list[int] | None:

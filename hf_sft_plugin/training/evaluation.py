@@ -142,7 +142,7 @@ def last_prompt(example: TokenizedExample) -> tuple[list[int], list[int]]:
     start = end
     while start > 0 and mask[start - 1]:
         start -= 1
-    return example["input_ids"][:start], example["input_ids"][start:end]
+    return [*example["input_ids"][:start]], [*example["input_ids"][start:end]]
 
 
 @torch.no_grad()
