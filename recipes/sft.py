@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -35,7 +36,6 @@ from hf_sft_plugin import (
     MaskedSFTConfig,
     MaskedSFTTrainer,
     ShardDataset,
-    VerificationError,
     read_chat_template,
 )
 
@@ -106,7 +106,9 @@ def main() -> None:
         raise SystemExit(f"sft.py: {error}") from None
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-    except VerificationError as error:
+    except ValueError as error:
+        if not is_explained(error):
+            raise
         raise SystemExit(f"sft.py: {error}") from None
     if trainer.eval_dataset is not None:
         trainer.evaluate()
@@ -117,6 +119,12 @@ def main() -> None:
     if trainer.is_world_process_zero():
         print_results(trainer, data_args.num_samples)
     trainer.accelerator.end_training()
+
+
+def is_explained(error: Exception) -> bool:
+    """Whether the plugin raised it, which says what to do; a traceback would only hide that."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals["__name__"]).startswith("hf_sft_plugin.")
 
 
 def make_trainer(
