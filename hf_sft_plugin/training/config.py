@@ -358,13 +358,10 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
                 f"max_tokens_per_microbatch is {self.max_tokens_per_microbatch!r}. Set that to "
                 "'auto', or gradient_checkpointing to true."
             )
-        for name in (
-            "dataset_num_proc",
-            "pad_to_multiple_of",
-            "max_tokens_per_microbatch",
-            "generation_max_new_tokens",
-            "generation_num_rows",
-        ):
+        counts: tuple[str, ...] = ("dataset_num_proc", "pad_to_multiple_of")
+        counts += ("max_tokens_per_microbatch", "generation_max_new_tokens", "generation_num_rows")
+        counts += ("per_device_train_batch_size", "per_device_eval_batch_size")
+        for name in (*counts, "gradient_accumulation_steps"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name} is {value}; it counts from 1.")

@@ -122,10 +122,9 @@ def test_every_setting_of_our_own_has_its_default_and_a_help_text() -> None:
         *(
             ({name: value}, f"{name} is {value}; it counts from 1")
             for name in (
-                "dataset_num_proc",
-                "pad_to_multiple_of",
-                "generation_max_new_tokens",
-                "generation_num_rows",
+                *("dataset_num_proc", "pad_to_multiple_of", "generation_max_new_tokens"),
+                *("generation_num_rows", "per_device_train_batch_size"),
+                *("per_device_eval_batch_size", "gradient_accumulation_steps"),
             )
             for value in (0, -1)
         ),
