@@ -137,6 +137,12 @@ def make_trainer(
     """
     require_metrics(args)
     train_rows, eval_rows = load_rows(data_args, args.seed, args.use_loss_mask)
+    ignored = [name for name in ("eval_masks", "predict_with_generate") if getattr(args, name)]
+    if eval_rows is None and ignored:
+        raise ValueError(
+            f"{ignored[0]} is set, but there are no held-out rows to evaluate. Name some with "
+            "eval_file or eval_split, or hold out a share with eval_share."
+        )
     model, tokenizer = load_model_and_tokenizer(model_args, train_rows)
     try:
         return MaskedSFTTrainer(

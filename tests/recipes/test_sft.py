@@ -257,6 +257,10 @@ def test_pushing_goes_through_the_trainers_own_path(
             ("--resume_from_checkpoint", "true"),
             "resume_from_checkpoint is true, but 'out' holds no checkpoint",
         ),
+        (
+            ("--train_file", "rows.jsonl", "--eval_masks", "all", *MODEL),
+            "eval_masks is set, but there are no held-out rows to evaluate",
+        ),
         (("--lora_r", "8"), "lora_r is 8, but there is no --lora"),
         (("--lora_alpha=32",), "lora_alpha is 32, but there is no --lora"),
         (("--lora-target-modules", "q_proj"), "lora_target_modules is 'q_proj', but there is no"),

@@ -113,10 +113,7 @@ def test_every_setting_of_our_own_has_its_default_and_a_help_text() -> None:
         ({"fused_head": False}, "fused_head is False; choose auto, on or off. In YAML put quotes"),
         ({"padding_free": True}, "padding_free is True; choose auto, on or off. In YAML put"),
         *(
-            (
-                {"max_dropped_share": value},
-                f"max_dropped_share is {value}; a share is between 0 and 1",
-            )
+            ({"max_dropped_share": value}, f"max_dropped_share is {value}; a share is between 0 a")
             for value in (-0.1, 1.1, math.nan)
         ),
         *(
@@ -129,6 +126,8 @@ def test_every_setting_of_our_own_has_its_default_and_a_help_text() -> None:
             for value in (0, -1)
         ),
         ({"generation_metrics": "bleu"}, r"is 'bleu'; give a list of names, such as \['bleu'\]"),
+        ({"eval_masks": None}, "eval_masks is None; give a list of names"),
+        ({"max_tokens_per_microbatch": 3.5}, "is 3.5; give a number of tokens, 'auto', or None"),
         *(
             ({"model_init_kwargs": value}, "; give a JSON object, such as")
             for value in ("dtype=bfloat16", "{dtype", "[1]", "3", "")
