@@ -101,6 +101,11 @@ class DataArguments:
             count = getattr(self, name)
             if count is not None and count < 1:
                 raise ValueError(f"{name} is {count}, but it counts rows from 1. None takes all.")
+        if self.num_cpu_threads is not None and self.num_cpu_threads < 1:
+            raise ValueError(
+                f"num_cpu_threads is {self.num_cpu_threads}, but it counts threads from 1. None "
+                "takes all cores."
+            )
         if self.max_eval_rows is not None and not held_out and self.eval_share == 0:
             raise ValueError(
                 f"max_eval_rows is {self.max_eval_rows}, but there are no held-out rows. Name some "

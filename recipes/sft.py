@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -35,7 +36,6 @@ from hf_sft_plugin import (
     MaskedSFTConfig,
     MaskedSFTTrainer,
     ShardDataset,
-    VerificationError,
     read_chat_template,
 )
 
@@ -106,7 +106,9 @@ def main() -> None:
         raise SystemExit(f"sft.py: {error}") from None
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-    except VerificationError as error:
+    except ValueError as error:
+        if not is_explained(error):
+            raise
         raise SystemExit(f"sft.py: {error}") from None
     if trainer.eval_dataset is not None:
         trainer.evaluate()
@@ -119,6 +121,12 @@ def main() -> None:
     trainer.accelerator.end_training()
 
 
+def is_explained(error: Exception) -> bool:
+    """Whether the plugin raised it, which says what to do; a traceback would only hide that."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals["__name__"]).startswith("hf_sft_plugin.")
+
+
 def make_trainer(
     model_args: ModelArguments, data_args: DataArguments, args: MaskedSFTConfig
 ) -> MaskedSFTTrainer:
@@ -129,6 +137,12 @@ def make_trainer(
     """
     require_metrics(args)
     train_rows, eval_rows = load_rows(data_args, args.seed, args.use_loss_mask)
+    ignored = [name for name in ("eval_masks", "predict_with_generate") if getattr(args, name)]
+    if eval_rows is None and ignored:
+        raise ValueError(
+            f"{ignored[0]} is set, but there are no held-out rows to evaluate. Name some with "
+            "eval_file or eval_split, or hold out a share with eval_share."
+        )
     model, tokenizer = load_model_and_tokenizer(model_args, train_rows)
     try:
         return MaskedSFTTrainer(

@@ -95,7 +95,7 @@ def checks_table(checks: Sequence[VerificationCheck], caption: str) -> Table:
 
 
 def _figure(value: float) -> str:
-    return f"{value:.0f}" if value in (0, 1) or value >= 10 else f"{value:.1e}"
+    return f"{value:.0f}" if float(value).is_integer() or value >= 10 else f"{value:.1e}"
 
 
 def describe_failures(checks: Sequence[VerificationCheck]) -> str:

@@ -344,34 +344,32 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
 
     def _check_counts(self) -> None:
         tokens = self.max_tokens_per_microbatch
-        if isinstance(tokens, str) and tokens != "auto":
+        if tokens not in (None, "auto") and type(tokens) is not int:
             # On a command line everything is text.
-            if not tokens.isdecimal():
+            if not str(tokens).isdecimal():
                 raise ValueError(
                     f"max_tokens_per_microbatch is {tokens!r}; give a number of tokens, 'auto', or "
                     "None for per_device_train_batch_size rows at a time."
                 )
-            self.max_tokens_per_microbatch = int(tokens)
+            self.max_tokens_per_microbatch = int(str(tokens))
         if self.auto_gradient_checkpointing and self.max_tokens_per_microbatch != "auto":
             raise ValueError(
                 "auto_gradient_checkpointing is set, but nothing is estimated, because "
                 f"max_tokens_per_microbatch is {self.max_tokens_per_microbatch!r}. Set that to "
                 "'auto', or gradient_checkpointing to true."
             )
-        for name in (
-            "dataset_num_proc",
-            "pad_to_multiple_of",
-            "max_tokens_per_microbatch",
-            "generation_max_new_tokens",
-            "generation_num_rows",
-        ):
+        counts: tuple[str, ...] = ("dataset_num_proc", "pad_to_multiple_of")
+        counts += ("max_tokens_per_microbatch", "generation_max_new_tokens", "generation_num_rows")
+        counts += ("per_device_train_batch_size", "per_device_eval_batch_size")
+        for name in (*counts, "gradient_accumulation_steps"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name} is {value}; it counts from 1.")
         for name in ("generation_metrics", "eval_masks"):
             names = getattr(self, name)
-            if isinstance(names, str):
-                raise ValueError(f"{name} is {names!r}; give a list of names, such as [{names!r}].")
+            if not isinstance(names, list | tuple):
+                example = [names] if isinstance(names, str) else []
+                raise ValueError(f"{name} is {names!r}; give a list of names, such as {example}.")
         unknown = [name for name in self.eval_masks if name not in get_args(TrainOn)]
         if unknown:
             raise ValueError(

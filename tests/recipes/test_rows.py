@@ -156,6 +156,7 @@ def test_settings_that_shards_do_not_know_are_errors(shards: str, train_file: st
         ({"eval_share": 0.5}, "come from the quickstart tasks already"),
         ({"train_file": "a", "max_train_rows": 0}, "max_train_rows is 0"),
         ({"max_eval_rows": -1}, "max_eval_rows is -1"),
+        ({"num_cpu_threads": 0}, "num_cpu_threads is 0, but it counts threads from 1. None"),
         ({"train_file": "a", "max_eval_rows": 5}, "there are no held-out rows"),
     ],
 )

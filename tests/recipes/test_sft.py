@@ -135,6 +135,20 @@ def test_a_checkpoint_is_resumed(run: Callable[..., str], train_file: str, tmp_p
     run(*flags, *steps, "--max_steps", "4", "--resume_from_checkpoint", "true")
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     assert [log["step"] for log in map(json.loads, lines) if "loss" in log] == [1, 2, 3, 4]
+    other = (*steps, "--max_steps", "5", "--per_device_train_batch_size", "3")
+    with pytest.raises(SystemExit, match=r"^sft\.py: .*checkpoint-4 cannot be resumed where it"):
+        run(*flags, *other, "--resume_from_checkpoint", "true")
+
+
+def test_a_mistake_that_nothing_explains_keeps_its_traceback(
+    run: Callable[..., str], train_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(sft.MaskedSFTTrainer, "train", fail)
+    with pytest.raises(ValueError, match="a bug"):
+        run("--train_file", train_file, *MODEL, *SHORT)
 
 
 def test_rows_held_out_by_share_are_evaluated(run: Callable[..., str], train_file: str) -> None:
@@ -242,6 +256,10 @@ def test_pushing_goes_through_the_trainers_own_path(
         (
             ("--resume_from_checkpoint", "true"),
             "resume_from_checkpoint is true, but 'out' holds no checkpoint",
+        ),
+        (
+            ("--train_file", "rows.jsonl", "--eval_masks", "all", *MODEL),
+            "eval_masks is set, but there are no held-out rows to evaluate",
         ),
         (("--lora_r", "8"), "lora_r is 8, but there is no --lora"),
         (("--lora_alpha=32",), "lora_alpha is 32, but there is no --lora"),

@@ -51,6 +51,8 @@ def test_an_error_says_what_was_found_what_is_allowed_and_what_to_do() -> None:
         "split: 2.5e-01 between two splits; at most 1.0e-06 may be. Divide once."
     )
     assert describe_failures([PASSED]) == ""
+    labels = VerificationCheck("labels", 6.0, 0.0, "of 9 differ", "Move none.")
+    assert describe_failures([labels]) == "labels: 6 of 9 differ; at most 0 may be. Move none."
 
 
 def test_what_a_model_raises_is_the_reason_why_a_check_was_not_run() -> None:

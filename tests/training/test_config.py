@@ -113,23 +113,21 @@ def test_every_setting_of_our_own_has_its_default_and_a_help_text() -> None:
         ({"fused_head": False}, "fused_head is False; choose auto, on or off. In YAML put quotes"),
         ({"padding_free": True}, "padding_free is True; choose auto, on or off. In YAML put"),
         *(
-            (
-                {"max_dropped_share": value},
-                f"max_dropped_share is {value}; a share is between 0 and 1",
-            )
+            ({"max_dropped_share": value}, f"max_dropped_share is {value}; a share is between 0 a")
             for value in (-0.1, 1.1, math.nan)
         ),
         *(
             ({name: value}, f"{name} is {value}; it counts from 1")
             for name in (
-                "dataset_num_proc",
-                "pad_to_multiple_of",
-                "generation_max_new_tokens",
-                "generation_num_rows",
+                *("dataset_num_proc", "pad_to_multiple_of", "generation_max_new_tokens"),
+                *("generation_num_rows", "per_device_train_batch_size"),
+                *("per_device_eval_batch_size", "gradient_accumulation_steps"),
             )
             for value in (0, -1)
         ),
         ({"generation_metrics": "bleu"}, r"is 'bleu'; give a list of names, such as \['bleu'\]"),
+        ({"eval_masks": None}, "eval_masks is None; give a list of names"),
+        ({"max_tokens_per_microbatch": 3.5}, "is 3.5; give a number of tokens, 'auto', or None"),
         *(
             ({"model_init_kwargs": value}, "; give a JSON object, such as")
             for value in ("dtype=bfloat16", "{dtype", "[1]", "3", "")
