@@ -118,6 +118,8 @@ def main() -> None:
         trainer.save_model()
     if trainer.is_world_process_zero():
         print_results(trainer, data_args.num_samples)
+    # A launcher ends all processes when one has gone wrong, be it at its very end.
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 
