@@ -5,10 +5,16 @@ from typing import Any
 
 import datasets
 from torch.utils.data import IterableDataset
+from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from hf_sft_plugin.training.data_order import data_seed
 from hf_sft_plugin.training.prompt_sampler import GroupedSampler, group_prompts, require_rows
-from hf_sft_plugin.training.repeats import RowsWithRepeats, StreamWithRepeats, mark_repeats
+from hf_sft_plugin.training.repeats import (
+    MarkedRebalanceSampler,
+    RowsWithRepeats,
+    StreamWithRepeats,
+    mark_repeats,
+)
 from hf_sft_plugin.training.response_batch import CollatorWithLayout
 from hf_sft_plugin.training.trainer_base import TrainerBase
 
@@ -46,7 +52,8 @@ class DataLoadersMixin(TrainerBase):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, *rest)
         own = collate = self.data_collator
         marked, sampler = dataset, sampler_fn
-        if self.accelerator.num_processes > 1:
+        rebalances = is_training and self.args.train_sampling_strategy == "batch_rebalance"
+        if self.accelerator.num_processes > 1 or rebalances:
             # Here, because the Trainer would not know the wrapped dataset, nor its marked rows.
             if isinstance(dataset, datasets.Dataset):
                 dataset = self._remove_unused_columns(dataset, description)
@@ -72,6 +79,9 @@ class DataLoadersMixin(TrainerBase):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.group_by_prompt:
-            return super()._get_train_sampler(train_dataset)
+            sampler = super()._get_train_sampler(train_dataset)
+            if isinstance(sampler, BatchRebalanceSampler):
+                return MarkedRebalanceSampler(sampler)
+            return sampler
         rows = self.train_dataset if train_dataset is None else train_dataset
         return GroupedSampler(group_prompts(rows), data_seed(self.args))

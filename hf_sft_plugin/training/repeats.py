@@ -5,6 +5,7 @@ so that a batch holds none of them, unless it holds nothing else: then it is one
 trained token, because a process may not do without a forward pass that the others make.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher
 from accelerate.utils import find_batch_size, gather_object, recursively_apply, slice_tensors
 from torch import Tensor
 from torch.utils import data
+from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from hf_sft_plugin.training.trained_positions import TRAINED_POSITIONS
 from hf_sft_plugin.types import IGNORE_INDEX
@@ -121,6 +123,31 @@ class EvenBatches(_Wrapper, data.BatchSampler):
             yield [*batch, *[repeat] * (size - len(batch))]
         for _ in range(-count % self.num_processes):
             yield [repeat] * size
+
+
+class MarkedRebalanceSampler(BatchRebalanceSampler):
+    """Batches of equal cost, as `batch_rebalance` makes them, with its repeats marked.
+
+    Where the last step of an epoch has fewer rows than there are batches to make of them, the
+    sampler adds the first rows of the epoch.
+
+    Args:
+        sampler: What is to be marked.
+    """
+
+    def __init__(self, sampler: BatchRebalanceSampler) -> None:
+        names = inspect.signature(BatchRebalanceSampler).parameters
+        super().__init__(**{name: getattr(sampler, name) for name in names})
+        self._num_left = 0
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        self._num_left = len(self.lengths)
+        yield from super().__iter__()
+
+    def _assign(self, indices: Sequence[int], lengths: Sequence[int]) -> Any:
+        own, repeats = indices[: self._num_left], indices[self._num_left :]
+        self._num_left -= len(own)
+        return super()._assign([*own, *map(Repeated, repeats)], lengths)
 
 
 def mark_repeats(loader: Any) -> None:

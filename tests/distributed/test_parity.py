@@ -141,6 +141,7 @@ def all_cases(num_processes: int) -> dict[str, dict[str, Any]]:
         "resumed": case(both, resume_at=2),
         "shuffled": case(both, {"train_sampling_strategy": "random"}),
         "shuffled and resumed": case(both, {"train_sampling_strategy": "random"}, resume_at=2),
+        "shuffled by cost": case(both, {"train_sampling_strategy": "batch_rebalance"}),
     }
 
 
@@ -312,7 +313,8 @@ def test_gradients_weights_and_logs_are_those_of_plain_arithmetic(
 def test_a_shuffled_run_sees_the_same_rows_on_any_number_of_processes(
     name: str, num_processes: int, results: Results
 ) -> None:
-    one, found = results[1][0]["train"]["shuffled"], results[num_processes][0]["train"][name]
+    whole = name.removesuffix(" and resumed")
+    one, found = results[1][0]["train"][whole], results[num_processes][0]["train"][name]
     assert relative(found["weights"][-1], one["weights"][-1]) < 1e-12
     assert found["logs"][-1]["num_tokens"] == one["logs"][-1]["num_tokens"]
 

@@ -34,18 +34,20 @@ def make_trainer(
             "list": ROWS,
             "stream": Dataset.from_list(ROWS).to_iterable_dataset(num_shards=2),
         }
+        usual = {
+            "max_steps": 1,
+            "per_device_train_batch_size": 2,
+            "train_sampling_strategy": "sequential",
+        }
         return OwnTrainer(
             model,
             TrainingArguments(
                 output_dir=str(tmp_path),
                 use_cpu=True,
-                max_steps=1,
                 report_to="none",
-                per_device_train_batch_size=2,
-                train_sampling_strategy="sequential",
                 dataloader_pin_memory=False,
                 accelerator_config={"dispatch_batches": False},
-                **settings,
+                **{**usual, **settings},
             ),
             data_collator=DataCollatorForPromptResponse(tokenizer),
             train_dataset=rows[kind],
@@ -112,3 +114,16 @@ def test_one_process_keeps_its_dataset(make_trainer: Any) -> None:
     loader = trainer.get_train_dataloader()
     assert loader.dataset is ROWS
     assert own_rows(loader) == [[10, 11], [12, 13], [14]]
+
+
+def test_rows_that_rebalancing_repeats_count_for_nothing(make_trainer: Any) -> None:
+    # Of five rows in steps of four batches the second step has one, and three repeats.
+    settings = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1}
+    trainer = make_trainer(
+        rank=None, train_sampling_strategy="batch_rebalance", max_steps=2, **settings
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    log = trainer.state.log_history[-1]
+    assert log["train_loss"] > 0
+    assert trainer._train_totals.run.counts() == {"num_response_tokens": 10, "num_tokens": 15}

@@ -9,10 +9,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from hf_sft_plugin.training.repeats import (
     REPEATED,
     EvenBatches,
+    MarkedRebalanceSampler,
     Repeated,
     RowsWithRepeats,
     StreamWithRepeats,
@@ -192,3 +194,24 @@ def test_loaders_of_one_process_and_other_samplers_are_left_alone() -> None:
     mark_repeats(loader)
     assert loader.batch_sampler is own
     assert not isinstance(own, EvenBatches)
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 8, 9, 23])
+@pytest.mark.parametrize(("size", "accumulation", "count"), [(1, 2, 2), (2, 2, 3), (1, 4, 1)])
+def test_rebalanced_batches_have_every_row_once_unmarked(
+    num_rows: int, size: int, accumulation: int, count: int
+) -> None:
+    lengths = [1 + (7 * row) % 13 for row in range(num_rows)]
+    sizes = size * accumulation * count, count, accumulation
+    dealt = []
+    for rank in range(count):
+        plain = BatchRebalanceSampler(lengths, *sizes, seed=3, rank=rank, drop_last=False)
+        sampler = MarkedRebalanceSampler(plain)
+        for epoch in range(2):
+            sampler.set_epoch(epoch)
+            plain.set_epoch(epoch)
+            bare = [[i.value if isinstance(i, Repeated) else i for i in b] for b in sampler]
+            assert bare == list(plain)
+        dealt += [index for batch in sampler for index in batch]
+        assert len(sampler) == len(bare)
+    assert sorted(i for i in dealt if not isinstance(i, Repeated)) == list(range(num_rows))
