@@ -161,15 +161,9 @@ EVALUATIONS = {
 
 
 @pytest.fixture(scope="module")
-def folder(
-    tmp_path_factory: pytest.TempPathFactory,
-    tokenizer_factory: Callable[..., Any],
-    model_factory: Callable[..., Any],
-) -> Path:
-    folder = tmp_path_factory.mktemp("parity")
+def folder(save_model: Callable[..., Path]) -> Path:
     small = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
-    model_factory(**small).double().save_pretrained(folder / "model")
-    tokenizer_factory().save_pretrained(folder / "tokenizer")
+    folder = save_model("parity", is_double=True, **small)
     for name, rows in ROWS.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")

@@ -26,15 +26,8 @@ STEPS = {"dropout": (3, 4, 5), "stream": (4, 5)}
 
 
 @pytest.fixture(scope="module")
-def folder(
-    tmp_path_factory: pytest.TempPathFactory,
-    tokenizer_factory: Callable[..., Any],
-    model_factory: Callable[..., Any],
-) -> Path:
-    folder = tmp_path_factory.mktemp("resume")
-    model_factory().double().save_pretrained(folder / "model")
-    tokenizer_factory().save_pretrained(folder / "tokenizer")
-    return folder
+def folder(save_model: Callable[..., Path]) -> Path:
+    return save_model("resume", is_double=True)
 
 
 @pytest.fixture(scope="module")

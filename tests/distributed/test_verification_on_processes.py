@@ -11,15 +11,9 @@ from verification_worker import WAYS, run_all, run_unequal, run_uneven
 
 
 @pytest.fixture(scope="module")
-def folder(
-    tmp_path_factory: pytest.TempPathFactory,
-    tokenizer_factory: Callable[..., Any],
-    model_factory: Callable[..., Any],
-) -> Path:
+def folder(save_model: Callable[..., Path]) -> Path:
     """A model, a tokenizer and 12 rows of which some are a good deal longer than others."""
-    folder = tmp_path_factory.mktemp("verified")
-    model_factory().save_pretrained(folder / "model")
-    tokenizer_factory().save_pretrained(folder / "tokenizer")
+    folder = save_model("verified")
     rows = [
         {
             "input_ids": [*range(5 + n, 9 + n), *range(90, 91 + 3 * n), 2],

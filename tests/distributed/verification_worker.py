@@ -73,21 +73,26 @@ def run_all(folder: Path) -> list[dict[str, dict[str, Any]]]:
     return [{way: run(folder, way, is_sharded) for way in WAYS} for is_sharded in (False, True)]
 
 
-def run_unequal(folder: Path) -> str:
-    """A verification that fails on the last process alone."""
-    trainer = MaskedSFTTrainer(
+def make_trainer(folder: Path, name: str, num_rows: int, batch_size: int) -> MaskedSFTTrainer:
+    """A trainer of the first rows, for one step."""
+    return MaskedSFTTrainer(
         AutoModelForCausalLM.from_pretrained(folder / "model"),
         MaskedSFTConfig(
-            output_dir=str(folder / "unequal"),
+            output_dir=str(folder / name),
             use_cpu=True,
             report_to="none",
             disable_tqdm=True,
-            per_device_train_batch_size=4,
+            per_device_train_batch_size=batch_size,
             max_steps=1,
         ),
-        train_dataset=load_from_disk(folder / "train"),
+        train_dataset=load_from_disk(folder / "train").select(range(num_rows)),
         processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
     )
+
+
+def run_unequal(folder: Path) -> str:
+    """A verification that fails on the last process alone."""
+    trainer = make_trainer(folder, "unequal", num_rows=12, batch_size=4)
     if trainer.args.process_index == trainer.args.world_size - 1:
         trainer.stop_token_ids = frozenset({299})
     failed = [c for c in verify_training(trainer, stop_on_failure=False) if c.has_failed]
@@ -96,20 +101,8 @@ def run_unequal(folder: Path) -> str:
 
 def run_uneven(folder: Path) -> list[tuple[str, float | None]]:
     """A verification of one row on the last process, and of two on the others."""
-    world_size = int(os.environ["WORLD_SIZE"])
-    trainer = MaskedSFTTrainer(
-        AutoModelForCausalLM.from_pretrained(folder / "model"),
-        MaskedSFTConfig(
-            output_dir=str(folder / "uneven"),
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            per_device_train_batch_size=2,
-            max_steps=1,
-        ),
-        train_dataset=load_from_disk(folder / "train").select(range(2 * world_size - 1)),
-        processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-    )
+    num_rows = 2 * int(os.environ["WORLD_SIZE"]) - 1
+    trainer = make_trainer(folder, "uneven", num_rows, batch_size=2)
     checks = verify_training(trainer)
     trainer.train()
     return [(check.name, check.value) for check in checks]

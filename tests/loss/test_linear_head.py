@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from objectives import OBJECTIVES
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.profiler import ProfilerActivity, profile
@@ -17,17 +18,6 @@ from hf_sft_plugin.loss.logit_tile import LogitTransform
 from hf_sft_plugin.loss.objective import LossObjective
 
 NUM_ROWS, HIDDEN, VOCAB = 23, 6, 17
-OBJECTIVES: list[dict[str, Any]] = [
-    {},
-    {"loss_type": "dft"},
-    {"loss_type": "focal"},
-    {"loss_type": "focal", "focal_gamma": 0.5},
-    {"label_smoothing": 0.1},
-    {"z_loss_coef": 0.01},
-    {"entropy_coef": 0.3},
-    {"entropy_coef": -0.3},
-    {"loss_type": "dft", "label_smoothing": 0.2, "z_loss_coef": 0.05, "entropy_coef": 0.1},
-]
 TRANSFORMS = [
     LogitTransform(),
     LogitTransform(multiplier=0.5),

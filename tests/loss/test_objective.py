@@ -6,22 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from objectives import OBJECTIVES
 from torch import Tensor
 
 from hf_sft_plugin.loss.objective import LossObjective, LossType
 from hf_sft_plugin.loss.token_stats import token_terms
-
-OBJECTIVES: list[dict[str, Any]] = [
-    {},
-    {"loss_type": "dft"},
-    {"loss_type": "focal"},
-    {"loss_type": "focal", "focal_gamma": 0.5},
-    {"label_smoothing": 0.1},
-    {"z_loss_coef": 0.01},
-    {"entropy_coef": 0.3},
-    {"entropy_coef": -0.3},
-    {"loss_type": "focal", "label_smoothing": 0.2, "z_loss_coef": 0.05, "entropy_coef": 0.1},
-]
 
 
 @pytest.mark.parametrize("settings", OBJECTIVES, ids=str)

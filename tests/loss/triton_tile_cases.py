@@ -13,6 +13,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from objectives import OBJECTIVES
 from torch import Tensor, nn
 from triton.runtime import interpreter
 
@@ -25,17 +26,6 @@ from hf_sft_plugin.loss.triton_tile import TritonTile
 DEVICE = torch.device(os.environ["TRITON_CASES_DEVICE"], 0)
 IS_CUDA = DEVICE.type == "cuda"
 NUM_ROWS, VOCAB = 3, 37
-OBJECTIVES: list[dict[str, Any]] = [
-    {},
-    {"loss_type": "dft"},
-    {"loss_type": "focal"},
-    {"loss_type": "focal", "focal_gamma": 0.5},
-    {"label_smoothing": 0.1},
-    {"z_loss_coef": 0.01},
-    {"entropy_coef": 0.3},
-    {"entropy_coef": -0.3},
-    {"loss_type": "dft", "label_smoothing": 0.2, "z_loss_coef": 0.05, "entropy_coef": 0.1},
-]
 EVERYTHING = OBJECTIVES[-1]
 PLAIN, CHANGED = LogitTransform(), LogitTransform(multiplier=3.0, divisor=7, softcap=4)
 TRANSFORMS = [LogitTransform(multiplier=0.7), LogitTransform(divisor=3.0), CHANGED]
