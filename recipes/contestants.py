@@ -157,6 +157,7 @@ CONTESTANTS: dict[str, Callable[..., Trainer]] = {
     # Ours without one of its levers, to show what each brings.
     "ours-padded": partial(ours, padding_free="off"),
     "ours-full-logits": partial(ours, fused_head="off"),
+    "ours-layers-off": partial(ours, fused_layers="off"),
     "ours-stock-allocator": partial(ours, keep_freed_memory=False),
     # The others with the allocator setting that we make ourselves.
     "plain+allocator": with_allocator(plain),

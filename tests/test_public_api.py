@@ -112,6 +112,7 @@ CONFIG_FIELDS = {
     "padding_free": "auto",
     "shared_prompts": "auto",
     "trained_positions_only": "auto",
+    "fused_layers": "auto",
     "group_by_prompt": False,
     "max_tokens_per_microbatch": "auto",
     "auto_gradient_checkpointing": False,

@@ -5,7 +5,8 @@ out of it; see `FusedHead` and `document_attention`.
 """
 
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DynamoBackend, is_compiled_module
+from torch import nn
 
 
 def compile_for_all_sizes(accelerator: Accelerator) -> None:
@@ -21,3 +22,12 @@ def compile_for_all_sizes(accelerator: Accelerator) -> None:
     plugin = accelerator.state.dynamo_plugin
     if plugin.backend != DynamoBackend.NO and plugin.dynamic is None:
         plugin.dynamic = True
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` has been applied to a model or to any part of it."""
+    # Both ways: a wrapper around a module, and a call of its own on the module.
+    return any(
+        is_compiled_module(module) or module._compiled_call_impl is not None
+        for module in model.modules()
+    )

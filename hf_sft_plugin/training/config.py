@@ -10,23 +10,16 @@ from transformers import TrainingArguments
 
 from hf_sft_plugin.loss.masked_loss import LossNormalization
 from hf_sft_plugin.loss.objective import LossObjective, LossType
+from hf_sft_plugin.training.speed_options import SpeedOptions
 from hf_sft_plugin.types import DataOptions, TrainOn
-
-# Settings that can be off, and what else they can be.
-_SWITCHES = {
-    "fused_head": "auto, on",
-    "padding_free": "auto, on",
-    "shared_prompts": "auto",
-    "trained_positions_only": "auto",
-}
 
 
 @dataclass
-class MaskedSFTConfig(DataOptions, TrainingArguments):
+class MaskedSFTConfig(DataOptions, SpeedOptions, TrainingArguments):
     """Settings of a `MaskedSFTTrainer`.
 
-    Everything that `TrainingArguments` takes, everything in `DataOptions` (how rows become tokens),
-    and the fields below. The help text of each field is its documentation.
+    Everything that `TrainingArguments` takes, everything in `DataOptions` (how rows become tokens)
+    and `SpeedOptions`, and the fields below. The help text of each field is its documentation.
 
     Some defaults differ from `TrainingArguments`: `remove_unused_columns` is False, because the
     collator knows what it needs; `logging_nan_inf_filter` is False, because it makes every
@@ -75,66 +68,6 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
             "entropy, below 0 punishes it."
         },
     )
-    fused_head: str = field(
-        default="auto",
-        metadata={
-            "help": "Whether the loss is computed without holding the logits: 'auto' where the "
-            "model allows it, 'on' (an error where it does not), 'off' (full logits).",
-            "choices": ["auto", "on", "off"],
-        },
-    )
-    padding_free: str = field(
-        default="auto",
-        metadata={
-            "help": "Whether rows are laid end to end for the model instead of padded to one "
-            "length: 'auto' where a test run proves that each row sees itself alone, 'on' (an "
-            "error where it does not), 'off' (padded).",
-            "choices": ["auto", "on", "off"],
-        },
-    )
-    shared_prompts: str = field(
-        default="auto",
-        metadata={
-            "help": "Whether rows of a micro-batch that begin with the same tokens, as several "
-            "responses to one prompt do, run them once: 'auto' without padding, where a test run "
-            "proves that nothing changes; 'off' never. See group_by_prompt.",
-            "choices": ["auto", "off"],
-        },
-    )
-    trained_positions_only: str = field(
-        default="auto",
-        metadata={
-            "help": "Whether what the last layer does for the prediction at a position is left out "
-            "where that is not trained: 'auto' without padding, where a test run proves that "
-            "nothing changes; 'off' never.",
-            "choices": ["auto", "off"],
-        },
-    )
-    group_by_prompt: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether rows with the same prompt follow each other, groups of them in random "
-            "order, so that they share a batch. Which rows share an optimizer step is then another "
-            "choice."
-        },
-    )
-    max_tokens_per_microbatch: int | str | None = field(
-        default="auto",
-        metadata={
-            "help": "The rows of an optimizer step run in as few micro-batches as this many tokens "
-            "allow; which rows share a step, and so the gradient, stays as it is. 'auto': 4,096 on "
-            "a CPU, 16,384 elsewhere, or as many as a batch has, where memory allows it. None: "
-            "per_device_train_batch_size rows at a time."
-        },
-    )
-    auto_gradient_checkpointing: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether gradient checkpointing is switched on where a step with the longest "
-            "row alone is estimated to need more memory than there is. The gradient stays the "
-            "same. Needs max_tokens_per_microbatch='auto'; not with FSDP or DeepSpeed."
-        },
-    )
     packing: bool = field(
         default=False,
         metadata={
@@ -151,13 +84,6 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
             "in two splits, updates that the dtype can hold. Prints a table, and stops where a "
             "figure is above its bound. Costs a few steps, and changes nothing.",
             "aliases": ["--verify"],
-        },
-    )
-    keep_freed_memory: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether training on a CPU has the process keep the memory that it frees, "
-            "which is a good deal faster (glibc only). False leaves the allocator as it is."
         },
     )
     max_dropped_share: float = field(
@@ -246,13 +172,7 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
                 "which has no such exponent. Set loss_type to 'focal', or leave focal_gamma out."
             )
         self.objective()
-        for name, others in _SWITCHES.items():
-            value = getattr(self, name)
-            if value not in (*others.split(", "), "off"):
-                raise ValueError(
-                    f"{name} is {value!r}; choose {others} or off. In YAML put quotes around on "
-                    "and off, which it otherwise reads as true and false."
-                )
+        SpeedOptions.__post_init__(self)
         if self.group_by_prompt and self.train_sampling_strategy != "random":
             raise ValueError(
                 f"group_by_prompt is set, and train_sampling_strategy is "
@@ -343,21 +263,6 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
             )
 
     def _check_counts(self) -> None:
-        tokens = self.max_tokens_per_microbatch
-        if tokens not in (None, "auto") and type(tokens) is not int:
-            # On a command line everything is text.
-            if not str(tokens).isdecimal():
-                raise ValueError(
-                    f"max_tokens_per_microbatch is {tokens!r}; give a number of tokens, 'auto', or "
-                    "None for per_device_train_batch_size rows at a time."
-                )
-            self.max_tokens_per_microbatch = int(str(tokens))
-        if self.auto_gradient_checkpointing and self.max_tokens_per_microbatch != "auto":
-            raise ValueError(
-                "auto_gradient_checkpointing is set, but nothing is estimated, because "
-                f"max_tokens_per_microbatch is {self.max_tokens_per_microbatch!r}. Set that to "
-                "'auto', or gradient_checkpointing to true."
-            )
         counts: tuple[str, ...] = ("dataset_num_proc", "pad_to_multiple_of")
         counts += ("max_tokens_per_microbatch", "generation_max_new_tokens", "generation_num_rows")
         counts += ("per_device_train_batch_size", "per_device_eval_batch_size")

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
-from accelerate.utils import DistributedType, is_compiled_module
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -23,6 +23,7 @@ from hf_sft_plugin.training.attention_probe import (
     probe_rows,
     tolerance_of,
 )
+from hf_sft_plugin.training.compilation import is_compiled
 from hf_sft_plugin.training.lm_head import replaced_forward
 from hf_sft_plugin.training.response_batch import ResponseBatch
 from hf_sft_plugin.training.trainer_base import TrainerBase
@@ -248,7 +249,6 @@ class LastLayerMixin(TrainerBase):
         engine = self.accelerator.distributed_type
         if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             return f"{engine.value} looks after its weights"
-        modules = [*model.modules(), *self.model_wrapped.modules()]
-        if any(is_compiled_module(m) or m._compiled_call_impl is not None for m in modules):
+        if is_compiled(model) or is_compiled(self.model_wrapped):
             return "the model is compiled"
         return None

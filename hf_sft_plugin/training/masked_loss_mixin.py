@@ -18,6 +18,7 @@ from hf_sft_plugin.training.checkpoint import load_budget, load_totals, save_bud
 from hf_sft_plugin.training.compilation import compile_for_all_sizes
 from hf_sft_plugin.training.data_loaders import DataLoadersMixin
 from hf_sft_plugin.training.exact_settings import refuse_inexact_settings
+from hf_sft_plugin.training.fused_layers import FusedLayersMixin
 from hf_sft_plugin.training.last_layer import LastLayerMixin
 from hf_sft_plugin.training.left_padding import move_padding_right
 from hf_sft_plugin.training.lm_head import HeadChooser, ResponseResult, forward_full
@@ -42,6 +43,7 @@ from hf_sft_plugin.training.verification import VerificationMixin
 class MaskedLossMixin(
     MaskedEvaluationMixin,
     LastLayerMixin,
+    FusedLayersMixin,
     MemoryPlanMixin,
     DataLoadersMixin,
     ResumeMixin,
@@ -249,7 +251,8 @@ class MaskedLossMixin(
     def describe_speed(self) -> dict[str, str]:
         """What decides on speed and memory, by name, as far as it has been decided."""
         lines = {"attention": self.attention_summary, "head": self._head.summary}
-        lines |= {"last layer": self.last_layer_summary, "memory": self._memory_line}
+        lines |= {"layers": self.layers_summary, "last layer": self.last_layer_summary}
+        lines |= {"memory": self._memory_line}
         lines |= {"compiled": self.args.torch_compile_backend if self.args.torch_compile else None}
         lines |= {"allocator": allocator_hint(self.args.device.type)}
         return {name: line for name, line in lines.items() if line is not None}

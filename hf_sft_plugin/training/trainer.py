@@ -52,6 +52,7 @@ _SETTINGS_OF_THE_MIXIN = (
     "padding_free",
     "shared_prompts",
     "trained_positions_only",
+    "fused_layers",
     "group_by_prompt",
     "max_tokens_per_microbatch",
     "verify_before_training",

@@ -14,6 +14,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_sft_plugin import LossNormalization, MaskedSFTConfig
+from hf_sft_plugin.training.speed_options import SpeedOptions
 from hf_sft_plugin.types import DataOptions
 
 Make = Callable[..., MaskedSFTConfig]
@@ -34,6 +35,7 @@ OWN_DEFAULTS = {
     "padding_free": "auto",
     "shared_prompts": "auto",
     "trained_positions_only": "auto",
+    "fused_layers": "auto",
     "group_by_prompt": False,
     "max_dropped_share": 0.05,
     "dataset_num_proc": None,
@@ -71,6 +73,7 @@ DATA_DEFAULTS = {
 def test_every_setting_of_our_own_has_its_default_and_a_help_text() -> None:
     fields = {field.name: field for field in dataclasses.fields(MaskedSFTConfig)}
     own = {*vars(MaskedSFTConfig)["__annotations__"], *DataOptions.__dataclass_fields__}
+    own |= SpeedOptions.__dataclass_fields__.keys()
     assert own == {*OWN_DEFAULTS, *DATA_DEFAULTS}
     for name, default in (OWN_DEFAULTS | DATA_DEFAULTS).items():
         factory = fields[name].default_factory

@@ -1,0 +1,196 @@
+"""Which norms, MLPs and rotary embeddings of a model run as one function each while it trains.
+
+Nothing is guessed by names: most models of transformers have these three word for word from Llama
+or Gemma, and what is compiled from the same words does the same.
+"""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import MethodType, ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from hf_sft_plugin.training.compilation import is_compiled
+from hf_sft_plugin.training.layer_functions import GatedProduct, RMSNorm, Rotation
+from hf_sft_plugin.training.lm_head import replaced_forward
+from hf_sft_plugin.training.trainer_base import TrainerBase
+
+_ROTARY = "apply_rotary_pos_emb"
+
+
+class FusedLayers:
+    """Runs parts of a model as functions of `layer_functions`, until they are given back.
+
+    Args:
+        model: The model, before Accelerate prepares it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._stack = ExitStack()
+        self._counts = {"norms": 0, "gated MLPs": 0, "rotary embeddings": 0}
+        llama, gemma = (
+            importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+            for name in ("llama", "gemma")
+        )
+        forwards: list[tuple[str, Any, Callable[..., Tensor]]] = [
+            ("norms", llama.LlamaRMSNorm, _llama_norm),
+            ("norms", gemma.GemmaRMSNorm, _gemma_norm),
+            ("gated MLPs", llama.LlamaMLP, _gated_mlp),
+        ]
+        for module in model.modules():
+            for name, known, forward in forwards:
+                if _has_forward_of(module, known) and not _has_own_activation(module):
+                    method = MethodType(forward, module)
+                    self._stack.enter_context(replaced_forward(module, method))
+                    self._counts[name] += 1
+        for source in {type(module).__module__ for module in model.modules()}:
+            if _has_rotary_of(sys.modules[source], llama):
+                self._stack.enter_context(_replaced_rotary(sys.modules[source]))
+                self._counts["rotary embeddings"] += 1
+
+    @property
+    def summary(self) -> str:
+        """What runs so, in a few words."""
+        found = [f"{count} {name}" for name, count in self._counts.items() if count]
+        if not found:
+            return "as the model has them: none is of a known kind"
+        return f"{', '.join(found)} keep nothing but their inputs"
+
+    def give_back(self) -> None:
+        """Leaves the model as it was."""
+        self._stack.close()
+
+
+def _is_same_code(function: Any, known: Any) -> bool:
+    """Whether two Python functions differ in nothing but names of locals and documentation."""
+    if not inspect.isfunction(function):
+        return False
+    ours, theirs = (
+        (
+            each.__code__.co_code,
+            each.__code__.co_names,
+            [value for value in each.__code__.co_consts if value != each.__doc__],
+            each.__defaults__,
+        )
+        for each in (function, known)
+    )
+    return ours == theirs
+
+
+def _has_forward_of(module: nn.Module, known: type[nn.Module]) -> bool:
+    """Whether a module runs the code of a known class, with no forward put on the instance."""
+    if "forward" in vars(module) or not _is_same_code(type(module).forward, known.forward):
+        return False
+    # What a forward calls is as much a part of it.
+    own = [name for name in ("_norm",) if hasattr(known, name)]
+    return all(
+        _is_same_code(getattr(type(module), name, None), getattr(known, name)) for name in own
+    )
+
+
+def _has_own_activation(module: nn.Module) -> bool:
+    """Whether an activation has parameters, which would get no gradient."""
+    activation = getattr(module, "act_fn", None)
+    return isinstance(activation, nn.Module) and any(True for _ in activation.parameters())
+
+
+def _has_rotary_of(source: ModuleType, known: ModuleType) -> bool:
+    return all(
+        _is_same_code(getattr(source, name, None), getattr(known, name))
+        for name in (_ROTARY, "rotate_half")
+    )
+
+
+@contextmanager
+def _replaced_rotary(source: ModuleType) -> Iterator[None]:
+    """Gives the attention of one of transformers' modules another rotary embedding for a while."""
+    own = getattr(source, _ROTARY)
+
+    def rotate(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        if cos.requires_grad or sin.requires_grad:
+            rotated: tuple[Tensor, Tensor] = own(q, k, cos, sin, unsqueeze_dim)
+            return rotated
+        angles = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return Rotation.apply(q, *angles), Rotation.apply(k, *angles)
+
+    setattr(source, _ROTARY, rotate)
+    try:
+        yield
+    finally:
+        setattr(source, _ROTARY, own)
+
+
+def _llama_norm(self: Any, hidden_states: Tensor) -> Tensor:
+    weight, eps = self.weight, self.variance_epsilon
+    dtype = torch.promote_types(hidden_states.dtype, weight.dtype)
+    if dtype == torch.float64:
+        # The model has float32 inside, and is to be what it is.
+        own: Tensor = type(self).forward(self, hidden_states)
+        return own
+    if hidden_states.is_cuda and hidden_states.dtype == weight.dtype:
+        return F.rms_norm(hidden_states, weight.shape, weight, eps)
+    normed: Tensor = RMSNorm.apply(hidden_states, weight, eps, dtype)
+    return normed
+
+
+def _gemma_norm(self: Any, hidden_states: Tensor) -> Tensor:
+    if torch.float64 in (hidden_states.dtype, self.weight.dtype):
+        own: Tensor = type(self).forward(self, hidden_states)
+        return own
+    scale = 1.0 + self.weight.float()
+    normed: Tensor = RMSNorm.apply(hidden_states, scale, self.eps, hidden_states.dtype)
+    return normed
+
+
+def _gated_mlp(self: Any, hidden_states: Tensor) -> Tensor:
+    gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+    output: Tensor = self.down_proj(GatedProduct.apply(gate, up, self.act_fn))
+    return output
+
+
+class FusedLayersMixin(TrainerBase):
+    """Lets a trainer run norms, gated MLPs and rotary embeddings as one function each.
+
+    Attributes:
+        fused_layers: `auto` or `off`; see `MaskedSFTConfig`.
+    """
+
+    fused_layers: str = "auto"
+    _fused_layers: FusedLayers | None = None
+
+    @property
+    def layers_summary(self) -> str | None:
+        """How norms and MLPs run, in a few words; None before training."""
+        return None if self._fused_layers is None else self._fused_layers.summary
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._give_layers_back()
+        engine, model = self.accelerator.distributed_type, self.model
+        assert model is not None, "the Trainer has it by now"
+        # A compiler fuses more. DeepSpeed takes the weights of a module away while it does not run.
+        is_foreign = self.args.torch_compile or is_compiled(model)
+        is_foreign = is_foreign or engine == DistributedType.DEEPSPEED
+        if self.fused_layers != "off" and not is_foreign:
+            self._fused_layers = FusedLayers(model)
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; afterwards the model is what it was."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._give_layers_back()
+
+    def _give_layers_back(self) -> None:
+        if self._fused_layers is not None:
+            self._fused_layers.give_back()
+            self._fused_layers = None
