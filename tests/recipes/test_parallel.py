@@ -39,6 +39,7 @@ def test_only_the_first_process_of_a_machine_shows_progress(
     datasets.enable_progress_bars()
     parallel.show_progress_once(make_config(disable_tqdm=disable_tqdm))
     assert datasets.are_progress_bars_disabled() is not shown
+    datasets.enable_progress_bars()
 
 
 def test_processes_end_with_the_model_saved_and_no_thread_of_their_group(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import sft
-import torch
 import yaml
 from arguments import parse_arguments
 from datasets import Dataset
