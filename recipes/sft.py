@@ -6,7 +6,6 @@ laptop, and shows what it learned. With a YAML file or flags it trains any model
 
 import json
 import logging
-import os
 import sys
 import traceback
 from collections.abc import Collection
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import evaluate
-import torch
 from arguments import named_flags, nearest, parse_arguments
 from datasets import Dataset
+from parallel import end_together, show_progress_once, use_all_cores
 from peft import LoraConfig
 from quickstart import build_model, train_tokenizer
 from rich.console import Console
@@ -87,7 +86,13 @@ class ModelArguments:
 
 
 def main() -> None:
-    """Runs the recipe."""
+    """Runs the recipe, on as many processes as were launched."""
+    train()
+    end_together()
+
+
+def train() -> None:
+    """Trains, evaluates and saves; no trainer outlives it."""
     model_args, data_args, args = parse_arguments(
         (ModelArguments, DataArguments, MaskedSFTConfig),
         sys.argv[1:],
@@ -96,6 +101,7 @@ def main() -> None:
     )
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     use_all_cores(args, data_args.num_cpu_threads)
+    show_progress_once(args)
     set_seed(args.seed)
     try:
         require_lora(model_args, named_flags(sys.argv[1:]))
@@ -118,9 +124,6 @@ def main() -> None:
         trainer.save_model()
     if trainer.is_world_process_zero():
         print_results(trainer, data_args.num_samples)
-    # A launcher ends all processes when one has gone wrong, be it at its very end.
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
 
 
 def is_explained(error: Exception) -> bool:
@@ -206,13 +209,6 @@ def require_metrics(args: MaskedSFTConfig) -> None:
                     "'exact_match', which is built in, or the path of a metric of `evaluate`, or "
                     "give it what it asks for."
                 ) from error
-
-
-def use_all_cores(args: MaskedSFTConfig, num_threads: int | None) -> None:
-    """Lets a machine without an accelerator use its cores."""
-    if args.device.type == "cpu":
-        available = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(num_threads or max(available, 1))
 
 
 def load_model_and_tokenizer(

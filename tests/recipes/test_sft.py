@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import sft
-import torch
 import yaml
 from arguments import parse_arguments
 from datasets import Dataset
@@ -371,13 +370,3 @@ def test_an_untrained_model_learns_from_shards_with_their_tokenizer(
     log = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
     # Steps of 8 blocks, in which the first token is not predicted.
     assert [line["num_response_tokens"] for line in log if "loss" in line] == [24, 48]
-
-
-def test_all_cores_are_used_on_a_cpu(monkeypatch: pytest.MonkeyPatch, make_config: Any) -> None:
-    threads: list[int] = []
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)))
-    for world_size, asked in ((1, None), (2, None), (9, None), (2, 5)):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world_size))
-        sft.use_all_cores(make_config(), asked)
-    assert threads == [6, 3, 1, 5]
