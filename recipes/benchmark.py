@@ -4,6 +4,7 @@
     python recipes/benchmark.py step --shape qwen3-0.6b --rows train.jsonl --contestants ours plain
     python recipes/benchmark.py train --rows train.jsonl --output train.json --chart train.png
     python recipes/benchmark.py memory --batch_sizes 1 2 4 8
+    python recipes/benchmark.py profile --contestants ours trl-best
     python recipes/benchmark.py head
     python recipes/benchmark.py prepare --rows train.jsonl
     python recipes/benchmark.py processes --counts 1 2 --rows train.jsonl
@@ -28,6 +29,7 @@ from contestants import CONTESTANTS, OTHERS, default_contestants, why_impossible
 from datasets import disable_progress_bars
 from heads import HEADS, PRECISIONS, HeadSetup, head_result, measure_heads
 from preparation import measure_preparation, preparation_result
+from profiles import measure_profiles, profile_result
 from results import Result, publish
 from rich.console import Console
 from scaling import run_scaling
@@ -94,7 +96,9 @@ def make_parser() -> argparse.ArgumentParser:
     memory.add_argument(
         "--memory_limit", type=float, help="GiB at which a contestant ends; none: all there are"
     )
-    for each in (step, train, memory):
+    profile = _add_command(commands, "profile", "what the time of a step is spent on")
+    profile.add_argument("--batch_size", type=int, default=8, help="rows of a micro-batch")
+    for each in (step, train, memory, profile):
         _add_training_options(each)
     _add_other_commands(commands)
     return parser
@@ -199,6 +203,13 @@ def _run_step(options: dict[str, Any]) -> list[Result]:
     return [step_result(setup, rows, measure_steps(setup, contestants, rows))]
 
 
+def _run_profile(options: dict[str, Any]) -> list[Result]:
+    contestants = options.pop("contestants")
+    setup = Setup(**options)
+    rows = make_step_rows(setup)
+    return [profile_result(setup, rows, measure_profiles(setup, contestants, rows))]
+
+
 def _run_train(options: dict[str, Any]) -> list[Result]:
     contestants = options.pop("contestants")
     setup = Setup(**options)
@@ -229,11 +240,12 @@ def _run_processes(options: dict[str, Any]) -> list[Result]:
     return [run_scaling(Setup(accumulation=1, precision="float32", **options), counts)]
 
 
-_TRAINING = ("step", "train", "memory")
+_TRAINING = ("step", "train", "memory", "profile")
 _COMMANDS = {
     "step": _run_step,
     "train": _run_train,
     "memory": _run_memory,
+    "profile": _run_profile,
     "head": _run_head,
     "prepare": _run_prepare,
     "processes": _run_processes,

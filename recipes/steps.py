@@ -2,7 +2,7 @@
 
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,8 +44,23 @@ def make_step_rows(setup: Setup) -> Rows:
     return make_rows(setup, setup.step_size * (setup.repetitions + 1))
 
 
-def take_part(name: str, setup: Setup, rows: Rows, stopwatch: Stopwatch) -> None:
-    """The process of one contestant: trains, and stops before every step until it is told to go."""
+def take_part(
+    name: str,
+    setup: Setup,
+    rows: Rows,
+    stopwatch: Stopwatch,
+    turns: Callable[[Stopwatch, int], TrainerCallback] | None = None,
+) -> None:
+    """The process of one contestant: trains, and stops before every step until it is told to go.
+
+    Args:
+        name: Of the contestant.
+        setup: What is trained.
+        rows: What it is trained on.
+        stopwatch: Measures a turn.
+        turns: Made of the stopwatch and of the bytes held before the first step; None makes
+            `TurnsOfOneStep`.
+    """
     import_ahead(name)
     reset_peak_memory()
     before = peak_memory()
@@ -54,7 +69,7 @@ def take_part(name: str, setup: Setup, rows: Rows, stopwatch: Stopwatch) -> None
     with tempfile.TemporaryDirectory() as folder:
         settings = trainer_settings(setup, folder, setup.repetitions + 1, logging_steps=1)
         trainer = CONTESTANTS[name](model, rows.tokenized, rows.tokenizer, settings)
-        trainer.add_callback(TurnsOfOneStep(stopwatch, before + weights))
+        trainer.add_callback((turns or TurnsOfOneStep)(stopwatch, before + weights))
         trainer.train()
 
 

@@ -75,6 +75,7 @@ def test_an_adapter_is_trained_alike_by_everyone(name: str, tmp_path: Path) -> N
     [
         ("ours-padded", "padding_free", "off"),
         ("ours-full-logits", "fused_head", "off"),
+        ("ours-layers-off", "fused_layers", "off"),
         ("ours-stock-allocator", "keep_freed_memory", False),
     ],
 )
