@@ -204,7 +204,11 @@ def _attend_per_document(
     attend: Callable[..., Tensor],
 ) -> Tensor:
     # One split and one concatenation: the gradient of a slice would be as long as all documents.
-    queries, keys, values = (tensor.split(list(lengths), dim=2) for tensor in (query, key, value))
+    # Along the tokens first: their gradients are then in the order in which the layer made them.
+    queries, keys, values = (
+        [part.transpose(1, 2) for part in tensor.transpose(1, 2).split(list(lengths), dim=1)]
+        for tensor in map(_in_order_of_heads, (query, key, value))
+    )
     outputs = []
     # Autocast would undo the choice of `_in_one_dtype`.
     with torch.autocast(query.device.type, enabled=False):
@@ -217,6 +221,15 @@ def _attend_per_document(
             blocks = _attend_in_blocks(queries[own], k, v, window, attend)
             outputs += [block.transpose(1, 2) for block in blocks]
     return torch.cat(outputs, dim=1)
+
+
+def _in_order_of_heads(tensor: Tensor) -> Tensor:
+    """The rows of a head one after another, where a cache would otherwise hold few of them.
+
+    Layers leave the heads of a token side by side. From one token to the next it is then often a
+    power of two of bytes, and all rows of a head compete for the same few places of the cache.
+    """
+    return tensor.contiguous() if tensor.device.type == "cpu" else tensor
 
 
 def _attend_in_blocks(

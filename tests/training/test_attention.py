@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_sft_plugin.training.attention import document_attention
@@ -163,6 +164,32 @@ def joined_truth(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> T
 def test_values_may_be_smaller_than_keys() -> None:
     inputs = heads(4, 12, 0), heads(4, 12, 1), heads(4, 6, 2)
     torch.testing.assert_close(run(*inputs), truth(*inputs), rtol=1e-12, atol=1e-13)
+
+
+def test_a_cpu_reads_the_rows_of_a_head_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+
+    def attend(*tensors: Tensor, **options: Any) -> Tensor:
+        read.extend(tensor.stride()[-2:] for tensor in tensors)
+        return fused(*tensors, **options)
+
+    fused = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    # As a layer gives them: the heads of a token side by side.
+    inputs = [
+        heads(n, 8, seed).detach().transpose(1, 2).contiguous().requires_grad_()
+        for seed, n in enumerate((4, 2, 2))
+    ]
+    views = [tensor.transpose(1, 2) for tensor in inputs]
+    output, expected = run(*views), truth(*views)
+    assert read == [(8, 1)] * 3 * len(LENGTHS)
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-13)
+    gradient = heads(4, 8, 3).detach().transpose(1, 2)
+    found = torch.autograd.grad(output, inputs, gradient)
+    for ours, theirs in zip(found, torch.autograd.grad(expected, inputs, gradient), strict=True):
+        # And so the layer gets them back, without another copy.
+        assert ours.is_contiguous()
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
 def test_not_a_bit_of_a_document_changes_with_the_tokens_of_another() -> None:
