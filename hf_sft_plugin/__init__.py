@@ -147,13 +147,13 @@ def __getattr__(name: str) -> Any:
         # Whoever goes into a room by a dot finds its modules there.
         for module in _NAMES_OF_MODULES:
             importlib.import_module(f"{__name__}.{module}")
-        return globals()[name]
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{_MODULE_OF[name]}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     # From now on it is found without this function.
-    globals()[name] = getattr(module, name)
-    return globals()[name]
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
