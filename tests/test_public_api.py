@@ -1,11 +1,15 @@
 """What users build on is frozen: a change to it has to change this file knowingly."""
 
+import ast
 import dataclasses
+import importlib
 import inspect
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +17,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 import hf_sft_plugin
-from hf_sft_plugin import MaskedLossMixin, MaskedSFTConfig, MaskedSFTTrainer
+from hf_sft_plugin import MaskedLossMixin, MaskedSFTConfig, MaskedSFTTrainer, RowError
 
 # Names and parameters; `name=value` where there is a default.
 SIGNATURES = {
@@ -204,14 +208,101 @@ def test_the_log_keys_are_these(
     assert set(trainer.evaluate()) == expected
 
 
-def test_an_import_brings_no_plotting_no_kernels_no_trl_and_what_takes_long() -> None:
-    code = "import hf_sft_plugin, json, sys; print(json.dumps(sorted(sys.modules)))"
+# What is imported, one after the other in one process; modules that have come by then, and modules
+# that have not. What a run may never need waits for its first use.
+IMPORTS = [
+    ("import hf_sft_plugin", "hf_sft_plugin", "torch transformers hf_sft_plugin.types"),
+    (
+        "from hf_sft_plugin import compute_entropy, masked_normalize",
+        "torch hf_sft_plugin.loss.masked_loss",
+        "transformers datasets accelerate peft hf_sft_plugin.data hf_sft_plugin.training",
+    ),
+    (
+        "from hf_sft_plugin import DataCollatorForPromptResponse",
+        "transformers datasets hf_sft_plugin.data.collator",
+        "accelerate peft hf_sft_plugin.data.prepare hf_sft_plugin.training",
+    ),
+    (
+        "from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer",
+        "accelerate peft hf_sft_plugin.data.prepare hf_sft_plugin.training.verification_mixin",
+        "rich transformers.hf_argparser hf_sft_plugin.cli hf_sft_plugin.data.preview "
+        "hf_sft_plugin.data.prepare_files hf_sft_plugin.data.shard_writer "
+        "hf_sft_plugin.training.first_step hf_sft_plugin.training.run_summary "
+        "hf_sft_plugin.training.verification",
+    ),
+    (
+        "hf_sft_plugin.__getattr__('data')",
+        "rich hf_sft_plugin.data.preview hf_sft_plugin.training.verification",
+        "evaluate matplotlib trl torch.nn.attention.varlen "
+        "hf_sft_plugin.loss.triton_tile hf_sft_plugin.reporting.plots",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def modules_by_import() -> dict[str, set[str]]:
+    """The modules of a fresh process after each of the imports."""
+    lines = [f"{line}; print(json.dumps([{line!r}, *sys.modules]))" for line, _, _ in IMPORTS]
     output = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        [sys.executable, "-c", "\n".join(["import json, sys", *lines])],
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout
-    names = json.loads(output.splitlines()[-1])
-    modules = {name.split(".")[0] for name in names}
-    assert "hf_sft_plugin" in modules
-    assert not modules & {"matplotlib", "trl", "evaluate"}
-    assert "torch.nn.attention.varlen" not in names
-    assert "hf_sft_plugin.loss.triton_tile" not in names
+    found = [json.loads(line) for line in output.splitlines() if line.startswith('["')]
+    return {line: set(modules) for line, *modules in found}
+
+
+@pytest.mark.parametrize(("line", "brought", "absent"), IMPORTS, ids=lambda text: text[:60])
+def test_an_import_brings_what_it_needs_and_nothing_else_that_takes_long(
+    line: str, brought: str, absent: str, modules_by_import: dict[str, set[str]]
+) -> None:
+    modules = modules_by_import[line]
+    assert set(brought.split()) - modules == set()
+    assert set(absent.split()) & modules == set()
+
+
+def test_what_type_checkers_read_is_what_is_imported() -> None:
+    tree = ast.parse(Path(str(hf_sft_plugin.__file__)).read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    read = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(read) == sorted(hf_sft_plugin.__all__)
+    for name, module in read.items():
+        value = getattr(importlib.import_module(str(module)), name)
+        assert hf_sft_plugin.__getattr__(name) is value
+        assert vars(hf_sft_plugin)[name] is value
+        # The module that defines it, and not another that imports it.
+        assert getattr(value, "__module__", module) == module
+
+
+def test_names_are_listed_before_they_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in hf_sft_plugin.__all__:
+        monkeypatch.delitem(vars(hf_sft_plugin), name, raising=False)
+    assert set(dir(hf_sft_plugin)) >= {*hf_sft_plugin.__all__, "__all__", "__doc__"}
+    namespace: dict[str, Any] = {}
+    exec("from hf_sft_plugin import *", namespace)  # noqa: S102  # as a user may write it
+    assert set(hf_sft_plugin.__all__) <= set(namespace)
+    assert namespace["RowError"] is RowError
+
+
+@pytest.mark.parametrize("room", ["data", "loss", "reporting", "training", "types"])
+def test_a_room_is_an_attribute_of_the_package(room: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(hf_sft_plugin, room)
+    assert getattr(hf_sft_plugin, room) is sys.modules[f"hf_sft_plugin.{room}"]
+
+
+def test_a_name_that_does_not_exist_is_an_error_as_ever() -> None:
+    with pytest.raises(AttributeError, match="'hf_sft_plugin' has no attribute 'prepare'"):
+        _ = hf_sft_plugin.prepare
+    with pytest.raises(ImportError, match="cannot import name 'prepare' from 'hf_sft_plugin'"):
+        exec("from hf_sft_plugin import prepare", {})  # noqa: S102  # as a user may write it
+
+
+def test_a_class_is_pickled_by_the_module_that_defines_it() -> None:
+    assert pickle.loads(pickle.dumps(RowError)) is RowError  # noqa: S301  # pickled here
+    assert RowError.__module__ == "hf_sft_plugin.types"

@@ -1,23 +1,19 @@
 """What happens around a run: the summary before it, the log during it, report and card after it."""
 
+import importlib
 import importlib.metadata
 import json
 import logging
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import nn
 from transformers import (
     SchedulerType,
@@ -89,7 +85,9 @@ class RunRecorder(TrainerCallback):
             self._is_summary_due = False
             ledger = self.ledgers.get("train")
             speed = self.describe_speed()
-            Console().print(summarize_run(args, state, kwargs["model"], ledger, speed))
+            # Imported here, because only one process prints, and not before its first step.
+            summary = importlib.import_module("hf_sft_plugin.training.run_summary")
+            summary.print_summary(args, state, kwargs["model"], ledger, speed, _rows(speed))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -287,64 +285,8 @@ def warn_of_rounding(optimizer: torch.optim.Optimizer | None) -> None:
         )
 
 
-def summarize_run(
-    args: TrainingArguments,
-    state: TrainerState,
-    model: nn.Module,
-    ledger: Ledger | None,
-    speed: Mapping[str, str] | None = None,
-) -> Table:
-    """A table of what a run is about to do.
-
-    Args:
-        args: Settings of the run.
-        state: Knows the number of steps.
-        model: The model to train.
-        ledger: Account of the training data; None where the data came prepared elsewhere.
-        speed: Lines about what speed and memory depend on, by name.
-    """
-    table = Table(show_header=False, title="About to train", title_justify="left", box=None)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    num_parameters = sum(p.numel() for p in model.parameters())
-    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    table.add_row(
-        "model",
-        f"{_model_name(model)}: {num_parameters:,} parameters, "
-        + ("all" if num_trained == num_parameters else f"{num_trained:,} of them")
-        + " trained",
-    )
-    if ledger is not None:
-        # As text, or rich would take brackets in it for its markup.
-        table.add_row("data", Text(str(ledger)))
-    num_processes = PartialState().num_processes
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
-    # A stream has no length, for which the Trainer puts the largest integer in place of epochs.
-    epochs = f", {state.num_train_epochs:g} epochs" if state.num_train_epochs < sys.maxsize else ""
-    table.add_row(
-        "steps",
-        f"{state.max_steps:,} of {batch} {_rows(speed or {})} "
-        f"({args.per_device_train_batch_size} per batch x "
-        f"{args.gradient_accumulation_steps} accumulated x {num_processes} processes){epochs}",
-    )
-    device = f"{args.device}" + (
-        f" with {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
-    )
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    table.add_row("device", f"{device}, weights {dtype}, mixed precision {args.mixed_precision}")
-    for name, line in (speed or {}).items():
-        table.add_row(name, Text(line))
-    table.add_row("output", Text(str(args.output_dir)))
-    return table
-
-
 def _rows(speed: Mapping[str, str]) -> str:
     return "packed rows" if "packing" in speed else "rows"
-
-
-def _model_name(model: nn.Module) -> str:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return type(base).__name__ + (" with an adapter" if isinstance(model, PeftModel) else "")
 
 
 def _optimizer_name(args: TrainingArguments, optimizer: torch.optim.Optimizer | None) -> str:

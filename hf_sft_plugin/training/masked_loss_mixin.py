@@ -37,7 +37,7 @@ from hf_sft_plugin.training.response_batch import (
 )
 from hf_sft_plugin.training.resume import ResumeMixin
 from hf_sft_plugin.training.router_loss import aux_loss_coefficient, has_router_loss
-from hf_sft_plugin.training.verification import VerificationMixin
+from hf_sft_plugin.training.verification_mixin import VerificationMixin
 
 
 class MaskedLossMixin(

@@ -30,7 +30,7 @@ from hf_sft_plugin.training.forward_checks import (
 )
 from hf_sft_plugin.training.gradient_checks import GRADIENT_CHECKS, check_gradients
 from hf_sft_plugin.training.run_state import training_undone
-from hf_sft_plugin.training.trainer_base import TrainerBase
+from hf_sft_plugin.training.verification_mixin import VerificationMixin
 
 _ALL_CHECKS = (*BATCH_CHECKS, *DOCUMENT_CHECKS, *HEAD_CHECKS, *GRADIENT_CHECKS)
 
@@ -55,34 +55,21 @@ class _VerificationEnded(BaseException):
         self.checks = checks
 
 
-class VerificationMixin(TrainerBase):
-    """Lets a `Trainer` verify its first optimizer step before it takes it.
+def verify_step(trainer: VerificationMixin, batches: Sequence[Any], num_items: Any) -> None:
+    """Verifies the step that these batches are for.
 
-    Attributes:
-        verify_before_training: See `MaskedSFTConfig`.
+    Args:
+        trainer: Is about to take it.
+        batches: As `get_batch_samples` returns them.
+        num_items: The same.
+
+    Raises:
+        VerificationError: If a figure is above its bound.
     """
-
-    verify_before_training: bool = False
-    _ends_after_verification: bool = False
-
-    def verify_first_step(self, batches: Sequence[Any], num_items: Any) -> None:
-        """Verifies the step that these batches are for, where it is the first of a run.
-
-        Args:
-            batches: As `get_batch_samples` returns them.
-            num_items: The same.
-
-        Raises:
-            VerificationError: If a figure is above its bound.
-        """
-        if not self.verify_before_training or not batches:
-            return
-        if self.state.global_step != self._initial_global_step:
-            return
-        checks = _verify(FirstStep(self, batches, num_items))
-        if self._ends_after_verification:
-            raise _VerificationEnded(checks)
-        _stop_on_failure(checks)
+    checks = _verify(FirstStep(trainer, batches, num_items))
+    if trainer._ends_after_verification:
+        raise _VerificationEnded(checks)
+    _stop_on_failure(checks)
 
 
 def verify_training(trainer: Trainer, *, stop_on_failure: bool = True) -> list[VerificationCheck]:

@@ -18,7 +18,12 @@ import torch
 from hf_sft_plugin.training import callbacks
 
 # Importing them takes seconds, so it happens once and not in every process.
-PRELOADED = ["hf_sft_plugin", "transformers.models.llama.modeling_llama"]
+PRELOADED = [
+    "hf_sft_plugin.training.trainer",
+    "hf_sft_plugin.training.run_summary",
+    "hf_sft_plugin.training.verification",
+    "transformers.models.llama.modeling_llama",
+]
 
 
 def run_on_processes(

@@ -1,8 +1,6 @@
 """What surrounds a run: the summary before it, the log during it, report and card after it."""
 
-import io
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,6 @@ import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
-from rich.table import Table
 from transformers import TrainerControl, TrainerState
 
 from hf_sft_plugin import Ledger, MaskedSFTConfig, MaskedSFTTrainer
@@ -21,7 +17,6 @@ from hf_sft_plugin.reporting.run_log import read_log, start_log
 from hf_sft_plugin.training.callbacks import (
     RunRecorder,
     card_facts,
-    summarize_run,
     warn_of_rounding,
 )
 
@@ -36,8 +31,6 @@ LEDGER = Ledger(
     num_context_tokens=5,
     longest=5,
 )
-# Embedding; per layer attention with the norms of queries and keys, MLP, norms; last norm.
-NUM_PARAMETERS = 300 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 2 * 8 + 3 * 32 * 48 + 2 * 32) + 32
 
 
 def make_state(step: int = 0, *records: dict[str, Any], **fields: Any) -> TrainerState:
@@ -53,75 +46,8 @@ def with_lora(model: Any) -> Any:
     )
 
 
-def render(table: Table) -> str:
-    console = Console(file=io.StringIO(), width=200)
-    console.print(table)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
-
-
 def files_below(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-
-
-def test_the_summary_has_the_figures_of_the_run(model: Any, make_config: Make) -> None:
-    args = make_config(per_device_train_batch_size=3, gradient_accumulation_steps=5)
-    lines = [
-        line.strip()
-        for line in render(summarize_run(args, make_state(), model, LEDGER)).splitlines()
-    ]
-    assert lines == [
-        "About to train",
-        f"model   Qwen3ForCausalLM: {NUM_PARAMETERS:,} parameters, all trained",
-        *[
-            f"{'data    ' if n == 0 else ''}{line.strip()}"
-            for n, line in enumerate(str(LEDGER).splitlines())
-        ],
-        "steps   1,234 of 15 rows (3 per batch x 5 accumulated x 1 processes), 3 epochs",
-        f"device  cpu with {torch.get_num_threads()} threads, weights float32, mixed precision no",
-        f"output  {args.output_dir}",
-    ]
-
-
-def test_the_summary_tells_how_much_an_adapter_trains(model: Any, make_config: Make) -> None:
-    text = render(summarize_run(make_config(), make_state(), with_lora(model), None))
-    num_trained = 2 * 4 * (32 + 32 + 48 + 32)
-    assert (
-        f"Qwen3ForCausalLM with an adapter: {NUM_PARAMETERS + num_trained:,} parameters, "
-        f"{num_trained:,} of them trained" in text
-    )
-
-
-def test_the_summary_says_what_spares_time(model: Any, make_config: Make) -> None:
-    speed = {"attention": "padded, because of [this]"}
-    text = render(summarize_run(make_config(), make_state(), model, None, speed))
-    assert "attention  padded, because of [this]" in text
-
-
-def test_the_summary_tells_the_precision(model: Any, make_config: Make) -> None:
-    text = render(summarize_run(make_config(bf16=True), make_state(), model.bfloat16(), None))
-    assert "weights bfloat16, mixed precision bf16" in text
-
-
-@pytest.mark.parametrize(
-    ("epochs", "expected"), [(0.5, "1 processes), 0.5 epochs"), (sys.maxsize, "1 processes)")]
-)
-def test_a_stream_has_no_number_of_epochs(
-    epochs: float, expected: str, model: Any, make_config: Make
-) -> None:
-    state = make_state(num_train_epochs=epochs)
-    (line,) = [
-        line.strip()
-        for line in render(summarize_run(make_config(), state, model, None)).splitlines()
-        if "steps" in line
-    ]
-    assert line.endswith(expected)
-
-
-@pytest.mark.parametrize("name", ["x[/b]", "x[red]", "x[lr=1]", "x:smile:"])
-def test_no_name_is_taken_for_markup(name: str, model: Any, make_config: Make) -> None:
-    text = render(summarize_run(make_config(output_dir=name), make_state(), model, None))
-    assert f"output  {name}" in text
 
 
 BEFORE = {"eval_loss": 5.0, "eval_token_accuracy": 0.0, "step": 0}
