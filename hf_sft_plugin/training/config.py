@@ -168,7 +168,12 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
         default=None, metadata={"help": "Processes that tokenize the dataset. None: one."}
     )
     pad_to_multiple_of: int | None = field(
-        default=None, metadata={"help": "Rounds the length of each batch up to a multiple of this."}
+        default=None,
+        metadata={
+            "help": "Rounds the length of each batch up to a multiple of this: the longest row, or "
+            "without padding all rows together, with tokens that nothing sees or counts. Batches "
+            "run as they come then, unless max_tokens_per_microbatch is a number."
+        },
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -185,9 +190,7 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
     )
     predict_with_generate: bool = field(
         default=False,
-        metadata={
-            "help": "Whether evaluation also generates a response to every prompt, and judges it."
-        },
+        metadata={"help": "Whether evaluation also answers every prompt, and judges responses."},
     )
     generation_metrics: list[str] = field(
         default_factory=lambda: ["exact_match"],

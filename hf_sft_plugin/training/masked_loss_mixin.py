@@ -136,7 +136,7 @@ class MaskedLossMixin(
         if is_constant:
             count = torch.full_like(count, self.normalize_constant)
         if self.max_tokens_per_microbatch is not None:
-            batches = [move_padding_right(batch) for batch in batches]
+            batches = [move_padding_right(batch, self.length_multiple) for batch in batches]
             attention = self._choose_attention(self.model_wrapped)
             is_padded = not attention.is_padding_free
             self.plan_memory(without_repeats(batches), is_padded)
@@ -221,6 +221,7 @@ class MaskedLossMixin(
         # Predictions have a row for each row of the batch.
         is_flat = attention.is_padding_free and reader is None
         flat = without_padding(batch, shares_prompts) if is_flat else None
+        flat = None if flat is None else self.fill_up(flat)
         if flat is None:
             refuse_documents(batch.model_inputs, attention if reader is None else None)
         batch = flat or batch
@@ -248,7 +249,10 @@ class MaskedLossMixin(
 
     def describe_speed(self) -> dict[str, str]:
         """What decides on speed and memory, by name, as far as it has been decided."""
+        choice = self._attention.choice
+        is_padded = choice is None or not choice.is_padding_free
         lines = {"attention": self.attention_summary, "head": self._head.summary}
+        lines |= {"shape": self.describe_shape(is_padded, self.longest_row())}
         lines |= {"last layer": self.last_layer_summary, "memory": self._memory_line}
         lines |= {"compiled": self.args.torch_compile_backend if self.args.torch_compile else None}
         lines |= {"allocator": allocator_hint(self.args.device.type)}

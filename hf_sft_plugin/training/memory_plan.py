@@ -56,7 +56,15 @@ class MemoryPlanMixin(MicrobatchesMixin):
             DistributedType.DEEPSPEED,
         )
         # Whoever wants padding to a certain length, or tries out batch sizes, gets those batches.
-        is_fixed = is_padded and getattr(self.args, "pad_to_multiple_of", None)
+        is_fixed = self.length_multiple is not None
+        if is_fixed:
+            self._memory_line = "not estimated: pad_to_multiple_of has batches run as they come"
+            if self.auto_gradient_checkpointing:
+                logger.warning(
+                    "auto_gradient_checkpointing has no effect with pad_to_multiple_of, which has "
+                    "batches run as they come, so that nothing is estimated. Leave one of the two "
+                    "out, or set gradient_checkpointing to true."
+                )
         if is_sharded or is_fixed or self.args.auto_find_batch_size:
             # Nor is one that a checkpoint brought along.
             self._budget = None
