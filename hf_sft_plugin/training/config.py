@@ -200,7 +200,7 @@ class MaskedSFTConfig(DataOptions, TrainingArguments):
         },
     )
     generation_max_new_tokens: int = field(
-        default=256, metadata={"help": "Longest generated response in tokens."}
+        default=256, metadata={"help": "Longest response in tokens, within the model's positions."}
     )
     generation_num_rows: int | None = field(
         default=None, metadata={"help": "Generates for the first rows only. None: for all."}
