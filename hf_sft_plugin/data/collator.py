@@ -34,7 +34,8 @@ class DataCollatorForPromptResponse:
 
     Args:
         tokenizer: Gives the pad token (the eos token where it has none), and tokenizes raw rows.
-        pad_to_multiple_of: Rounds S up to a multiple of this.
+        pad_to_multiple_of: Rounds S up to a multiple of this, unless rows are packed: these are not
+            for padding, and a trainer rounds up what is left without it.
         return_response_mask: False leaves `response_mask` out of the batch, for models that refuse
             inputs they do not know.
         stop_token_ids: See `tokenize_example`.
@@ -117,13 +118,13 @@ class DataCollatorForPromptResponse:
         for position, given in enumerate(rows):
             require_row(given, f"Row {position} of the batch")
         try:
-            examples = self._tokenized(unpack_rows(rows))
+            examples = self._tokenized(unpacked := unpack_rows(rows))
         except RowError as error:
             # The same error; its number is one of this batch, not of a dataset.
             error.args = (f"Row {error.row} of the batch: {error.problem}",)
             raise
         length = max(len(example["input_ids"]) for example in examples)
-        if self.pad_to_multiple_of:
+        if self.pad_to_multiple_of and unpacked is rows:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
         # Filled as arrays: a tensor takes a list of numbers several times as slowly.
         shape = (len(examples), length)

@@ -1,8 +1,8 @@
 """What a checkpoint has to hold beyond the Trainer's own, and whether it holds all of it.
 
-These are the totals behind the logged means, the budget of micro-batches (memory may be another
-when a run is resumed, but its numbers shall be the same to the last bit), and what decides on the
-rows of every step.
+These are the totals behind the logged means, the budget of micro-batches and whether gradient
+checkpointing was switched on (memory may be another when a run is resumed, but its numbers shall be
+the same to the last bit), and what decides on the rows of every step.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _FILE = "response_totals.json"
 _BUDGET_FILE = "microbatch_budget.json"
+_SWITCH_FILE = "gradient_checkpointing.json"
 _ORDER_FILE = "data_order.json"
 
 
@@ -61,6 +63,30 @@ def load_budget(folder: str) -> TokenBudget | None:
     if not path.is_file():
         return None
     return TokenBudget(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def save_switch(folder: str, is_on: bool | None, accelerator: Accelerator) -> None:
+    """Writes for every process whether gradient checkpointing was switched on.
+
+    Args:
+        folder: The checkpoint.
+        is_on: None where it was not decided.
+        accelerator: All processes call this; the main one writes.
+    """
+    found = gather_object([is_on])
+    if accelerator.is_main_process:
+        Path(folder, _SWITCH_FILE).write_text(json.dumps(found), encoding="utf-8")
+
+
+def load_switch(folder: str, accelerator: Accelerator) -> bool | None:
+    """Reads what `save_switch` wrote; None decides at the first step."""
+    path = Path(folder, _SWITCH_FILE)
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    is_same = len(found) == accelerator.num_processes
+    is_on: bool | None = found[accelerator.process_index] if is_same else any(found)
+    return is_on
 
 
 def save_order(folder: str, order: dict[str, Any], accelerator: Accelerator) -> None:

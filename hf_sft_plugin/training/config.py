@@ -94,7 +94,12 @@ class MaskedSFTConfig(DataOptions, SpeedOptions, TrainingArguments):
         default=None, metadata={"help": "Processes that tokenize the dataset. None: one."}
     )
     pad_to_multiple_of: int | None = field(
-        default=None, metadata={"help": "Rounds the length of each batch up to a multiple of this."}
+        default=None,
+        metadata={
+            "help": "Rounds the length of each batch up to a multiple of this: the longest row, or "
+            "without padding all rows together, with tokens that nothing sees or counts. Batches "
+            "run as they come then, unless max_tokens_per_microbatch is a number."
+        },
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -111,9 +116,7 @@ class MaskedSFTConfig(DataOptions, SpeedOptions, TrainingArguments):
     )
     predict_with_generate: bool = field(
         default=False,
-        metadata={
-            "help": "Whether evaluation also generates a response to every prompt, and judges it."
-        },
+        metadata={"help": "Whether evaluation also answers every prompt, and judges responses."},
     )
     generation_metrics: list[str] = field(
         default_factory=lambda: ["exact_match"],
@@ -123,7 +126,7 @@ class MaskedSFTConfig(DataOptions, SpeedOptions, TrainingArguments):
         },
     )
     generation_max_new_tokens: int = field(
-        default=256, metadata={"help": "Longest generated response in tokens."}
+        default=256, metadata={"help": "Longest response in tokens, within the model's positions."}
     )
     generation_num_rows: int | None = field(
         default=None, metadata={"help": "Generates for the first rows only. None: for all."}

@@ -4,6 +4,7 @@ import importlib
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_sft_plugin.data.tokenization import tokenize_example
+from hf_sft_plugin.training.loading import last_position
 from hf_sft_plugin.training.repeats import rows_of_dataset
 from hf_sft_plugin.types import RowError, TokenizedExample
 
@@ -145,6 +147,40 @@ def last_prompt(example: TokenizedExample) -> tuple[list[int], list[int]]:
     return [*example["input_ids"][:start]], [*example["input_ids"][start:end]]
 
 
+def plan_batches(
+    lengths: Sequence[int], batch_size: int, max_new_tokens: int, num_positions: int | None
+) -> list[tuple[list[int], int]]:
+    """Batches of prompts of similar length, which have room for as many new tokens each.
+
+    So no prompt is answered more briefly for the company that it is in.
+
+    Args:
+        lengths: Tokens of each prompt.
+        batch_size: Prompts at a time.
+        max_new_tokens: Longest response.
+        num_positions: Where prompt and response have to end; None: anywhere.
+
+    Returns:
+        The prompts of each batch, and its longest response.
+
+    Examples:
+        >>> plan_batches([4, 7, 3, 5], batch_size=2, max_new_tokens=5, num_positions=9)
+        [([1], 2), ([3], 4), ([0, 2], 5)]
+    """
+
+    def room(index: int) -> int:
+        left = max_new_tokens if num_positions is None else num_positions - lengths[index]
+        return max(1, min(left, max_new_tokens))
+
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
+    groups = [(limit, list(same)) for limit, same in groupby(order, key=room)]
+    return [
+        (numbers[start : start + batch_size], limit)
+        for limit, numbers in groups
+        for start in range(0, len(numbers), batch_size)
+    ]
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -155,8 +191,11 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     progress: str | None = None,
+    of_processes: Sequence[Sequence[Sequence[int]]] = (),
 ) -> list[list[int]]:
     """Continues prompts greedily, in batches of similar length, padded on the left.
+
+    Where the model has a last position, responses end there.
 
     Args:
         model: The unwrapped model.
@@ -166,11 +205,16 @@ def generate(
         max_new_tokens: Longest response.
         batch_size: Prompts at a time.
         progress: Title of a progress bar; None shows none.
+        of_processes: The prompts of every process, so that all of them run as many batches.
 
     Returns:
         Per prompt, in order, the new tokens up to and with the stop token.
     """
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
+    plan, *others = (
+        plan_batches(list(map(len, each)), batch_size, max_new_tokens, last_position(model))
+        for each in (prompts, *of_processes)
+    )
+    num_missing = max(map(len, [plan, *others])) - len(plan)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -179,10 +223,10 @@ def generate(
         pad_token_id=pad_token_id,
     )
     responses: list[list[int]] = [[] for _ in prompts]
-    batches = range(0, len(order), batch_size)
+    batches = [*plan, *plan[-1:] * num_missing]
     with _generation_mode(model, config):
-        for start in tqdm(batches, desc=progress, disable=progress is None, leave=False):
-            indices = order[start : start + batch_size]
+        bar = tqdm(batches, desc=progress, disable=progress is None, leave=False)
+        for indices, config.max_new_tokens in bar:
             width = max(len(prompts[index]) for index in indices)
             input_ids = torch.full((len(indices), width), pad_token_id)
             attention_mask = torch.zeros_like(input_ids)
@@ -245,18 +289,26 @@ def generate_responses(
         One response per example, in order.
     """
     pairs = [last_prompt(example) for example in examples]
-    mine = range(accelerator.process_index, len(pairs), accelerator.num_processes)
+    num_processes = accelerator.num_processes
+    num_each = -(-len(pairs) // num_processes)
     # Where weights are sharded, all processes have to run the model equally often.
-    num_repeated = -(-len(pairs) // accelerator.num_processes) - len(mine)
+    shares = [
+        [*range(rank, len(pairs), num_processes), 0][:num_each] for rank in range(num_processes)
+    ]
+    prompts = [[pairs[index][0] for index in share] for share in shares]
+    mine = range(accelerator.process_index, len(pairs), num_processes)
+    if accelerator.is_main_process:
+        _warn_of_little_room([len(prompt) for prompt, _ in pairs], max_new_tokens, model)
     pad_token_id = tokenizer.pad_token_id
     answers = generate(
         model,
-        [pairs[index][0] for index in (*mine, *[0] * num_repeated)],
+        prompts[accelerator.process_index],
         stop_token_ids=stop_token_ids,
         pad_token_id=pad_token_id if pad_token_id is not None else min(stop_token_ids),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         progress="Generating" if accelerator.is_main_process else None,
+        of_processes=prompts,
     )
     responses = []
     for index, answer in zip(mine, answers, strict=False):
@@ -269,6 +321,22 @@ def generate_responses(
         told = GeneratedResponse(texts[0], texts[1], texts[2], len(answer), is_stopped)
         responses.append((index, told))
     return [response for _, response in sorted(gather_object(responses))]
+
+
+def _warn_of_little_room(
+    lengths: Sequence[int], max_new_tokens: int, model: PreTrainedModel
+) -> None:
+    last = last_position(model)
+    num_short = sum(last is not None and length + max_new_tokens > last for length in lengths)
+    if num_short:
+        logger.warning(
+            "%d of %d prompts leave less room than generation_max_new_tokens, %d, in the %d "
+            "positions that the model has. Their responses end there.",
+            num_short,
+            len(lengths),
+            max_new_tokens,
+            last,
+        )
 
 
 def with_whole_reference(

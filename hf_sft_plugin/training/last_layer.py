@@ -24,9 +24,9 @@ from hf_sft_plugin.training.attention_probe import (
     tolerance_of,
 )
 from hf_sft_plugin.training.compilation import is_compiled
+from hf_sft_plugin.training.fixed_shape import FixedShapeMixin
 from hf_sft_plugin.training.lm_head import replaced_forward
 from hf_sft_plugin.training.response_batch import ResponseBatch
-from hf_sft_plugin.training.trainer_base import TrainerBase
 
 # Children of a decoder layer that work on each position by itself, by their names in transformers.
 _PART_NAMES = ("q_proj", "o_proj", "mlp", "feed_forward")
@@ -201,7 +201,7 @@ def _random_states(device: torch.device) -> list[Tensor]:
     return states
 
 
-class LastLayerMixin(TrainerBase):
+class LastLayerMixin(FixedShapeMixin):
     """Lets a trainer run the last layer at trained positions only.
 
     Attributes:
@@ -246,6 +246,8 @@ class LastLayerMixin(TrainerBase):
     def _known_problem(self, model: nn.Module) -> str | None:
         if self.trained_positions_only == "off":
             return "trained_positions_only is 'off'"
+        if self.length_multiple is not None:
+            return "pad_to_multiple_of asks for one shape"
         engine = self.accelerator.distributed_type
         if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             return f"{engine.value} looks after its weights"

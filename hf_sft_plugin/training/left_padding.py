@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_sft_plugin.training.fixed_shape import round_up
 from hf_sft_plugin.training.response_batch import FOUND_IN, ROW_LAYOUT, RowLayout, layout_of_rows
 from hf_sft_plugin.training.trained_positions import (
     TRAINED_POSITIONS,
@@ -13,7 +14,7 @@ from hf_sft_plugin.training.trained_positions import (
 )
 
 
-def move_padding_right(batch: Any) -> Any:
+def move_padding_right(batch: Any, multiple: int | None = None) -> Any:
     """The rows of a batch from their first token on, where padding stands before them.
 
     Causal models read the same either way, and positions are counted from the first token, as at
@@ -21,6 +22,7 @@ def move_padding_right(batch: Any) -> Any:
 
     Args:
         batch: As the data loader gave it.
+        multiple: What its collator rounds S up to.
 
     Returns:
         The batch with its padding on the right; the same batch where there is none on the left,
@@ -33,7 +35,7 @@ def move_padding_right(batch: Any) -> Any:
     # A process that was sent its part of a larger batch got the layout of the whole.
     if batch["labels"].shape != layout.shape:
         return batch
-    width = max(lengths)
+    width = min(old_width, round_up(max(lengths), multiple))
     device = batch["labels"].device
     starts = torch.tensor([[old_width - length] for length in lengths])
     columns = ((starts + torch.arange(width)) % old_width).to(device, non_blocking=True)
@@ -42,7 +44,7 @@ def move_padding_right(batch: Any) -> Any:
         for name, value in batch.items()
         if name not in (ROW_LAYOUT, TRAINED_POSITIONS, FOUND_IN)
     }
-    aligned = layout_of_rows(lengths)
+    aligned = layout_of_rows(lengths, width)
     if layout.documents is not None:
         aligned = aligned.with_documents(layout.documents)
     moved[ROW_LAYOUT] = aligned.to(device, non_blocking=True)

@@ -299,15 +299,12 @@ def find_transform(
         return planted[-1].clone()
 
     was_training = wrapped.training
-    first_row = {
-        name: value[:1] if isinstance(value, Tensor) else value for name, value in inputs.items()
-    }
     try:
         wrapped.eval()
         replaced = replaced_forward(lm_head, answer_with_known_values)
         # Compiling would take longer than the run, for a shape that does not come again.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), replaced:
-            logits = wrapped(**first_row, use_cache=False).logits
+            logits = wrapped(**_first_row(inputs), use_cache=False).logits
     finally:
         wrapped.train(was_training)
     if are_told or len(planted) != 1 or planted[0].shape != logits.shape:
@@ -321,6 +318,20 @@ def find_transform(
     if not fits or not all(torch.equal(expected, fits[0][1]) for _, expected in fits):
         return None
     return fits[0][0]
+
+
+def _first_row(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The first row of a batch, without padding behind it.
+
+    That may be rounded up to more than a model has positions, where rows are laid end to end.
+    """
+    row = {k: value[:1] if isinstance(value, Tensor) else value for k, value in inputs.items()}
+    mask = row.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not mask.any():
+        return row
+    end = int(mask[0].nonzero().max()) + 1
+    is_per_token = {k: isinstance(v, Tensor) and v.shape == mask.shape for k, v in row.items()}
+    return {k: value[:, :end] if is_per_token[k] else value for k, value in row.items()}
 
 
 def _known_logits(like: Tensor) -> Tensor:

@@ -129,6 +129,14 @@ def stop_tokens(
     return frozenset(stop for stop in stops if stop is not None and stop < len(tokenizer))
 
 
+def last_position(model: PreTrainedModel | PeftModel) -> int | None:
+    """How many positions a model has, where there are none beyond them; else None."""
+    config = model.config.get_text_config()
+    has_last = all(getattr(config, name, None) is None for name in _ROTARY_SETTINGS)
+    own: int | None = getattr(config, "max_position_embeddings", None)
+    return own if has_last else None
+
+
 def limit_length(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | PeftModel, max_length: int | None
 ) -> int | None:
@@ -142,7 +150,7 @@ def limit_length(
     limit = max_row_length(tokenizer, max_length)
     if max_length is not None and own is not None and max_length > own:
         problem = f"max_length is {max_length:,}, but the model was made for {own:,} positions"
-        if all(getattr(text_config, name, None) is None for name in _ROTARY_SETTINGS):
+        if last_position(model) is not None:
             raise ValueError(
                 f"{problem} and has none beyond them. Set max_length to {own} or less, or choose a "
                 "model with a longer context."

@@ -14,7 +14,14 @@ from hf_sft_plugin.loss.objective import LossObjective
 from hf_sft_plugin.loss.tile_choice import tile_bytes
 from hf_sft_plugin.training.allocator import allocator_hint
 from hf_sft_plugin.training.attention_choice import AttentionChoice, AttentionChooser
-from hf_sft_plugin.training.checkpoint import load_budget, load_totals, save_budget, save_totals
+from hf_sft_plugin.training.checkpoint import (
+    load_budget,
+    load_switch,
+    load_totals,
+    save_budget,
+    save_switch,
+    save_totals,
+)
 from hf_sft_plugin.training.compilation import compile_for_all_sizes
 from hf_sft_plugin.training.data_loaders import DataLoadersMixin
 from hf_sft_plugin.training.exact_settings import refuse_inexact_settings
@@ -138,10 +145,11 @@ class MaskedLossMixin(
         if is_constant:
             count = torch.full_like(count, self.normalize_constant)
         if self.max_tokens_per_microbatch is not None:
-            batches = [move_padding_right(batch) for batch in batches]
+            batches = [move_padding_right(batch, self.length_multiple) for batch in batches]
             attention = self._choose_attention(self.model_wrapped)
             is_padded = not attention.is_padding_free
-            self.plan_memory(without_repeats(batches), is_padded)
+            # A process may have nothing but a repeat in the first step.
+            self.plan_memory(without_repeats(batches) or batches, is_padded)
             batches = self.regroup_step(batches, is_padded, attention.shares_prompts)
             self.describe_memory(batches, is_padded)
         batches = self.fill_step(batches, num_batches)
@@ -223,6 +231,7 @@ class MaskedLossMixin(
         # Predictions have a row for each row of the batch.
         is_flat = attention.is_padding_free and reader is None
         flat = without_padding(batch, shares_prompts) if is_flat else None
+        flat = None if flat is None else self.fill_up(flat)
         if flat is None:
             refuse_documents(batch.model_inputs, attention if reader is None else None)
         batch = flat or batch
@@ -250,7 +259,10 @@ class MaskedLossMixin(
 
     def describe_speed(self) -> dict[str, str]:
         """What decides on speed and memory, by name, as far as it has been decided."""
+        choice = self._attention.choice
+        is_padded = choice is None or not choice.is_padding_free
         lines = {"attention": self.attention_summary, "head": self._head.summary}
+        lines |= {"shape": self.describe_shape(is_padded, self.longest_row())}
         lines |= {"layers": self.layers_summary, "last layer": self.last_layer_summary}
         lines |= {"memory": self._memory_line}
         lines |= {"compiled": self.args.torch_compile_backend if self.args.torch_compile else None}
@@ -318,9 +330,12 @@ class MaskedLossMixin(
         super()._save_optimizer_and_scheduler(output_dir)
         save_totals(output_dir, self._train_totals, self.accelerator)
         save_budget(output_dir, self._budget, self.accelerator)
+        if self.auto_gradient_checkpointing:
+            save_switch(output_dir, self._is_switched_on, self.accelerator)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_totals(checkpoint, self._train_totals, self.accelerator)
             self._budget = load_budget(checkpoint)
+            self._is_switched_on = load_switch(checkpoint, self.accelerator)

@@ -39,6 +39,8 @@ class MemoryPlanMixin(MicrobatchesMixin):
     _step_memory: StepMemory | None = None
     _memory_line: str | None = None
     _is_memory_planned: bool = False
+    # Whether gradient checkpointing is switched on; None: not decided yet, or not asked for.
+    _is_switched_on: bool | None = None
 
     def plan_memory(self, batches: Sequence[Any], is_padded: bool) -> None:
         """Measures what a step needs and sets the budget; does something at the first step alone.
@@ -50,13 +52,23 @@ class MemoryPlanMixin(MicrobatchesMixin):
         if self.max_tokens_per_microbatch != "auto" or self._is_memory_planned:
             return
         self._is_memory_planned = True
+        if not self.auto_gradient_checkpointing:
+            self._is_switched_on = None
         # Sharded weights, and steps that others count, are not for an estimate made alone.
         is_sharded = self.accelerator.distributed_type in (
             DistributedType.FSDP,
             DistributedType.DEEPSPEED,
         )
         # Whoever wants padding to a certain length, or tries out batch sizes, gets those batches.
-        is_fixed = is_padded and getattr(self.args, "pad_to_multiple_of", None)
+        is_fixed = self.length_multiple is not None
+        if is_fixed:
+            self._memory_line = "not estimated: pad_to_multiple_of has batches run as they come"
+            if self.auto_gradient_checkpointing:
+                logger.warning(
+                    "auto_gradient_checkpointing has no effect with pad_to_multiple_of, which has "
+                    "batches run as they come, so that nothing is estimated. Leave one of the two "
+                    "out, or set gradient_checkpointing to true."
+                )
         if is_sharded or is_fixed or self.args.auto_find_batch_size:
             # Nor is one that a checkpoint brought along.
             self._budget = None
@@ -87,7 +99,7 @@ class MemoryPlanMixin(MicrobatchesMixin):
 
     def forget_memory(self) -> None:
         """Has the next step be the first."""
-        self._budget = self._step_memory = self._memory_line = None
+        self._budget = self._step_memory = self._memory_line = self._is_switched_on = None
         self._is_memory_planned = False
 
     def longest_row(self) -> int | None:
@@ -143,7 +155,9 @@ class MemoryPlanMixin(MicrobatchesMixin):
         memory = replace(memory, forward_limit=limit)
         is_short = memory.of_pass([longest]) > left
         can_switch = not memory.is_checkpointed and find_checkpointing_problem(model) is None
-        if self.auto_gradient_checkpointing and is_short and can_switch:
+        if self.auto_gradient_checkpointing and self._is_switched_on is None:
+            self._is_switched_on = is_short and can_switch
+        if self._is_switched_on and can_switch:
             # The model could be a PeftModel, which hands on what it does not know.
             own: Any = model
             own.gradient_checkpointing_enable({"use_reentrant": False})

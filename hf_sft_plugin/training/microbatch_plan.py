@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hf_sft_plugin.training.fixed_shape import round_up
 from hf_sft_plugin.training.response_batch import OURS, ROW_LAYOUT
 from hf_sft_plugin.training.shared_prompts import bundle_rows
 
@@ -148,13 +149,19 @@ class StepPlan(NamedTuple):
 
 
 def plan_step(
-    batches: Sequence[Mapping[str, Any]], budget: TokenBudget, is_padded: bool
+    batches: Sequence[Mapping[str, Any]],
+    budget: TokenBudget,
+    is_padded: bool,
+    multiple: int | None = None,
 ) -> StepPlan:
-    """Plans the rows of some batches; plans nothing where those have to stay as they are."""
+    """Plans the rows of some batches; plans nothing where those have to stay as they are.
+
+    Where rows are padded, then to a multiple of so many tokens.
+    """
     if not batches or not can_regroup(batches):
         return StepPlan([], [], 0)
     lengths, extents = row_extents(batches)
-    sizes = extents if is_padded else lengths
+    sizes = [round_up(extent, multiple) for extent in extents] if is_padded else lengths
     as_they_come = rows_of(batches)
     costs = [_cost([sizes[row] for row in rows], is_padded) for rows in as_they_come]
     max_tokens = budget.for_step(max(costs))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from hf_sft_plugin.training.fixed_shape import FixedShapeMixin, round_up
 from hf_sft_plugin.training.microbatch_plan import (
     TokenBudget,
     documents_of,
@@ -31,7 +32,6 @@ from hf_sft_plugin.training.response_batch import (
     layout_of_rows,
 )
 from hf_sft_plugin.training.trained_positions import TRAINED_POSITIONS, positions_of_rows
-from hf_sft_plugin.training.trainer_base import TrainerBase
 from hf_sft_plugin.types import IGNORE_INDEX
 
 # What stands where a row has no token. No model sees it: the attention mask is 0 there.
@@ -61,7 +61,10 @@ def remember_tensors(batches: Sequence[Any]) -> int:
 
 
 def regroup(
-    batches: Sequence[Mapping[str, Any]], plan: Sequence[Sequence[int]], extents: Sequence[int]
+    batches: Sequence[Mapping[str, Any]],
+    plan: Sequence[Sequence[int]],
+    extents: Sequence[int],
+    multiple: int | None = None,
 ) -> list[dict[str, Any]]:
     """Makes the planned micro-batches of the rows of batches, each as short as its rows allow.
 
@@ -69,6 +72,7 @@ def regroup(
         batches: Of rows and nothing else; see `can_regroup`.
         plan: The rows of each micro-batch, counted over all batches.
         extents: The position after the last token of each row.
+        multiple: What S is rounded up to.
     """
     places = [(number, row) for number, b in enumerate(batches) for row in range(len(b["labels"]))]
     has_layout = ROW_LAYOUT in batches[0]
@@ -83,13 +87,13 @@ def regroup(
         names.append("attention_mask")
     made = []
     for rows in plan:
-        width = max(extents[row] for row in rows)
+        width = round_up(max(extents[row] for row in rows), multiple)
         microbatch: dict[str, Any] = {
             name: torch.stack([_cut_row(batches, places[row], name, width) for row in rows])
             for name in names
         }
         if has_layout:
-            layout = layout_of_rows([extents[row] for row in rows])
+            layout = layout_of_rows([extents[row] for row in rows], width)
             if documents is not None:
                 layout = layout.with_documents([documents[row] for row in rows])
             microbatch[ROW_LAYOUT] = layout.to(microbatch["labels"].device, non_blocking=True)
@@ -135,7 +139,7 @@ def share_out(microbatches: Sequence[dict[str, Any]], num_slots: int) -> list[Mi
     ]
 
 
-class MicrobatchesMixin(TrainerBase):
+class MicrobatchesMixin(FixedShapeMixin):
     """Lets a `Trainer` run the rows of an optimizer step in other micro-batches than they came in.
 
     To the Trainer a step keeps its number of batches, so steps, epochs, logs and resuming are not
@@ -153,7 +157,12 @@ class MicrobatchesMixin(TrainerBase):
     def token_budget(self) -> TokenBudget | None:
         """How many tokens run at a time; None: batches run as they come."""
         tokens = self.max_tokens_per_microbatch
-        return TokenBudget(tokens, tokens) if isinstance(tokens, int) else None
+        if not isinstance(tokens, int):
+            return None
+        multiple = self.length_multiple or 1
+        # What fills a micro-batch up runs too.
+        tokens = max(tokens - tokens % multiple, multiple)
+        return TokenBudget(tokens, tokens)
 
     def regroup_step(
         self, batches: list[Any], is_padded: bool, shares_prompts: bool = False
@@ -174,7 +183,7 @@ class MicrobatchesMixin(TrainerBase):
             return batches
         own = without_repeats(batches)
         rows = own or batches[:1]
-        plan, extents, max_tokens = plan_step(rows, budget, is_padded)
+        plan, extents, max_tokens = plan_step(rows, budget, is_padded, self.length_multiple)
         if self.accelerator.distributed_type == DistributedType.FSDP:
             # Each forward pass gathers weights, so all processes need as many.
             most = self._agree_on_number(len(plan))
@@ -184,7 +193,7 @@ class MicrobatchesMixin(TrainerBase):
             most = len(plan)
         if not most:
             return batches
-        made = regroup(rows, plan, extents)
+        made = regroup(rows, plan, extents, self.length_multiple)
         if not own:
             made = [as_repeat(microbatch) for microbatch in made]
         made += [as_repeat(made[0])] * (most - len(made))

@@ -185,12 +185,12 @@ def find_layout(batch: Mapping[str, Any], share_prompts: bool = False) -> RowLay
     return layout.with_documents(np.split(tokens, boundaries[1:-1]))
 
 
-def layout_of_rows(lengths: Sequence[int]) -> RowLayout:
-    """The layout of rows of these lengths, padded on the right to the longest."""
+def layout_of_rows(lengths: Sequence[int], width: int | None = None) -> RowLayout:
+    """The layout of rows of these lengths, padded on the right to a width, or to the longest."""
     counts = np.array(lengths)
     ends = counts.cumsum()
     columns = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
-    width = int(counts.max())
+    width = width or int(counts.max())
     return RowLayout(
         shape=(len(lengths), width),
         document_lengths=list(lengths),

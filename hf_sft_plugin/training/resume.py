@@ -18,6 +18,7 @@ from hf_sft_plugin.training.checkpoint import (
     save_order,
 )
 from hf_sft_plugin.training.data_order import data_seed, describe_order, refuse_other_order
+from hf_sft_plugin.training.jit_checkpoint import save_between_steps
 from hf_sft_plugin.training.prompt_sampler import SeededLengthSampler
 from hf_sft_plugin.training.trainer_base import TrainerBase
 
@@ -35,6 +36,10 @@ class ResumeMixin(TrainerBase):
     _epoch: int = 0
     _first_step_of_epoch: int = 0
     _is_save_put_off: bool = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        save_between_steps(self)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any

@@ -79,6 +79,10 @@ def test_the_length_is_rounded_up_to_a_multiple(
     assert {tuple(value.shape) for value in batch.values()} == {(2, length)}
     assert batch["attention_mask"].sum() == 7
     assert batch["response_mask"].sum() == 3
+    packed = DataCollatorForPromptResponse(tokenizer, pad_to_multiple_of=multiple)(
+        [{"documents": [LONG, SHORT]}]
+    )
+    assert packed["input_ids"].shape == (2, 4)
 
 
 def test_weights_stand_where_tokens_are_trained_and_are_1_for_rows_without(tokenizer: Any) -> None:

@@ -121,7 +121,7 @@ def all_cases(num_processes: int) -> dict[str, dict[str, Any]]:
         ),
         "full logits": case(both, attributes={"fused_head": "off"}),
         "packed, wide": packed(wide),
-        "packed, deep": packed(deep, max_tokens_per_microbatch=80),
+        "packed, deep": {**packed(deep, max_tokens_per_microbatch=80), "pad_to": 80},
         "example": case(both, attributes=example),
         "constant": case(wide, attributes={**constant, "normalize_constant": 100.0}),
         "weighted": case(deep, rows="weighted"),

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ from hf_sft_plugin.training.checkpoint import (
     find_checkpoint,
     is_complete,
     load_order,
+    load_switch,
     load_totals,
     require_resumable,
     save_order,
+    save_switch,
     save_totals,
 )
 from hf_sft_plugin.training.metrics import NUM_TOTALS, Totals, WindowedTotals
@@ -50,6 +53,28 @@ def test_totals_come_back_to_the_last_bit(has_window: bool, tmp_path: Path) -> N
         assert found.peek(accelerator) == Totals(*window)
         assert found.close(accelerator) == Totals(*window)
         assert found.run == Totals(*CLOSED) + Totals(*window)
+
+
+@pytest.mark.parametrize("is_on", [True, False, None])
+def test_whether_gradient_checkpointing_was_switched_on_comes_back(
+    is_on: bool | None, tmp_path: Path
+) -> None:
+    accelerator = Accelerator(cpu=True)
+    assert load_switch(str(tmp_path), accelerator) is None
+    save_switch(str(tmp_path), is_on, accelerator)
+    assert load_switch(str(tmp_path), accelerator) is is_on
+
+
+@pytest.mark.parametrize(("num_processes", "expected"), [(2, [False, True]), (3, [True] * 3)])
+def test_every_process_finds_its_own_switch_and_others_that_of_any(
+    num_processes: int, expected: list[bool], tmp_path: Path
+) -> None:
+    (tmp_path / "gradient_checkpointing.json").write_text("[false, true]")
+    processes = [
+        SimpleNamespace(num_processes=num_processes, process_index=rank)
+        for rank in range(num_processes)
+    ]
+    assert [load_switch(str(tmp_path), each) for each in processes] == expected  # type: ignore[arg-type]
 
 
 def test_totals_that_are_not_finite_come_back(tmp_path: Path) -> None:

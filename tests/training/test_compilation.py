@@ -75,7 +75,7 @@ def fresh_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def train(model_factory: Make, tokenizer: Any, make_config: Make) -> Make:
-    def run(**settings: Any) -> tuple[OwnTrainer, Watch]:
+    def run(shared_prompts: str = "auto", **settings: Any) -> tuple[OwnTrainer, Watch]:
         watch = Watch()
         trainer = OwnTrainer(
             model_factory("llama", num_hidden_layers=1).double(),
@@ -85,7 +85,7 @@ def train(model_factory: Make, tokenizer: Any, make_config: Make) -> Make:
             callbacks=[watch],
         )
         # Micro-batches of one row and of several.
-        trainer.max_tokens_per_microbatch = 60
+        trainer.max_tokens_per_microbatch, trainer.shared_prompts = 60, shared_prompts
         trainer.train()
         return trainer, watch
 
@@ -157,3 +157,16 @@ def test_the_compiler_does_not_look_into_an_opaque_list() -> None:
         assert (counters["frames"]["total"] > before) == bool(more)
     assert lengths == [3, 6] * 2
     assert OpaqueList([4, 5, 6])[1:] == [5, 6]
+
+
+@pytest.mark.usefixtures("fresh_state")
+def test_batches_of_one_shape_are_compiled_once_for_that_shape(
+    train: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many documents they have."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_DYNAMIC", "false")
+    settings = {"torch_compile": True, "torch_compile_backend": "eager"}
+    trainer, found = train(shared_prompts="off", pad_to_multiple_of=60, **settings)
+    assert trainer.accelerator.state.dynamo_plugin.dynamic is False
+    assert found.num_frames[0] > 10
+    assert found.num_frames == [found.num_frames[0]] * 4

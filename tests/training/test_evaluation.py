@@ -196,7 +196,7 @@ def test_responses_are_text_in_the_order_of_the_rows(tokenizer: Any, model: Any)
 
 @pytest.mark.parametrize(("num_rows", "num_processes"), [(7, 2), (3, 4), (6, 3)])
 def test_every_process_answers_as_many_prompts(
-    num_rows: int, num_processes: int, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    num_rows: int, num_processes: int, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[int]] = []
 
@@ -208,7 +208,7 @@ def test_every_process_answers_as_many_prompts(
     examples: Any = [{"input_ids": [40 + n, 2], "response_mask": [0, 1]} for n in range(num_rows)]
     answered = [
         generate_responses(
-            model=None,  # type: ignore[arg-type]
+            model=model,
             examples=examples,
             tokenizer=tokenizer,
             accelerator=SimpleNamespace(  # type: ignore[arg-type]
@@ -224,6 +224,58 @@ def test_every_process_answers_as_many_prompts(
     assert {len(prompts) for prompts in asked} == {-(-num_rows // num_processes)}
     texts = [response.response for responses in answered for response in responses]
     assert sorted(texts) == sorted(tokenizer.decode([40 + n]) for n in range(num_rows))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_responses_end_with_the_positions_of_a_model_and_the_log_says_so(
+    batch_size: int, tokenizer: Any, model_factory: Callable[..., Any], caplog: Any
+) -> None:
+    """Each at its own place, whatever prompts it shares a batch with."""
+    sizes = {"max_position_embeddings": 16, "n_positions": 16}
+    model = model_factory("gpt2", initializer_range=0.4, **sizes).double().eval()
+    prompts = [[*range(5, 5 + length)] for length in (14, 3, 9, 15)]
+    examples: Any = [
+        {"input_ids": [*prompt, 2], "response_mask": [0] * len(prompt) + [1]} for prompt in prompts
+    ]
+    responses = generate_responses(
+        model,
+        examples,
+        tokenizer,
+        Accelerator(cpu=True),
+        stop_token_ids={2},
+        max_new_tokens=8,
+        batch_size=batch_size,
+    )
+    room = [2, 8, 7, 1]
+    expected = [greedy(model, *each) for each in zip(prompts, [{2}] * 4, room, strict=True)]
+    assert [each.num_tokens for each in responses] == [len(tokens) for tokens in expected]
+    assert [each.response for each in responses] == [
+        tokenizer.decode(tokens, skip_special_tokens=True) for tokens in expected
+    ]
+    assert (
+        "3 of 4 prompts leave less room than generation_max_new_tokens, 8, in the 16" in caplog.text
+    )
+
+
+def test_all_processes_run_as_many_batches_whatever_room_there_is(
+    model_factory: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_factory("gpt2", max_position_embeddings=16, n_positions=16)
+    calls: list[int] = []
+    own = type(model).generate
+
+    def counted(self: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return own(self, **kwargs)
+
+    monkeypatch.setattr(type(model), "generate", counted)
+    shares = [[[5] * 14, [5] * 13], [[5] * 3, [5] * 2]]
+    settings: dict[str, Any] = {"stop_token_ids": {2}, "pad_token_id": 0, "max_new_tokens": 8}
+    for prompts in shares:
+        found = generate(model, prompts, batch_size=2, of_processes=shares, **settings)
+        assert all(0 < len(tokens) <= 8 for tokens in found)
+        assert len(found) == 2
+    assert len(calls) == 4
 
 
 def test_a_response_tells_how_long_it_is_and_whether_it_stopped(

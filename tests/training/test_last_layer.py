@@ -326,6 +326,7 @@ class Engine(LastLayerMixin):
     def __init__(self, model: nn.Module, kind: DistributedType) -> None:
         self.model_wrapped = model
         self.accelerator = SimpleNamespace(distributed_type=kind)
+        self.args = self.data_collator = None
 
 
 @pytest.mark.parametrize(

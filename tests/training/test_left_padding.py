@@ -38,13 +38,18 @@ class LeftCollator(DataCollatorForPromptResponse):
         return {name: value.take_along_dim(columns, dim=1) for name, value in batch.items()}
 
 
-def test_a_batch_padded_on_the_left_becomes_the_one_padded_on_the_right(tokenizer: Any) -> None:
-    expected = CollatorWithLayout(DataCollatorForPromptResponse(tokenizer), share_prompts=True)(
-        make_rows()
+@pytest.mark.parametrize("multiple", [None, 64])
+def test_a_batch_padded_on_the_left_becomes_the_one_padded_on_the_right(
+    multiple: int | None, tokenizer: Any
+) -> None:
+    expected, left = (
+        CollatorWithLayout(collator(tokenizer, pad_to_multiple_of=multiple), share_prompts=True)(
+            make_rows()
+        )
+        for collator in (DataCollatorForPromptResponse, LeftCollator)
     )
-    left = CollatorWithLayout(LeftCollator(tokenizer), share_prompts=True)(make_rows())
     assert not torch.equal(left["input_ids"], expected["input_ids"])
-    found = move_padding_right(left)
+    found = move_padding_right(left, multiple)
     assert found.keys() == expected.keys()
     for name in found.keys() - {*OURS}:
         assert torch.equal(found[name], expected[name]), name

@@ -14,6 +14,7 @@ from peft import LoraConfig, PrefixTuningConfig
 from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
 from hf_sft_plugin.training import memory, memory_plan
 from hf_sft_plugin.training.microbatch_plan import TokenBudget
+from hf_sft_plugin.training.repeats import as_repeat
 
 Train = Callable[..., tuple[MaskedSFTTrainer, list[list[int]]]]
 
@@ -142,6 +143,31 @@ def test_a_resumed_run_keeps_its_budget_whatever_memory_there_is(
     assert [sum(lengths) for lengths in ran] == [180]
     pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_resumed_run_keeps_gradient_checkpointing_as_it_was(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever memory there is, with dropout, to the last bit."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "auto_gradient_checkpointing": True}
+    monkeypatch.setattr(memory_plan, "available_memory", lambda device: 0)
+    whole, _ = train(output_dir=str(tmp_path / "whole"), **settings)
+    monkeypatch.setattr(memory_plan, "available_memory", lambda device: 2**40)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-1")
+    resumed, _ = train(checkpoint, output_dir=str(tmp_path / "resumed"), **settings)
+    assert any(map(memory._is_checkpointed, resumed.model.modules()))
+    pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_process_that_has_nothing_but_a_repeat_in_the_first_step_gets_a_budget(
+    train: Train,
+) -> None:
+    trainer, _ = train()
+    trainer.forget_memory()
+    batch = as_repeat(next(iter(trainer.get_train_dataloader())))
+    trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
+    assert trainer._budget == TokenBudget(4096, trainer._budget.possible)
 
 
 @pytest.mark.parametrize(
