@@ -130,7 +130,8 @@ class _LinearHeadFunction(torch.autograd.Function):
         factors = weights.to(dtype)
         num_rows = _tile_rows(len(targets), matrix, weight if needs[1] else None)
         num_tiles = -(-len(targets) // max(1, num_rows))
-        grad_weight, grad_scale = None, None
+        grad_weight: _WeightGradient | _WholeGradient | None = None
+        grad_scale = None
         if needs[1] and num_tiles and _adds_in_float32(matrix):
             grad_scale = (factors.abs().max() * abs(transform.scale)).clamp_min(_TINY)
             grad_weight = _WholeGradient(weight, num_tiles, grad_scale)
@@ -333,7 +334,9 @@ class _WholeGradient:
     def __init__(self, weight: Tensor, num_tiles: int, scale: Tensor) -> None:
         self.total = torch.empty_like(weight, memory_format=torch.contiguous_format)
         is_in_place = num_tiles == 1 or weight.dtype == torch.float32
-        self._sums = self.total if is_in_place else torch.empty_like(self.total, dtype=torch.float32)
+        self._sums = (
+            self.total if is_in_place else torch.empty_like(self.total, dtype=torch.float32)
+        )
         self._scale, self._num_tiles, self._num_left = scale, num_tiles, num_tiles
 
     def add(self, grad_logits: Tensor, hidden_states: Tensor, coefficients: Tensor) -> None:

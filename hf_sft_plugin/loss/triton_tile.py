@@ -100,9 +100,7 @@ def _row_sums_kernel(
     row = tl.program_id(0)
     logits += row.to(tl.int64) * row_stride
     target = tl.load(targets + row)
-    target_z = _scaled(logits, bias, target, None, multiplier, divisor)
-    if softcap is not None:
-        target_z = _tanh(tl.div_rn(target_z, softcap)) * softcap
+    target_z = _capped(_scaled(logits, bias, target, None, multiplier, divisor), softcap)
     # One by one, or Triton's interpreter leaves them Python numbers.
     top = _LOWEST
     top_column = 0
@@ -112,9 +110,7 @@ def _row_sums_kernel(
     for start in range(0, vocab_size, block_size):
         columns = start + tl.arange(0, block_size)
         mask = columns < vocab_size
-        z = _scaled(logits, bias, columns, mask, multiplier, divisor)
-        if softcap is not None:
-            z = _tanh(tl.div_rn(z, softcap)) * softcap
+        z = _capped(_scaled(logits, bias, columns, mask, multiplier, divisor), softcap)
         z = tl.where(mask, z, float("-inf"))
         block_top = tl.max(z, 0)
         # In few blocks of many.
@@ -295,6 +291,14 @@ def _scaled(
         z *= multiplier
     if divisor is not None:
         z = tl.div_rn(z, divisor)
+    return z
+
+
+@triton.jit
+def _capped(z: tl.tensor, softcap: tl.tensor) -> tl.tensor:
+    """Logits after the soft cap, where there is one."""
+    if softcap is not None:
+        z = _tanh(tl.div_rn(z, softcap)) * softcap
     return z
 
 
