@@ -23,8 +23,9 @@ from hf_sft_plugin.loss.token_stats import (
     token_terms,
 )
 
-# Logits held at a time: 2^24 numbers are 64 MiB in float32.
+# Logits held at a time: 2^24 numbers are 64 MiB in float32. An accelerator needs more to be busy.
 _TILE_SIZE = 2**24
+_ACCELERATOR_TILE_SIZE = 2**27
 
 
 class HeadLoss(NamedTuple):
@@ -142,7 +143,8 @@ class _FusedHeadFunction(torch.autograd.Function):
         dtype = statistics_dtype(hidden_states)
         loss = hidden_states.new_zeros((), dtype=dtype)
         values = [hidden_states.new_zeros(targets.shape, dtype=dtype) for _ in range(4)]
-        num_rows = max(1, _TILE_SIZE // vocab_size)
+        size = _TILE_SIZE if hidden_states.device.type == "cpu" else _ACCELERATOR_TILE_SIZE
+        num_rows = max(1, size // vocab_size)
         for start in range(0, len(targets), num_rows):
             rows = slice(start, start + num_rows)
             tile = hidden_states[rows].detach().requires_grad_(needs_hidden)

@@ -24,8 +24,15 @@ from hf_sft_plugin.loss.token_stats import (
     statistics_dtype,
 )
 
-# Numbers of the weight, or of its gradient, that are converted at a time.
+# Numbers of the weight, or of its gradient, that are converted at a time. On a CPU more no longer
+# fit its cache, on an accelerator the products of fewer do not keep it busy.
 _PANEL_SIZE = 2**21
+_ACCELERATOR_PANEL_SIZE = 2**26
+# Tiles of an accelerator have a multiple of these rows: its kernels multiply so many at a time.
+_ACCELERATOR_ROWS = 128
+# Numbers that rows of a tile are apart: half of them are as much as a GPU reads at once.
+_ROW_MULTIPLE = 16
+_TINY = torch.finfo(torch.float32).tiny
 _DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 # What nn.Linear does as long as nobody replaced it.
 _LINEAR_FORWARD = nn.Linear.forward
@@ -120,8 +127,16 @@ class _LinearHeadFunction(torch.autograd.Function):
         matrix = _Weight(weight, _product_dtype(hidden_states.device.type, weight.dtype))
         dtype = statistics_dtype(weight)
         grad_hidden = torch.empty_like(hidden_states, dtype=dtype) if needs[0] else None
-        num_tiles = _num_tiles(len(targets), matrix)
-        grad_weight = _WeightGradient(weight, matrix.dtype, num_tiles) if needs[1] else None
+        factors = weights.to(dtype)
+        num_rows = _tile_rows(len(targets), matrix, weight if needs[1] else None)
+        num_tiles = -(-len(targets) // max(1, num_rows))
+        grad_weight: _WeightGradient | _WholeGradient | None = None
+        grad_scale = None
+        if needs[1] and num_tiles and _adds_in_float32(matrix):
+            grad_scale = (factors.abs().max() * abs(transform.scale)).clamp_min(_TINY)
+            grad_weight = _WholeGradient(weight, num_tiles, grad_scale)
+        elif needs[1]:
+            grad_weight = _WeightGradient(weight, matrix.dtype, num_tiles)
         float_bias = None if bias is None else bias.to(dtype)
         grad_bias = (
             torch.zeros_like(bias, dtype=widest_float(bias.device))
@@ -132,12 +147,11 @@ class _LinearHeadFunction(torch.autograd.Function):
             tile = choose_tile(hidden_states.device, matrix.dtype)
             work = tile(float_bias, transform, objective, dtype, any(needs), grad_bias)
             values = _run_tiles(
-                hidden_states, matrix, targets, weights.to(dtype), work, grad_hidden, grad_weight
+                hidden_states, matrix, targets, factors, num_rows, work, grad_hidden, grad_weight
             )
         ctx.dtypes = hidden_states.dtype, weight.dtype, None if bias is None else bias.dtype
-        ctx.save_for_backward(
-            grad_hidden, None if grad_weight is None else grad_weight.total, grad_bias
-        )
+        grad_total = None if grad_weight is None else grad_weight.total
+        ctx.save_for_backward(grad_hidden, grad_total, grad_bias, grad_scale)
         outputs = values[:4]
         ctx.mark_non_differentiable(*outputs)
         return weighted_sum(values.token_losses, weights), *outputs
@@ -147,9 +161,13 @@ class _LinearHeadFunction(torch.autograd.Function):
         refuse_second_derivative("torch.log_softmax on the full logits")
         # Asking an accelerator would mean waiting for it.
         is_one = grad_loss.device.type == "cpu" and grad_loss.item() == 1
+        *saved, scale = ctx.saved_tensors
+        factors = [None if is_one else grad_loss] * len(saved)
+        if scale is not None:
+            factors[1] = scale * grad_loss
         grads = (
-            None if grad is None else (grad if is_one else grad * grad_loss).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if grad is None else (grad if factor is None else grad * factor).to(dtype)
+            for grad, factor, dtype in zip(saved, factors, ctx.dtypes, strict=True)
         )
         return *grads, None, None, None, None, None
 
@@ -159,15 +177,17 @@ def _run_tiles(
     matrix: "_Weight",
     targets: Tensor,
     weights: Tensor,
+    num_rows: int,
     work: LogitTile,
     grad_hidden: Tensor | None,
-    grad_weight: "_WeightGradient | None",
+    grad_weight: "_WeightGradient | _WholeGradient | None",
 ) -> RowValues:
     """Takes N rows through the head and back: their values, and the gradients filled in."""
     count = len(hidden_states)
-    num_rows = -(-count // max(1, _num_tiles(count, matrix)))
     values = RowValues.empty(count, like=hidden_states, dtype=weights.dtype)
-    tile = hidden_states.new_empty(num_rows, matrix.size, dtype=matrix.dtype)
+    # Rows of any other length are slow to write and to read.
+    width = -(-matrix.size // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    tile = hidden_states.new_empty(num_rows, width, dtype=matrix.dtype)[:, : matrix.size]
     for start in range(0, count, max(1, num_rows)):
         rows = slice(start, start + num_rows)
         hidden, part = hidden_states[rows], RowValues(*(value[rows] for value in values))
@@ -182,10 +202,26 @@ def _run_tiles(
     return values
 
 
-def _num_tiles(count: int, matrix: "_Weight") -> int:
-    """Tiles for so many rows, all of one size: a small one would cost as much as a large one."""
-    row_bytes = max(1, matrix.size * matrix.dtype.itemsize)
-    return -(-count // max(1, tile_bytes(matrix.device) // row_bytes))
+def _tile_rows(count: int, matrix: "_Weight", trained: Tensor | None) -> int:
+    """Rows of a tile: of all tiles the same, since a small one would cost as much as a large one.
+
+    One tile takes all rows where several would need no less memory, with the sum over them.
+
+    Args:
+        count: Rows in all.
+        matrix: The weight.
+        trained: The same, where it has a gradient.
+    """
+    most, row_bytes = tile_bytes(matrix.device), max(1, matrix.size * matrix.dtype.itemsize)
+    if trained is not None and _adds_in_float32(matrix) and trained.dtype != torch.float32:
+        most_at_once = most + trained.numel() * torch.float32.itemsize
+        if count * row_bytes <= most_at_once:
+            return count
+    num_tiles = -(-count // max(1, most // row_bytes))
+    num_rows = -(-count // max(1, num_tiles))
+    if matrix.device.type != "cpu":
+        num_rows = min(count, -(-num_rows // _ACCELERATOR_ROWS) * _ACCELERATOR_ROWS)
+    return num_rows
 
 
 class _Weight:
@@ -282,8 +318,53 @@ class _WeightGradient:
         return self._room[: len(total)]
 
 
+class _WholeGradient:
+    """The same in one product per tile, where the device adds products up in float32 itself.
+
+    Attributes:
+        total: `(V, D)` in the dtype of the weight, but not multiplied with the scale yet.
+
+    Args:
+        weight: In float32 or bfloat16.
+        num_tiles: At least 1.
+        scale: What the largest coefficient is; all are divided by it, so that equal ones become 1,
+            which costs no rounding.
+    """
+
+    def __init__(self, weight: Tensor, num_tiles: int, scale: Tensor) -> None:
+        self.total = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        is_in_place = num_tiles == 1 or weight.dtype == torch.float32
+        self._sums = (
+            self.total if is_in_place else torch.empty_like(self.total, dtype=torch.float32)
+        )
+        self._scale, self._num_tiles, self._num_left = scale, num_tiles, num_tiles
+
+    def add(self, grad_logits: Tensor, hidden_states: Tensor, coefficients: Tensor) -> None:
+        """As in `_WeightGradient`."""
+        rows = (hidden_states * (coefficients / self._scale)).to(grad_logits.dtype)
+        factors, sums = (grad_logits.T, rows), self._sums
+        if sums.dtype == grad_logits.dtype:
+            torch.mm(*factors, out=sums)
+        elif self._num_left == self._num_tiles:
+            torch.mm(*factors, out_dtype=sums.dtype, out=sums)
+        else:
+            torch.addmm(sums, *factors, out_dtype=sums.dtype, out=sums)
+        self._num_left -= 1
+        if self._num_left == 0 and sums is not self.total:
+            self.total.copy_(sums)
+
+
+def _adds_in_float32(matrix: _Weight) -> bool:
+    """Whether products of bfloat16 can be had in float32, and so added up.
+
+    With float16 the coefficients of a tile could be too small for a scale that is that of all.
+    """
+    return matrix.device.type == "cuda" and matrix.dtype == torch.bfloat16
+
+
 def _panel_rows(weight: Tensor) -> int:
-    return max(1, _PANEL_SIZE // max(1, weight.shape[1]))
+    size = _PANEL_SIZE if weight.device.type == "cpu" else _ACCELERATOR_PANEL_SIZE
+    return max(1, size // max(1, weight.shape[1]))
 
 
 def _product_dtype(device: str, dtype: torch.dtype) -> torch.dtype:

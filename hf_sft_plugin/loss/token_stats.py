@@ -9,8 +9,9 @@ from torch import Tensor
 from hf_sft_plugin.types import IGNORE_INDEX
 
 # Logits worked on at a time. Above 2^20 numbers a tile no longer fits a processor's cache, below
-# it the calls cost more than the work.
+# it the calls cost more than the work; on an accelerator that takes far more.
 _TILE_SIZE = 2**20
+_ACCELERATOR_TILE_SIZE = 2**25
 
 
 class TokenStats(NamedTuple):
@@ -190,7 +191,8 @@ def _row_tiles(logits: Tensor, *per_row: Tensor) -> Iterator[tuple[Tensor, ...]]
         for parts in zip(logits, *per_row, strict=True):
             yield from _row_tiles(*parts)
     else:
-        num_rows = max(1, _TILE_SIZE // max(logits.shape[-1], 1))
+        size = _TILE_SIZE if logits.device.type == "cpu" else _ACCELERATOR_TILE_SIZE
+        num_rows = max(1, size // max(logits.shape[-1], 1))
         yield from zip(*(tensor.split(num_rows) for tensor in (logits, *per_row)), strict=True)
 
 

@@ -51,11 +51,11 @@ class TritonTile(LogitTile):
         sums = torch.empty(5, num_rows, dtype=torch.float32, device=logits.device)
         # Triton launches on the current device, which need not be that of the tile.
         with torch.cuda.device_of(logits):
+            has_mean = bool(self.objective.label_smoothing)
             _row_sums_kernel[(num_rows,)](
-                *tile, sums, num_rows, values.is_top1, block_size, num_warps=_NUM_WARPS
+                *tile, sums, num_rows, values.is_top1, has_mean, block_size, num_warps=_NUM_WARPS
             )
             top, target, exp_sum, product_sum, mean = sums
-            has_mean = self.objective.label_smoothing
             row_sums = RowSums(top, target, exp_sum, product_sum, mean if has_mean else None)
             rows = self._finish_rows(row_sums, values, vocab_size)
             if not self.needs_gradient:
@@ -71,7 +71,7 @@ class TritonTile(LogitTile):
                     self.bias_gradient,
                     _BIAS_BLOCK_SIZE,
                 )
-            grid = num_rows, triton.cdiv(vocab_size, block_size)
+            grid = (num_rows * triton.cdiv(vocab_size, block_size),)
             _gradient_kernel[grid](*tile, top, *rows, block_size, num_warps=_NUM_WARPS)
 
 
@@ -89,6 +89,7 @@ def _row_sums_kernel(
     sums: tl.tensor,
     num_rows: tl.tensor,
     is_top1: tl.tensor,
+    has_mean: tl.constexpr,
     block_size: tl.constexpr,
 ) -> None:
     """Writes the `RowSums` of one row, `(5, num_rows)`; reads its logits once, a block at a time.
@@ -99,9 +100,7 @@ def _row_sums_kernel(
     row = tl.program_id(0)
     logits += row.to(tl.int64) * row_stride
     target = tl.load(targets + row)
-    target_z = _scaled(logits, bias, target, None, multiplier, divisor)
-    if softcap is not None:
-        target_z = _tanh(tl.div_rn(target_z, softcap)) * softcap
+    target_z = _capped(_scaled(logits, bias, target, None, multiplier, divisor), softcap)
     # One by one, or Triton's interpreter leaves them Python numbers.
     top = _LOWEST
     top_column = 0
@@ -111,14 +110,13 @@ def _row_sums_kernel(
     for start in range(0, vocab_size, block_size):
         columns = start + tl.arange(0, block_size)
         mask = columns < vocab_size
-        z = _scaled(logits, bias, columns, mask, multiplier, divisor)
-        if softcap is not None:
-            z = _tanh(tl.div_rn(z, softcap)) * softcap
+        z = _capped(_scaled(logits, bias, columns, mask, multiplier, divisor), softcap)
         z = tl.where(mask, z, float("-inf"))
-        # Of equal logits the first counts as the most probable.
         block_top = tl.max(z, 0)
-        position = tl.min(tl.where(z == block_top, columns, vocab_size), 0)
-        top_column = tl.where(block_top > top, position, top_column)
+        # In few blocks of many.
+        if block_top > top:
+            # Of equal logits the first counts as the most probable.
+            top_column = tl.min(tl.where(z == block_top, columns, vocab_size), 0)
         new_top = tl.maximum(top, block_top)
         down = tl.maximum(top - new_top, _LOWEST)
         shrink = tl.exp(down)
@@ -128,13 +126,15 @@ def _row_sums_kernel(
         products = tl.maximum(z, _LOWEST) * exp_z
         product_sum = product_sum * shrink + exp_sum * (shrink * down) + tl.sum(products, 0)
         exp_sum = exp_sum * shrink + tl.sum(exp_z, 0)
-        z_sum += start * down + tl.sum(tl.where(mask, z, 0.0), 0)
+        if has_mean:
+            z_sum += start * down + tl.sum(tl.where(mask, z, 0.0), 0)
     sums += row
     tl.store(sums, top)
     tl.store(sums + num_rows, target_z - top)
     tl.store(sums + 2 * num_rows, exp_sum)
     tl.store(sums + 3 * num_rows, product_sum)
-    tl.store(sums + 4 * num_rows, z_sum / vocab_size)
+    if has_mean:
+        tl.store(sums + 4 * num_rows, z_sum / vocab_size)
     tl.store(is_top1 + row, (top_column == target).to(tl.float32))
 
 
@@ -156,10 +156,14 @@ def _gradient_kernel(
     spreads: tl.tensor,
     block_size: tl.constexpr,
 ) -> None:
-    """Writes the gradient of some columns of a row over their logits."""
-    row = tl.program_id(0)
+    """Writes the gradient of some columns of a row over their logits.
+
+    The programs of a row follow each other, so that those that run at a time are close in memory.
+    """
+    num_blocks = tl.cdiv(vocab_size, block_size)
+    row = tl.program_id(0) // num_blocks
     logits += row.to(tl.int64) * row_stride
-    columns = tl.program_id(1) * block_size + tl.arange(0, block_size)
+    columns = tl.program_id(0) % num_blocks * block_size + tl.arange(0, block_size)
     mask = columns < vocab_size
     gradient = _gradient(
         logits,
@@ -287,6 +291,14 @@ def _scaled(
         z *= multiplier
     if divisor is not None:
         z = tl.div_rn(z, divisor)
+    return z
+
+
+@triton.jit
+def _capped(z: tl.tensor, softcap: tl.tensor) -> tl.tensor:
+    """Logits after the soft cap, where there is one."""
+    if softcap is not None:
+        z = _tanh(tl.div_rn(z, softcap)) * softcap
     return z
 
 

@@ -6,6 +6,7 @@ tensor would have to be read, and each layer would wait for it.
 """
 
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar, overload
@@ -179,7 +180,10 @@ def _attend_varlen(
         key, value = (tensor.index_select(2, key_index) for tensor in (key, value))
     # Where there are more keys than queries, the queries belong to the last of them.
     # Loaded here, so that nobody waits for it who has no GPU.
-    output = importlib.import_module("torch.nn.attention.varlen").varlen_attn(
+    attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    # Torch 2.11 takes fewer heads of keys without being told.
+    groups = {"enable_gqa": True} if "enable_gqa" in inspect.signature(attend).parameters else {}
+    output = attend(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
@@ -188,7 +192,7 @@ def _attend_varlen(
         scale=scaling,
         # The token itself is not counted.
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=True,
+        **groups,
     )
     assert isinstance(output, Tensor)
     return output.unsqueeze(0)

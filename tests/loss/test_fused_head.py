@@ -202,3 +202,21 @@ def test_a_parameter_that_nothing_depends_on_gets_a_gradient_of_zero() -> None:
     loss = fused_head_loss(hidden, targets, weights, head, parameters, VOCAB, NLL).loss
     *_, found = torch.autograd.grad(loss, parameters)
     assert found.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", [32, 32, 6]), ("meta", [70])])
+def test_an_accelerator_takes_more_rows_at_a_time(
+    device: str, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_sft_plugin.loss.fused_head._TILE_SIZE", 32 * VOCAB)
+    seen = []
+
+    def head(rows: Tensor) -> Tensor:
+        seen.append(len(rows))
+        return rows.new_zeros(len(rows), VOCAB)
+
+    hidden = torch.zeros(70, 4, device=device)
+    targets = torch.zeros(70, dtype=torch.long, device=device)
+    weights = torch.ones(70, device=device)
+    fused_head_loss(hidden, targets, weights, head, [], VOCAB, LossObjective())
+    assert seen == expected

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_sft_plugin.loss import linear_head
 from hf_sft_plugin.loss.fused_head import HeadLoss, full_head_loss, fused_head_loss
 from hf_sft_plugin.loss.linear_head import is_plain_linear, linear_head_loss
 from hf_sft_plugin.loss.logit_tile import LogitTransform
@@ -540,3 +541,80 @@ def test_under_autocast_dtypes_may_differ_but_not_with_float64() -> None:
         assert is_plain_linear(double, double.forward, hidden.double())
         problem = Problem()
         assert problem.fast().loss.dtype == torch.float64
+
+
+@pytest.fixture
+def _products_in_float32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The products of a CUDA device, on a CPU: of bfloat16, with their sums in float32."""
+
+    def mm(a: Tensor, b: Tensor, dtype: torch.dtype, *, out: Tensor) -> Tensor:
+        assert {a.dtype, b.dtype} == {torch.bfloat16}
+        assert dtype == out.dtype == torch.float32
+        return out.copy_(a.float() @ b.float())
+
+    def addmm(total: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, *, out: Tensor) -> Tensor:
+        assert total.dtype == torch.float32
+        return out.copy_(total + mm(a, b, dtype, out=torch.empty_like(out)))
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mm.dtype_out", mm, "CPU")
+    library.impl("addmm.dtype_out", addmm, "CPU")
+    monkeypatch.setattr(f"{MODULE}._has_instructions", lambda dtype: True)
+    monkeypatch.setattr(f"{MODULE}._adds_in_float32", lambda matrix: True)
+    yield
+    library._destroy()
+
+
+@pytest.mark.usefixtures("_products_in_float32")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"loss_type": "dft"}, OBJECTIVES[-1]], ids=str)
+@pytest.mark.parametrize("num_tiles", [1, 5])
+def test_where_products_are_added_in_float32_it_errs_no_more_than_the_full_logits(
+    num_tiles: int,
+    settings: dict[str, Any],
+    dtype: torch.dtype,
+    reference_losses: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sums = VOCAB * HIDDEN * 4 if dtype == torch.bfloat16 else 0
+    tile = 400 * VOCAB * 2 if num_tiles == 1 else 80 * VOCAB * 2
+    monkeypatch.setattr("hf_sft_plugin.loss.tile_choice._CPU_BYTES", tile)
+    assert (tile + sums < 400 * VOCAB * 2) == (num_tiles > 1)
+    problem = Problem(dtype, num_rows=400)
+    transform = LogitTransform(multiplier=-0.5)
+    _, gradients = problem.truth(reference_losses, transform, settings)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.float32):
+        fast, plain = problem.fast(transform, settings), problem.plain(transform, settings)
+    found, reference = (problem.gradients(3 * result.loss) for result in (fast, plain))
+    assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in problem.tensors]
+    for true, ours, theirs in zip(gradients, found, reference, strict=True):
+        true = 3 * true
+        slack = torch.finfo(torch.bfloat16).eps / 2 * true.norm()
+        assert (ours.double() - true).norm() <= (theirs.double() - true).norm() + slack
+
+
+@pytest.mark.usefixtures("_products_in_float32")
+def test_equal_weights_cost_no_rounding_where_products_are_added_in_float32() -> None:
+    problem = Problem(torch.float32)
+    gradients = []
+    for weight in (1.0, 0.3):
+        problem.weights = torch.full((NUM_ROWS,), weight, dtype=torch.float64)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            gradients.append(problem.gradients(problem.fast().loss)[1])
+    torch.testing.assert_close(gradients[1], 0.3 * gradients[0], rtol=1e-6, atol=0)
+
+
+def test_tiles_of_an_accelerator_suit_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.empty(1000, 64, dtype=torch.bfloat16, device="meta")
+    # Of 1,310 rows.
+    monkeypatch.setattr(f"{MODULE}.tile_bytes", lambda device: 2_620_000)
+    matrix = linear_head._Weight(weight, torch.bfloat16)
+
+    def rows(count: int, trained: Tensor | None) -> int:
+        return linear_head._tile_rows(count, matrix, trained)
+
+    assert [rows(n, None) for n in (0, 7, 1310, 1311, 4000)] == [0, 7, 1310, 768, 1024]
+    monkeypatch.setattr(f"{MODULE}._adds_in_float32", lambda matrix: True)
+    # The sum over tiles would take as much as 128 rows.
+    assert [rows(n, weight) for n in (1438, 1439)] == [1438, 768]
+    assert rows(1438, weight.float()) == 768

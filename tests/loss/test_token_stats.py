@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_sft_plugin import compute_entropy, get_response_log_probs
-from hf_sft_plugin.loss.token_stats import shift_labels, token_stats
+from hf_sft_plugin.loss.token_stats import _row_tiles, shift_labels, token_stats
 
 
 def reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,3 +181,9 @@ def test_one_tensor_of_the_size_of_the_logits_is_held_beyond_them_their_gradient
     with _LargeTensors(logits) as counter:
         sum(function(Model(), labels, labels).values()).sum().backward()
     assert counter.most == most
+
+
+def test_an_accelerator_takes_more_rows_at_a_time() -> None:
+    for device, expected in (("cpu", [6, 4]), ("meta", [10])):
+        logits = torch.empty(10, 151_936, device=device)
+        assert [len(tile) for (tile,) in _row_tiles(logits)] == expected
