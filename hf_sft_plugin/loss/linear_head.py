@@ -359,7 +359,8 @@ def _adds_in_float32(matrix: _Weight) -> bool:
 
     With float16 the coefficients of a tile could be too small for a scale that is that of all.
     """
-    return matrix.device.type == "cuda" and matrix.dtype == torch.bfloat16
+    is_nvidia = matrix.device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and matrix.dtype == torch.bfloat16
 
 
 def _panel_rows(weight: Tensor) -> int:

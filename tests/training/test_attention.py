@@ -328,8 +328,7 @@ def test_a_gpu_errs_no_more_than_rounding(
         output, expected = run(*inputs, **told, **options), joined_truth(*inputs, **options)
     else:
         output, expected = run(*inputs, **options), truth(*inputs, **options)
-    # A GPU may put a product in float32 together from three in shorter numbers.
-    bound = (16 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps
+    bound = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(output.double(), expected, rtol=bound, atol=bound)
     gradient = torch.ones_like(output)
     found = torch.autograd.grad(output, inputs, gradient)
