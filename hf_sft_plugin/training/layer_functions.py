@@ -5,11 +5,29 @@ and most are kept until the backward pass. These keep what they were given, and 
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+
+def _differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses to be differentiated again.
+
+    That of torch does so too, but `torch.autograd.grad` walks around it, to a wrong result.
+    """
+
+    @wraps(backward)
+    def run(ctx: Any, grad: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "A gradient of a gradient is asked for (create_graph), which fused layers do not "
+                "have. Set fused_layers to 'off'."
+            )
+        return backward(ctx, grad)
+
+    return run
 
 
 class RMSNorm(torch.autograd.Function):
@@ -39,7 +57,7 @@ class RMSNorm(torch.autograd.Function):
         return (wide * inverse).mul_(scale.float()).to(dtype)
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """With `h = 1 / sqrt(mean(x^2) + eps)`: `h g s - x h^3 mean(g s x)`, and `sum(g x h)`."""
         x, scale, inverse = ctx.saved_tensors
@@ -78,7 +96,7 @@ class GatedProduct(torch.autograd.Function):
         return activation(gate) * up
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """The product rule."""
         gate, up = ctx.saved_tensors
@@ -112,7 +130,7 @@ class Rotation(torch.autograd.Function):
         return _rotate(heads, cos, -sin_first, sin_second)
 
     @staticmethod
-    @once_differentiable
+    @_differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Rotates back."""
         cos, sin = ctx.saved_tensors
