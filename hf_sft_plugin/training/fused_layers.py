@@ -130,7 +130,7 @@ def _has_own_activation(module: nn.Module) -> bool:
     """Whether an activation may not run again, or has parameters, which would get no gradient."""
     if not hasattr(module, "act_fn"):
         return False
-    activation = module.act_fn
+    activation: Any = module.act_fn
     if type(activation) not in _ACTIVATIONS or "forward" in vars(activation):
         return True
     return getattr(activation, "inplace", False) or any(True for _ in activation.parameters())
