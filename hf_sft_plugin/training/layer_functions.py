@@ -5,29 +5,14 @@ and most are kept until the backward pass. These keep what they were given, and 
 """
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_sft_plugin.loss.token_stats import refuse_second_derivative
 
-def _differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuses to be differentiated again.
-
-    That of torch does so too, but `torch.autograd.grad` walks around it, to a wrong result.
-    """
-
-    @wraps(backward)
-    def run(ctx: Any, grad: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "A gradient of a gradient is asked for (create_graph), which fused layers do not "
-                "have. Set fused_layers to 'off'."
-            )
-        return backward(ctx, grad)
-
-    return run
+_ALTERNATIVE = "fused_layers='off'"
 
 
 class RMSNorm(torch.autograd.Function):
@@ -57,9 +42,9 @@ class RMSNorm(torch.autograd.Function):
         return (wide * inverse).mul_(scale.float()).to(dtype)
 
     @staticmethod
-    @_differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """With `h = 1 / sqrt(mean(x^2) + eps)`: `h g s - x h^3 mean(g s x)`, and `sum(g x h)`."""
+        refuse_second_derivative(_ALTERNATIVE)
         x, scale, inverse = ctx.saved_tensors
         wide, grad, factor = x.float(), grad.float(), scale.float()
         product = grad * wide
@@ -96,9 +81,9 @@ class GatedProduct(torch.autograd.Function):
         return activation(gate) * up
 
     @staticmethod
-    @_differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """The product rule."""
+        refuse_second_derivative(_ALTERNATIVE)
         gate, up = ctx.saved_tensors
         with torch.enable_grad():
             leaf = gate.detach().requires_grad_()
@@ -130,9 +115,9 @@ class Rotation(torch.autograd.Function):
         return _rotate(heads, cos, -sin_first, sin_second)
 
     @staticmethod
-    @_differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Rotates back."""
+        refuse_second_derivative(_ALTERNATIVE)
         cos, sin = ctx.saved_tensors
         sin_first, sin_second = sin.chunk(2, dim=-1)
         return _rotate(grad, cos, sin_second, -sin_first).to(ctx.dtype), None, None

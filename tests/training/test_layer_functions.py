@@ -165,5 +165,5 @@ def test_a_gradient_of_the_gradient_is_refused(name: str) -> None:
     x = draw(1, 1, 4, 8).float().requires_grad_()
     output = FUNCTIONS[name](x).square().sum()
     # At once: torch.autograd.grad would walk around a refusal of later.
-    with pytest.raises(RuntimeError, match="Set fused_layers to 'off'"):
+    with pytest.raises(RuntimeError, match="Use fused_layers='off'"):
         torch.autograd.grad(output, x, create_graph=True)
