@@ -9,13 +9,15 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import MethodType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.activations import ACT2FN
 
 from hf_sft_plugin.training.compilation import is_compiled
 from hf_sft_plugin.training.layer_functions import GatedProduct, RMSNorm, Rotation
@@ -23,6 +25,9 @@ from hf_sft_plugin.training.lm_head import replaced_forward
 from hf_sft_plugin.training.trainer_base import TrainerBase
 
 _ROTARY = "apply_rotary_pos_emb"
+# Each gives the same whenever it runs; anybody's own may draw random numbers, or count.
+_ACTIVATIONS = {each[0] if isinstance(each, tuple) else each for each in ACT2FN.values()}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class FusedLayers:
@@ -33,7 +38,6 @@ class FusedLayers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._stack = ExitStack()
         self._counts = {"norms": 0, "gated MLPs": 0, "rotary embeddings": 0}
         llama, gemma = (
             importlib.import_module(f"transformers.models.{name}.modeling_{name}")
@@ -44,16 +48,21 @@ class FusedLayers:
             ("norms", gemma.GemmaRMSNorm, _gemma_norm),
             ("gated MLPs", llama.LlamaMLP, _gated_mlp),
         ]
-        for module in model.modules():
-            for name, known, forward in forwards:
-                if _has_forward_of(module, known) and not _has_own_activation(module):
-                    method = MethodType(forward, module)
-                    self._stack.enter_context(replaced_forward(module, method))
-                    self._counts[name] += 1
-        for source in {type(module).__module__ for module in model.modules()}:
-            if _has_rotary_of(sys.modules[source], llama):
-                self._stack.enter_context(_replaced_rotary(sys.modules[source]))
-                self._counts["rotary embeddings"] += 1
+        with ExitStack() as stack:
+            for module in model.modules():
+                for name, known, forward in forwards:
+                    if _has_forward_of(module, known) and not _has_own_activation(module):
+                        fused = _FusedForward(module, forward)
+                        stack.enter_context(replaced_forward(module, fused))
+                        self._counts[name] += 1
+            for source in {type(module).__module__ for module in model.modules()}:
+                # Not every module that code was loaded from is registered.
+                code = sys.modules.get(source)
+                if code is not None and _has_rotary_of(code, llama):
+                    stack.enter_context(_replaced_rotary(code))
+                    self._counts["rotary embeddings"] += 1
+            # Whatever goes wrong before, all is given back.
+            self._stack = stack.pop_all()
 
     @property
     def summary(self) -> str:
@@ -66,6 +75,28 @@ class FusedLayers:
     def give_back(self) -> None:
         """Leaves the model as it was."""
         self._stack.close()
+
+
+class _FusedForward:
+    """A forward of one argument, in place of that of a module.
+
+    Copies of the module, on disk or not, have its own again.
+
+    Args:
+        module: Its own forward is known.
+        forward: Takes the module, and the argument by whatever name the module's own has for it.
+    """
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
+        self._module, self._forward = module, forward
+
+    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        (hidden_states,) = (*args, *kwargs.values())
+        return self._forward(self._module, hidden_states)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The copy has no attributes yet, so this is the method of its class.
+        return getattr, (self._module, "forward")
 
 
 def _is_same_code(function: Any, known: Any) -> bool:
@@ -96,9 +127,17 @@ def _has_forward_of(module: nn.Module, known: type[nn.Module]) -> bool:
 
 
 def _has_own_activation(module: nn.Module) -> bool:
-    """Whether an activation has parameters, which would get no gradient."""
-    activation = getattr(module, "act_fn", None)
-    return isinstance(activation, nn.Module) and any(True for _ in activation.parameters())
+    """Whether an activation may not run again, or has parameters, which would get no gradient."""
+    if not hasattr(module, "act_fn"):
+        return False
+    activation: Any = module.act_fn
+    if type(activation) not in _ACTIVATIONS or "forward" in vars(activation):
+        return True
+    return getattr(activation, "inplace", False) or any(True for _ in activation.parameters())
+
+
+def _is_hooked(module: Any) -> bool:
+    return _has_any_global_hook() or any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def _has_rotary_of(source: ModuleType, known: ModuleType) -> bool:
@@ -132,8 +171,8 @@ def _replaced_rotary(source: ModuleType) -> Iterator[None]:
 def _llama_norm(self: Any, hidden_states: Tensor) -> Tensor:
     weight, eps = self.weight, self.variance_epsilon
     dtype = torch.promote_types(hidden_states.dtype, weight.dtype)
-    if dtype == torch.float64:
-        # The model has float32 inside, and is to be what it is.
+    if dtype == torch.float64 or weight.shape != hidden_states.shape[-1:]:
+        # The model has float32 inside, and is to be what it is. So is a weight for each head.
         own: Tensor = type(self).forward(self, hidden_states)
         return own
     if hidden_states.is_cuda and hidden_states.dtype == weight.dtype:
@@ -143,7 +182,8 @@ def _llama_norm(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _gemma_norm(self: Any, hidden_states: Tensor) -> Tensor:
-    if torch.float64 in (hidden_states.dtype, self.weight.dtype):
+    is_double = torch.float64 in (hidden_states.dtype, self.weight.dtype)
+    if is_double or self.weight.shape != hidden_states.shape[-1:]:
         own: Tensor = type(self).forward(self, hidden_states)
         return own
     scale = 1.0 + self.weight.float()
@@ -152,6 +192,10 @@ def _gemma_norm(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _gated_mlp(self: Any, hidden_states: Tensor) -> Tensor:
+    if _is_hooked(self.act_fn):
+        # Hooks are to see the activation once, with its graph.
+        own: Tensor = type(self).forward(self, hidden_states)
+        return own
     gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
     output: Tensor = self.down_proj(GatedProduct.apply(gate, up, self.act_fn))
     return output

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from hf_sft_plugin.loss.token_stats import refuse_second_derivative
+
+_ALTERNATIVE = "fused_layers='off'"
 
 
 class RMSNorm(torch.autograd.Function):
@@ -39,9 +42,9 @@ class RMSNorm(torch.autograd.Function):
         return (wide * inverse).mul_(scale.float()).to(dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """With `h = 1 / sqrt(mean(x^2) + eps)`: `h g s - x h^3 mean(g s x)`, and `sum(g x h)`."""
+        refuse_second_derivative(_ALTERNATIVE)
         x, scale, inverse = ctx.saved_tensors
         wide, grad, factor = x.float(), grad.float(), scale.float()
         product = grad * wide
@@ -78,9 +81,9 @@ class GatedProduct(torch.autograd.Function):
         return activation(gate) * up
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """The product rule."""
+        refuse_second_derivative(_ALTERNATIVE)
         gate, up = ctx.saved_tensors
         with torch.enable_grad():
             leaf = gate.detach().requires_grad_()
@@ -112,9 +115,9 @@ class Rotation(torch.autograd.Function):
         return _rotate(heads, cos, -sin_first, sin_second)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Rotates back."""
+        refuse_second_derivative(_ALTERNATIVE)
         cos, sin = ctx.saved_tensors
         sin_first, sin_second = sin.chunk(2, dim=-1)
         return _rotate(grad, cos, sin_second, -sin_first).to(ctx.dtype), None, None

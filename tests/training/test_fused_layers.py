@@ -1,6 +1,7 @@
 """Norms, MLPs and rotary embeddings run as one function each, and nothing else changes."""
 
 import copy
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.models.llama import modeling_llama
 
 from hf_sft_plugin import DataCollatorForPromptResponse, MaskedLossMixin
+from hf_sft_plugin.training import fused_layers
 from hf_sft_plugin.training.fused_layers import FusedLayers
 
 Make = Callable[..., Any]
@@ -119,6 +121,20 @@ def test_less_is_kept_for_the_backward_pass(family: str, model_factory: Make) ->
         assert kept_bytes(model) < 0.8 * own
 
 
+def test_what_breaks_off_on_the_way_leaves_nothing(
+    model_factory: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_factory("llama")
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fused_layers, "_has_rotary_of", stop)
+    with pytest.raises(KeyboardInterrupt):
+        FusedLayers(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 class OtherNorm(modeling_llama.LlamaRMSNorm):  # type: ignore[misc]
     """A norm of somebody's own."""
 
@@ -141,6 +157,86 @@ def test_code_that_is_not_known_is_left_alone(model_factory: Make) -> None:
     gpt = model_factory("gpt2", n_inner=48)
     with fused(gpt) as layers:
         assert layers.summary == "as the model has them: none is of a known kind"
+
+
+class Counting(nn.SiLU):
+    """An activation that is another each time."""
+
+    calls = 0
+
+    def forward(self, gate: Tensor) -> Tensor:
+        """Times how often it ran."""
+        self.calls += 1
+        return self.calls * super().forward(gate)
+
+
+@pytest.mark.parametrize("activation", [nn.RReLU(), Counting(), nn.ReLU(inplace=True)])
+def test_an_activation_that_may_not_run_again_runs_once(
+    activation: nn.Module, model_factory: Make
+) -> None:
+    model = model_factory("llama")
+    model.model.layers[0].mlp.act_fn = activation
+    with fused(model) as layers:
+        assert layers.summary.startswith("5 norms, 1 gated MLPs")
+        assert gradient(model).isfinite().all()
+
+
+def test_a_hook_on_an_activation_sees_it_once_and_may_put_it_into_the_loss(
+    model_factory: Make,
+) -> None:
+    model, seen = model_factory("llama"), []
+
+    def gradient_with_penalty() -> Tensor:
+        seen.clear()
+        model.zero_grad()
+        loss = model(IDS, labels=IDS, use_cache=False).loss
+        (loss + sum(each.square().sum() for each in seen)).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    with fused(model):
+        # Put there when the run has begun.
+        for layer in model.model.layers:
+            layer.mlp.act_fn.register_forward_hook(lambda _, __, output: seen.append(output))
+        found = gradient_with_penalty()
+        assert len(seen) == 2
+    own = gradient_with_penalty()
+    assert (found - own).norm() < 1e-6 * own.norm()
+
+
+def test_a_weight_for_each_head_and_a_class_from_nowhere_run_as_they_are(
+    model_factory: Make,
+) -> None:
+    model = model_factory("llama")
+    own = model(IDS).logits
+    norm = model.model.norm
+    norm.weight = nn.Parameter(norm.weight.detach().expand(IDS.shape[1], -1).clone())
+    # As from a file that was run, but not imported.
+    norm.__class__ = type("Norm", (modeling_llama.LlamaRMSNorm,), {"__module__": "nowhere"})
+    with fused(model):
+        assert (model(IDS).logits - own).norm() < 1e-6 * own.norm()
+        assert gradient(model).isfinite().all()
+
+
+@pytest.mark.parametrize(("family", "name"), [("llama", "hidden_states"), ("gemma", "x")])
+def test_arguments_go_by_the_names_that_the_model_has_for_them(
+    family: str, name: str, model_factory: Make
+) -> None:
+    model, x = model_factory(family), torch.ones(1, 2, 32)
+    with fused(model):
+        assert torch.equal(model.model.norm(**{name: x}), model.model.norm(x))
+        mlp = model.model.layers[0].mlp
+        assert torch.equal(mlp(x=x), mlp(x))
+
+
+def test_a_model_written_to_a_file_while_training_has_its_own_code_there(
+    model_factory: Make,
+) -> None:
+    model, file = model_factory("llama"), io.BytesIO()
+    own = gradient(model)
+    with fused(model):
+        torch.save(model, file)
+    file.seek(0)
+    assert torch.equal(gradient(torch.load(file, weights_only=False)), own)
 
 
 def test_a_copy_made_while_training_has_its_own_weights(model_factory: Make) -> None:
