@@ -218,6 +218,9 @@ def test_it_can_be_switched_off(model_factory: Make, make_config: Make, tokenize
     trainer.train()
     assert watcher.num_fused == 0
     assert trainer.layers_summary == "as the model has them, because fused_layers is 'off'"
+    trainer.fused_layers = False  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="fused_layers is False; choose auto or off"):
+        trainer.train()
 
 
 def test_a_compiled_model_is_left_to_its_compiler(

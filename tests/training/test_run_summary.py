@@ -1,7 +1,6 @@
 """The summary before a run: what will be trained, on what, where and how."""
 
 import io
-import sys
 from collections.abc import Callable
 from typing import Any
 
