@@ -116,6 +116,9 @@ def train() -> None:
         if not is_explained(error):
             raise
         raise SystemExit(f"sft.py: {error}") from None
+    if trainer.state.global_step < trainer.state.max_steps:
+        # SIGTERM leaves little time, and a model that is not finished is not to be published.
+        return
     if trainer.eval_dataset is not None:
         trainer.evaluate()
     if args.push_to_hub:

@@ -273,6 +273,8 @@ class MaskedSFTConfig(DataOptions, SpeedOptions, TrainingArguments):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name} is {value}; it counts from 1.")
+            if value is not None and type(value) is not int and value != "auto":
+                raise ValueError(f"{name} is {value!r}; give a whole number.")
         for name in ("generation_metrics", "eval_masks"):
             names = getattr(self, name)
             if not isinstance(names, list | tuple):

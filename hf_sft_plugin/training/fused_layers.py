@@ -38,7 +38,8 @@ class FusedLayers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._counts = {"norms": 0, "gated MLPs": 0, "rotary embeddings": 0}
+        self._counts = {"norms": 0, "gated MLPs": 0}
+        self._has_rotary = False
         llama, gemma = (
             importlib.import_module(f"transformers.models.{name}.modeling_{name}")
             for name in ("llama", "gemma")
@@ -60,7 +61,7 @@ class FusedLayers:
                 code = sys.modules.get(source)
                 if code is not None and _has_rotary_of(code, llama):
                     stack.enter_context(_replaced_rotary(code))
-                    self._counts["rotary embeddings"] += 1
+                    self._has_rotary = True
             # Whatever goes wrong before, all is given back.
             self._stack = stack.pop_all()
 
@@ -68,9 +69,11 @@ class FusedLayers:
     def summary(self) -> str:
         """What runs so, in a few words."""
         found = [f"{count} {name}" for name, count in self._counts.items() if count]
+        # All layers share the function of their module, and so it is not counted.
+        found += ["rotary embeddings"] if self._has_rotary else []
         if not found:
             return "as the model has them: none is of a known kind"
-        return f"{', '.join(found)} keep nothing but their inputs"
+        return f"{', '.join(found)}, each as one function"
 
     def give_back(self) -> None:
         """Leaves the model as it was."""
@@ -210,21 +213,21 @@ class FusedLayersMixin(TrainerBase):
 
     fused_layers: str = "auto"
     _fused_layers: FusedLayers | None = None
+    _own_layers_because: str | None = None
 
     @property
     def layers_summary(self) -> str | None:
         """How norms and MLPs run, in a few words; None before training."""
+        if self._own_layers_because is not None:
+            return f"as the model has them, because {self._own_layers_because}"
         return None if self._fused_layers is None else self._fused_layers.summary
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         self._give_layers_back()
-        engine, model = self.accelerator.distributed_type, self.model
-        assert model is not None, "the Trainer has it by now"
-        # A compiler fuses more. DeepSpeed takes the weights of a module away while it does not run.
-        is_foreign = self.args.torch_compile or is_compiled(model)
-        is_foreign = is_foreign or engine == DistributedType.DEEPSPEED
-        if self.fused_layers != "off" and not is_foreign:
-            self._fused_layers = FusedLayers(model)
+        assert self.model is not None, "the Trainer has it by now"
+        self._own_layers_because = self._find_problem(self.model)
+        if self._own_layers_because is None:
+            self._fused_layers = FusedLayers(self.model)
         return super()._prepare_for_training(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -233,6 +236,16 @@ class FusedLayersMixin(TrainerBase):
             return super().train(*args, **kwargs)
         finally:
             self._give_layers_back()
+
+    def _find_problem(self, model: nn.Module) -> str | None:
+        """Why the layers of a model stay as they are; None where they need not."""
+        if self.fused_layers == "off":
+            return "fused_layers is 'off'"
+        if self.args.torch_compile or is_compiled(model):
+            return "the compiler fuses more"
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return "DeepSpeed takes weights away between modules"
+        return None
 
     def _give_layers_back(self) -> None:
         if self._fused_layers is not None:

@@ -6,11 +6,14 @@ is never written. A run that goes on from there is another run. So the step is f
 it would be anyway before that callback stops.
 """
 
+import logging
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
+
+logger = logging.getLogger(__name__)
 
 
 class StepEndCheckpoint(TrainerCallback):
@@ -42,6 +45,13 @@ class StepEndCheckpoint(TrainerCallback):
         if self._is_asked:
             self._has_saved = control.should_training_stop = True
             self.manager.is_checkpoint_requested = False
+            if state.is_world_process_zero:
+                logger.warning(
+                    "SIGTERM stopped the run after step %s of %s, with a checkpoint. Go on with "
+                    "resume_from_checkpoint set to true.",
+                    f"{state.global_step:,}",
+                    f"{state.max_steps:,}",
+                )
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Does without what is due at the end of an epoch, where it was only broken off."""

@@ -214,8 +214,11 @@ class LastLayerMixin(FixedShapeMixin):
 
     @property
     def last_layer_summary(self) -> str | None:
-        """Where the last layer runs, in a few words; None before it ran without padding."""
-        return None if self._last_layer is None else self._last_layer.summary
+        """Where the last layer runs, in a few words; None where that is not known yet."""
+        if self._last_layer is not None:
+            return self._last_layer.summary
+        problem = self._known_problem(self.model_wrapped)
+        return problem and f"everywhere, because {problem}"
 
     @contextmanager
     def run_last_layer(self, model: nn.Module, batch: ResponseBatch | None) -> Iterator[None]:

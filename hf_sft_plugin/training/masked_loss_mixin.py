@@ -44,6 +44,7 @@ from hf_sft_plugin.training.response_batch import (
 )
 from hf_sft_plugin.training.resume import ResumeMixin
 from hf_sft_plugin.training.router_loss import aux_loss_coefficient, has_router_loss
+from hf_sft_plugin.training.speed_options import check_switches
 from hf_sft_plugin.training.verification_mixin import VerificationMixin
 
 
@@ -110,6 +111,8 @@ class MaskedLossMixin(
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`; the counts begin at 0, or where the checkpoint stopped."""
+        # A subclass has them as attributes, which nobody has looked at.
+        check_switches(self)
         try:
             output = super().train(*args, **kwargs)
         finally:

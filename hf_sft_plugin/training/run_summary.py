@@ -1,6 +1,5 @@
 """What a run is about to do, as a table for the terminal."""
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,8 +54,8 @@ def summarize_run(
         table.add_row("data", Text(str(ledger)))
     num_processes = PartialState().num_processes
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
-    # A stream has no length, for which the Trainer puts the largest integer in place of epochs.
-    epochs = f", {state.num_train_epochs:g} epochs" if state.num_train_epochs < sys.maxsize else ""
+    # Those of the state are rounded up, and made up where the number of steps is given.
+    epochs = f", {args.num_train_epochs:g} epochs" if args.max_steps <= 0 else ""
     table.add_row(
         "steps",
         f"{state.max_steps:,} of {batch} {rows} "

@@ -1,6 +1,7 @@
 """The settings that decide on speed and memory, and on nothing else."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 # Settings that can be off, and what else they can be.
 _SWITCHES = {
@@ -10,6 +11,24 @@ _SWITCHES = {
     "trained_positions_only": "auto",
     "fused_layers": "auto",
 }
+
+
+def check_switches(settings: Any) -> None:
+    """Raises if something that has these settings has one to an impossible value.
+
+    Args:
+        settings: A config, or a trainer.
+
+    Raises:
+        ValueError: Says what is possible.
+    """
+    for name, others in _SWITCHES.items():
+        value = getattr(settings, name)
+        if value not in (*others.split(", "), "off"):
+            raise ValueError(
+                f"{name} is {value!r}; choose {others} or off. In YAML put quotes around on "
+                "and off, which it otherwise reads as true and false."
+            )
 
 
 @dataclass
@@ -102,13 +121,7 @@ class SpeedOptions:
 
     def __post_init__(self) -> None:
         """Checks the settings."""
-        for name, others in _SWITCHES.items():
-            value = getattr(self, name)
-            if value not in (*others.split(", "), "off"):
-                raise ValueError(
-                    f"{name} is {value!r}; choose {others} or off. In YAML put quotes around on "
-                    "and off, which it otherwise reads as true and false."
-                )
+        check_switches(self)
         tokens = self.max_tokens_per_microbatch
         if tokens not in (None, "auto") and type(tokens) is not int:
             # On a command line everything is text.

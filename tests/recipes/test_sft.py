@@ -202,6 +202,14 @@ def test_pushing_goes_through_the_trainers_own_path(
     run(*flags, *SHORT, "--push_to_hub", "--hub_model_id", "me/tiny")
     assert len(pushes) == 1
 
+    def stop(trainer: Any, **kwargs: Any) -> None:
+        trainer.state.global_step, trainer.state.max_steps = 1, 2
+
+    # As SIGTERM does: what is not finished is not published.
+    monkeypatch.setattr(sft.MaskedSFTTrainer, "train", stop)
+    run(*flags, *SHORT, "--push_to_hub", "--hub_model_id", "me/tiny")
+    assert len(pushes) == 1
+
 
 @pytest.mark.parametrize(
     ("argv", "message"),

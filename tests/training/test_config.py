@@ -128,6 +128,8 @@ def test_every_setting_of_our_own_has_its_default_and_a_help_text() -> None:
             )
             for value in (0, -1)
         ),
+        ({"pad_to_multiple_of": "64"}, "pad_to_multiple_of is '64'; give a whole number"),
+        ({"pad_to_multiple_of": 64.0}, "pad_to_multiple_of is 64.0; give a whole number"),
         ({"generation_metrics": "bleu"}, r"is 'bleu'; give a list of names, such as \['bleu'\]"),
         ({"eval_masks": None}, "eval_masks is None; give a list of names"),
         ({"max_tokens_per_microbatch": 3.5}, "is 3.5; give a number of tokens, 'auto', or None"),

@@ -181,11 +181,13 @@ def test_a_router_whose_loss_would_count_the_filler_goes_without(train: Make) ->
 
 
 def test_levers_that_would_change_the_shape_are_off_and_say_so(
-    train: Make, caplog: pytest.LogCaptureFixture
+    train: Make, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = {"packing": True, "pad_to_multiple_of": 96, "auto_gradient_checkpointing": True}
     with caplog.at_level(logging.WARNING):
         trainer = train(**settings)[0]
+    # Also before the first step, when nothing has run.
+    assert "everywhere, because pad_to_multiple_of" in capsys.readouterr().out
     speed = trainer.describe_speed()
     assert speed["last layer"] == "everywhere, because pad_to_multiple_of asks for one shape"
     assert speed["memory"] == "not estimated: pad_to_multiple_of has batches run as they come"

@@ -21,10 +21,10 @@ Make = Callable[..., Any]
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
 # Models of the tests have two layers.
 FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
-    "llama": ({}, "5 norms, 2 gated MLPs, 1 rotary embeddings"),
-    "qwen3": ({}, "9 norms, 2 gated MLPs, 1 rotary embeddings"),
-    "gemma3_text": ({}, "13 norms, 2 gated MLPs, 1 rotary embeddings"),
-    "mixtral": (EXPERTS, "5 norms, 1 rotary embeddings"),
+    "llama": ({}, "5 norms, 2 gated MLPs, rotary embeddings"),
+    "qwen3": ({}, "9 norms, 2 gated MLPs, rotary embeddings"),
+    "gemma3_text": ({}, "13 norms, 2 gated MLPs, rotary embeddings"),
+    "mixtral": (EXPERTS, "5 norms, rotary embeddings"),
 }
 IDS = torch.randint(3, 300, (3, 40), generator=torch.Generator().manual_seed(0))
 
@@ -71,7 +71,7 @@ def test_a_fused_model_errs_no_more_than_the_model_and_says_what_is_fused(
     widen(exact)
     truth, own = gradient(exact), gradient(model)
     with fused(model) as layers:
-        assert layers.summary == f"{summary} keep nothing but their inputs"
+        assert layers.summary == f"{summary}, each as one function"
         found = gradient(model)
     assert (found - truth).norm() <= (own - truth).norm() + 1e-6 * truth.norm()
     # What ran was something else, and runs no more.
@@ -313,6 +313,10 @@ def test_it_can_be_switched_off(model_factory: Make, make_config: Make, tokenize
     trainer.fused_layers = "off"
     trainer.train()
     assert watcher.num_fused == 0
+    assert trainer.layers_summary == "as the model has them, because fused_layers is 'off'"
+    trainer.fused_layers = False  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="fused_layers is False; choose auto or off"):
+        trainer.train()
 
 
 def test_a_compiled_model_is_left_to_its_compiler(
@@ -320,5 +324,7 @@ def test_a_compiled_model_is_left_to_its_compiler(
 ) -> None:
     model, watcher = model_factory("llama"), Watcher()
     model.compile(backend="eager")
-    make_trainer(model, make_config, tokenizer, watcher).train()
+    trainer = make_trainer(model, make_config, tokenizer, watcher)
+    trainer.train()
     assert watcher.num_fused == 0
+    assert trainer.layers_summary == "as the model has them, because the compiler fuses more"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerControl
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
 
 from hf_sft_plugin import MaskedSFTTrainer
@@ -97,11 +97,12 @@ def test_the_resumed_run_is_the_one_that_was_not_stopped(train: Make, tmp_path: 
 
 
 def test_a_checkpoint_of_every_epoch_is_not_written_where_an_epoch_was_broken_off(
-    train: Make, tmp_path: Path
+    train: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stopped = train("run", Killer("on_step_begin", 1), save_strategy="epoch")
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
     assert not any("eval_loss" in log for log in stopped.state.log_history)
+    assert "SIGTERM stopped the run after step 2 of 6, with a checkpoint." in caplog.text
 
 
 @pytest.mark.parametrize(("others", "is_asked"), [([False, True], True), ([False, False], False)])
@@ -113,5 +114,5 @@ def test_all_processes_save_where_one_was_asked(others: list[bool], is_asked: bo
     callback, control = StepEndCheckpoint(trainer, CheckpointManager(trainer)), TrainerControl()
     callback.on_step_end(None, None, control)
     assert control.should_save == is_asked
-    callback.on_save(None, None, control)
+    callback.on_save(None, TrainerState(), control)
     assert control.should_training_stop == is_asked

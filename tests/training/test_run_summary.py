@@ -1,7 +1,6 @@
 """The summary before a run: what will be trained, on what, where and how."""
 
 import io
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +43,8 @@ def render(table: Table) -> str:
 
 
 def test_the_summary_has_the_figures_of_the_run(model: Any, make_config: Make) -> None:
-    args = make_config(per_device_train_batch_size=3, gradient_accumulation_steps=5)
+    settings = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 5}
+    args = make_config(**settings, max_steps=-1, num_train_epochs=3)
     lines = [
         line.strip() for line in render(summarize_run(args, STATE, model, LEDGER)).splitlines()
     ]
@@ -82,15 +82,20 @@ def test_the_summary_tells_the_precision(model: Any, make_config: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("epochs", "expected"), [(0.5, "1 processes), 0.5 epochs"), (sys.maxsize, "1 processes)")]
+    ("settings", "expected"),
+    [
+        ({"num_train_epochs": 0.5, "max_steps": -1}, "1 processes), 0.5 epochs"),
+        ({"max_steps": 1234}, "1 processes)"),
+    ],
 )
-def test_a_stream_has_no_number_of_epochs(
-    epochs: float, expected: str, model: Any, make_config: Make
+def test_epochs_are_those_asked_for_and_none_where_steps_are(
+    settings: dict[str, Any], expected: str, model: Any, make_config: Make
 ) -> None:
-    state = TrainerState(max_steps=1234, num_train_epochs=epochs)
+    # The Trainer rounds up, and for a stream puts in the largest integer.
+    state = TrainerState(max_steps=1234, num_train_epochs=1)
     (line,) = [
         line.strip()
-        for line in render(summarize_run(make_config(), state, model, None)).splitlines()
+        for line in render(summarize_run(make_config(**settings), state, model, None)).splitlines()
         if "steps" in line
     ]
     assert line.endswith(expected)
