@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import TrainerCallback
 
 from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
@@ -92,14 +93,10 @@ def model_and_truth(
     return model, *reference(model)
 
 
-@pytest.mark.parametrize("levers", LEVERS, ids=lambda levers: ", ".join(map(str, levers.values())))
-def test_levers_in_any_combination_give_loss_and_gradient_of_full_logits(
-    levers: dict[str, Any],
-    model_and_truth: tuple[Any, float, Tensor],
-    make_config: Callable[..., MaskedSFTConfig],
-    tokenizer: Any,
-) -> None:
-    model, loss, gradient = model_and_truth
+def train_one_step(
+    model: nn.Module, make_config: Callable[..., MaskedSFTConfig], tokenizer: Any, **levers: Any
+) -> tuple[MaskedSFTTrainer, Tensor]:
+    """The trainer after a step that changes nothing, and the gradient of the step."""
     model.zero_grad()
     keeper = Keeper()
     args = make_config(
@@ -119,10 +116,63 @@ def test_levers_in_any_combination_give_loss_and_gradient_of_full_logits(
         callbacks=[keeper],
     )
     trainer.train()
+    return trainer, keeper.gradient
+
+
+@pytest.mark.parametrize("levers", LEVERS, ids=lambda levers: ", ".join(map(str, levers.values())))
+def test_levers_in_any_combination_give_loss_and_gradient_of_full_logits(
+    levers: dict[str, Any],
+    model_and_truth: tuple[Any, float, Tensor],
+    make_config: Callable[..., MaskedSFTConfig],
+    tokenizer: Any,
+) -> None:
+    model, loss, gradient = model_and_truth
+    trainer, found = train_one_step(model, make_config, tokenizer, **levers)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-12)
-    assert (keeper.gradient - gradient).norm() < 1e-12 * gradient.norm()
+    assert (found - gradient).norm() < 1e-12 * gradient.norm()
     # What was asked for is what ran.
     assert trainer.attention_summary is not None
     shares = "shared prompts once" in trainer.attention_summary
     assert shares == (levers.get("shared_prompts") == "auto")
     assert ("padded" in trainer.attention_summary) == (levers["padding_free"] == "off")
+
+
+CHECKPOINTED: dict[str, Any] = {
+    "activation_checkpointing": True,
+    "activation_checkpointing_kwargs": {"every_n_layers": 2},
+}
+
+
+@pytest.mark.parametrize(
+    "levers",
+    [
+        {},
+        {"gradient_checkpointing": True},
+        pytest.param(
+            CHECKPOINTED,
+            marks=pytest.mark.skipif(
+                "activation_checkpointing" not in MaskedSFTConfig.__dataclass_fields__,
+                reason="this transformers checkpoints every layer",
+            ),
+        ),
+    ],
+    ids=["all kept", "checkpointed", "every other layer"],
+)
+def test_activations_may_be_kept_elsewhere(
+    levers: dict[str, Any],
+    model_and_truth: tuple[Any, float, Tensor],
+    make_config: Callable[..., MaskedSFTConfig],
+    tokenizer: Any,
+) -> None:
+    model, _, gradient = model_and_truth
+    moved: list[int] = []
+
+    def move(tensor: Tensor) -> Tensor:
+        moved.append(tensor.nbytes)
+        return tensor.clone()
+
+    # What moves activations to the host or to a disk is told of them in this way.
+    with saved_tensors_hooks(move, lambda tensor: tensor.clone()):
+        _, found = train_one_step(model, make_config, tokenizer, **levers)
+    assert (found - gradient).norm() < 1e-12 * gradient.norm()
+    assert sum(moved) > 10_000
