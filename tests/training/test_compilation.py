@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_sft_plugin import DataCollatorForPromptResponse, MaskedLossMixin, MaskedSFTTrainer
 from hf_sft_plugin.training.attention import OpaqueList
-from hf_sft_plugin.training.compilation import compile_for_all_sizes
+from hf_sft_plugin.training.compilation import compile_for_all_sizes, is_compiled
 
 Make = Callable[..., Any]
 
@@ -170,3 +170,11 @@ def test_batches_of_one_shape_are_compiled_once_for_that_shape(
     assert trainer.accelerator.state.dynamo_plugin.dynamic is False
     assert found.num_frames[0] > 10
     assert found.num_frames == [found.num_frames[0]] * 4
+
+
+def test_a_part_that_is_compiled_is_found() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    assert not is_compiled(model)
+    model[1].compile(backend="eager")
+    assert is_compiled(model)
+    assert is_compiled(torch.nn.Sequential(torch.compile(torch.nn.Linear(2, 2), backend="eager")))
