@@ -8,7 +8,7 @@ tensor would have to be read, and each layer would wait for it.
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar, overload
 
 import torch
@@ -181,8 +181,6 @@ def _attend_varlen(
     # Where there are more keys than queries, the queries belong to the last of them.
     # Loaded here, so that nobody waits for it who has no GPU.
     attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    # Torch 2.11 takes fewer heads of keys without being told.
-    groups = {"enable_gqa": True} if "enable_gqa" in inspect.signature(attend).parameters else {}
     output = attend(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -192,10 +190,17 @@ def _attend_varlen(
         scale=scaling,
         # The token itself is not counted.
         window_size=(-1 if window is None else window - 1, 0),
-        **groups,
+        **_group_options(attend),
     )
     assert isinstance(output, Tensor)
     return output.unsqueeze(0)
+
+
+@cache
+def _group_options(attend: Callable[..., Any]) -> dict[str, bool]:
+    """What the kernel has to be told where there are fewer heads of keys than of queries."""
+    # Torch 2.11 finds it out by itself. Looked up once: every layer asks.
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(attend).parameters else {}
 
 
 def _attend_per_document(

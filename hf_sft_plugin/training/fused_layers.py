@@ -7,7 +7,7 @@ or Gemma, and what is compiled from the same words does the same.
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
@@ -44,22 +44,25 @@ class FusedLayers:
             importlib.import_module(f"transformers.models.{name}.modeling_{name}")
             for name in ("llama", "gemma")
         )
-        forwards: list[tuple[str, Any, Callable[..., Tensor]]] = [
-            ("norms", llama.LlamaRMSNorm, _llama_norm),
-            ("norms", gemma.GemmaRMSNorm, _gemma_norm),
-            ("gated MLPs", llama.LlamaMLP, _gated_mlp),
+        # What a forward calls is as much a part of it.
+        forwards: list[tuple[str, Any, tuple[str, ...], Callable[..., Tensor]]] = [
+            ("norms", llama.LlamaRMSNorm, ("forward",), _llama_norm),
+            ("norms", gemma.GemmaRMSNorm, ("forward", "_norm"), _gemma_norm),
+            ("gated MLPs", llama.LlamaMLP, ("forward",), _gated_mlp),
         ]
         with ExitStack() as stack:
             for module in model.modules():
-                for name, known, forward in forwards:
-                    if _has_forward_of(module, known) and not _has_own_activation(module):
+                for name, known, methods, forward in forwards:
+                    if "forward" in vars(module) or _has_own_activation(module):
+                        continue
+                    if _has_same_code(type(module), known, methods):
                         fused = _FusedForward(module, forward)
                         stack.enter_context(replaced_forward(module, fused))
                         self._counts[name] += 1
             for source in {type(module).__module__ for module in model.modules()}:
                 # Not every module that code was loaded from is registered.
                 code = sys.modules.get(source)
-                if code is not None and _has_rotary_of(code, llama):
+                if code is not None and _has_same_code(code, llama, (_ROTARY, "rotate_half")):
                     stack.enter_context(_replaced_rotary(code))
                     self._has_rotary = True
             # Whatever goes wrong before, all is given back.
@@ -118,15 +121,9 @@ def _is_same_code(function: Any, known: Any) -> bool:
     return ours == theirs
 
 
-def _has_forward_of(module: nn.Module, known: type[nn.Module]) -> bool:
-    """Whether a module runs the code of a known class, with no forward put on the instance."""
-    if "forward" in vars(module) or not _is_same_code(type(module).forward, known.forward):
-        return False
-    # What a forward calls is as much a part of it.
-    own = [name for name in ("_norm",) if hasattr(known, name)]
-    return all(
-        _is_same_code(getattr(type(module), name, None), getattr(known, name)) for name in own
-    )
+def _has_same_code(owner: Any, known: Any, names: Sequence[str]) -> bool:
+    """Whether two classes, or two modules of Python, have the same functions of these names."""
+    return all(_is_same_code(getattr(owner, name, None), getattr(known, name)) for name in names)
 
 
 def _has_own_activation(module: nn.Module) -> bool:
@@ -141,13 +138,6 @@ def _has_own_activation(module: nn.Module) -> bool:
 
 def _is_hooked(module: Any) -> bool:
     return _has_any_global_hook() or any(getattr(module, hooks) for hooks in _HOOKS)
-
-
-def _has_rotary_of(source: ModuleType, known: ModuleType) -> bool:
-    return all(
-        _is_same_code(getattr(source, name, None), getattr(known, name))
-        for name in (_ROTARY, "rotate_half")
-    )
 
 
 @contextmanager

@@ -112,7 +112,7 @@ class Rotation(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.dtype = heads.dtype
         sin_first, sin_second = sin.chunk(2, dim=-1)
-        return _rotate(heads, cos, -sin_first, sin_second)
+        return _rotate(heads, cos, sin_first, sin_second, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -120,14 +120,16 @@ class Rotation(torch.autograd.Function):
         refuse_second_derivative(_ALTERNATIVE)
         cos, sin = ctx.saved_tensors
         sin_first, sin_second = sin.chunk(2, dim=-1)
-        return _rotate(grad, cos, sin_second, -sin_first).to(ctx.dtype), None, None
+        return _rotate(grad, cos, sin_second, sin_first, -1).to(ctx.dtype), None, None
 
 
-def _rotate(heads: Tensor, cos: Tensor, from_second: Tensor, from_first: Tensor) -> Tensor:
-    """`heads * cos`, and to each half the other times its factor."""
+def _rotate(
+    heads: Tensor, cos: Tensor, from_second: Tensor, from_first: Tensor, sign: int
+) -> Tensor:
+    """`heads * cos`, and in each half the other times its factor: minus, and plus, the sign."""
     rotated = heads * cos
     first, second = heads.to(rotated.dtype).chunk(2, dim=-1)
     own_first, own_second = rotated.chunk(2, dim=-1)
-    own_first.addcmul_(second, from_second)
-    own_second.addcmul_(first, from_first)
+    own_first.addcmul_(second, from_second, value=-sign)
+    own_second.addcmul_(first, from_first, value=sign)
     return rotated

@@ -9,10 +9,11 @@ import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
+from run_examples import LEDGER, with_lora
 from transformers import TrainerControl, TrainerState
 
-from hf_sft_plugin import Ledger, MaskedSFTConfig, MaskedSFTTrainer
+from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
 from hf_sft_plugin.reporting.run_log import read_log, start_log
 from hf_sft_plugin.training.callbacks import (
     RunRecorder,
@@ -22,15 +23,6 @@ from hf_sft_plugin.training.callbacks import (
 
 Make = Callable[..., MaskedSFTConfig]
 TOKEN = "hf_" + "s" * 34
-LEDGER = Ledger(
-    num_rows=2,
-    num_rows_trained=2,
-    num_examples=2,
-    num_tokens=9,
-    num_response_tokens=4,
-    num_context_tokens=5,
-    longest=5,
-)
 
 
 def make_state(step: int = 0, *records: dict[str, Any], **fields: Any) -> TrainerState:
@@ -38,12 +30,6 @@ def make_state(step: int = 0, *records: dict[str, Any], **fields: Any) -> Traine
     state.global_step = step
     state.log_history = list(records)
     return state
-
-
-def with_lora(model: Any) -> Any:
-    return get_peft_model(
-        model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"])
-    )
 
 
 def files_below(folder: Path) -> set[str]:

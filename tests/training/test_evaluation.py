@@ -226,6 +226,28 @@ def test_every_process_answers_as_many_prompts(
     assert sorted(texts) == sorted(tokenizer.decode([40 + n]) for n in range(num_rows))
 
 
+def answer_prompts(
+    model: Any,
+    prompts: list[list[int]],
+    tokenizer: Any,
+    stops: set[int],
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[GeneratedResponse]:
+    examples: Any = [
+        {"input_ids": [*prompt, 2], "response_mask": [0] * len(prompt) + [1]} for prompt in prompts
+    ]
+    return generate_responses(
+        model,
+        examples,
+        tokenizer,
+        Accelerator(cpu=True),
+        stop_token_ids=stops,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_responses_end_with_the_positions_of_a_model_and_the_log_says_so(
     batch_size: int, tokenizer: Any, model_factory: Callable[..., Any], caplog: Any
@@ -234,18 +256,7 @@ def test_responses_end_with_the_positions_of_a_model_and_the_log_says_so(
     sizes = {"max_position_embeddings": 16, "n_positions": 16}
     model = model_factory("gpt2", initializer_range=0.4, **sizes).double().eval()
     prompts = [[*range(5, 5 + length)] for length in (14, 3, 9, 15)]
-    examples: Any = [
-        {"input_ids": [*prompt, 2], "response_mask": [0] * len(prompt) + [1]} for prompt in prompts
-    ]
-    responses = generate_responses(
-        model,
-        examples,
-        tokenizer,
-        Accelerator(cpu=True),
-        stop_token_ids={2},
-        max_new_tokens=8,
-        batch_size=batch_size,
-    )
+    responses = answer_prompts(model, prompts, tokenizer, {2}, 8, batch_size)
     room = [2, 8, 7, 1]
     expected = [greedy(model, *each) for each in zip(prompts, [{2}] * 4, room, strict=True)]
     assert [each.num_tokens for each in responses] == [len(tokens) for tokens in expected]
@@ -287,18 +298,7 @@ def test_a_response_tells_how_long_it_is_and_whether_it_stopped(
     # One response stops at its third token, and one at its fifth, if not before.
     stops = {free[0][2], free[1][4]}
     expected = [greedy(model, prompt, stops, 6) for prompt in prompts]
-    examples: Any = [
-        {"input_ids": [*prompt, 2], "response_mask": [0] * len(prompt) + [1]} for prompt in prompts
-    ]
-    responses = generate_responses(
-        model,
-        examples,
-        tokenizer,
-        Accelerator(cpu=True),
-        stop_token_ids=stops,
-        max_new_tokens=6,
-        batch_size=2,
-    )
+    responses = answer_prompts(model, prompts, tokenizer, stops, 6, batch_size=2)
     is_stopped = [tokens[-1] in stops for tokens in expected]
     assert 0 < sum(is_stopped) < 3
     assert [response.is_stopped for response in responses] == is_stopped

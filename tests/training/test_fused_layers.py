@@ -129,7 +129,7 @@ def test_what_breaks_off_on_the_way_leaves_nothing(
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fused_layers, "_has_rotary_of", stop)
+    monkeypatch.setattr(fused_layers, "_replaced_rotary", stop)
     with pytest.raises(KeyboardInterrupt):
         FusedLayers(model)
     assert not any("forward" in vars(module) for module in model.modules())

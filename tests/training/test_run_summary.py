@@ -6,33 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
+from run_examples import LEDGER, with_lora
 from transformers import TrainerState
 
-from hf_sft_plugin import Ledger, MaskedSFTConfig
+from hf_sft_plugin import MaskedSFTConfig
 from hf_sft_plugin.training.run_summary import print_summary, summarize_run
 
 Make = Callable[..., MaskedSFTConfig]
 STATE = TrainerState(max_steps=1234, num_train_epochs=3)
-LEDGER = Ledger(
-    num_rows=2,
-    num_rows_trained=2,
-    num_examples=2,
-    num_tokens=9,
-    num_response_tokens=4,
-    num_context_tokens=5,
-    longest=5,
-)
 # Embedding; per layer attention with the norms of queries and keys, MLP, norms; last norm.
 NUM_PARAMETERS = 300 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 2 * 8 + 3 * 32 * 48 + 2 * 32) + 32
-
-
-def with_lora(model: Any) -> Any:
-    return get_peft_model(
-        model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"])
-    )
 
 
 def render(table: Table) -> str:
