@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 
 # Settings that name training rows, and those that say more of them.
 _SOURCES = {
+    "tasks": ("tasks",),
     "train_file": ("train_file", "train_split", "eval_split"),
     "dataset_name": ("dataset_name", "dataset_config"),
 }

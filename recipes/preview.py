@@ -41,6 +41,7 @@ _TOKENIZER_SETTINGS = (
     "chat_template_path",
 )
 _ROW_SETTINGS = (
+    "tasks",
     "train_file",
     "dataset_name",
     "dataset_config",

@@ -3,10 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from bookings import make_bookings
 from datasets import Dataset, load_dataset
 from quickstart import make_tasks
 
 from hf_sft_plugin import ShardDataset, is_shard_set, read_rows
+
+TASKS = {"quickstart": make_tasks, "bookings": make_bookings}
 
 
 @dataclass
@@ -19,6 +22,13 @@ class DataArguments:
 
     _argument_group_name = "data (none named: the quickstart tasks)"
 
+    tasks: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows that are made on the spot, with held-out ones: 'quickstart' or "
+            "'bookings'. None: those of the quickstart where no other rows are named."
+        },
+    )
     train_file: str | None = field(
         default=None,
         metadata={
@@ -63,10 +73,14 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         """Refuses settings that would be ignored."""
-        if self.train_file and self.dataset_name:
+        if self.tasks is not None and self.tasks not in TASKS:
+            raise ValueError(f"tasks is '{self.tasks}', but there are {' and '.join(TASKS)}.")
+        names = ("tasks", "train_file", "dataset_name")
+        sources = [f"{name} is '{getattr(self, name)}'" for name in names if getattr(self, name)]
+        if len(sources) > 1:
             raise ValueError(
-                f"train_file is '{self.train_file}' and dataset_name is '{self.dataset_name}', but "
-                "training rows come from one place. Leave one of the two out."
+                f"{' and '.join(sources)}, but training rows come from one place. Leave all but "
+                "one out."
             )
         if self.dataset_config and not self.dataset_name:
             raise ValueError(
@@ -82,8 +96,8 @@ class DataArguments:
                 if getattr(self, name) != default:
                     raise ValueError(
                         f"{name} is '{getattr(self, name)}', but no training rows are named, so "
-                        "the quickstart tasks would be trained, which bring held-out rows of their "
-                        "own. Add train_file or dataset_name."
+                        f"the {self.tasks or 'quickstart'} tasks would be trained, which bring "
+                        "held-out rows of their own. Add train_file or dataset_name."
                     )
         if not 0 <= self.eval_share < 1:
             raise ValueError(
@@ -92,7 +106,11 @@ class DataArguments:
             )
         held_out = self.eval_file or self.eval_split or not (self.train_file or self.dataset_name)
         if self.eval_share > 0 and held_out:
-            source = f"'{held_out}'" if isinstance(held_out, str) else "the quickstart tasks"
+            source = (
+                f"'{held_out}'"
+                if isinstance(held_out, str)
+                else f"the {self.tasks or 'quickstart'} tasks"
+            )
             raise ValueError(
                 f"eval_share is {self.eval_share}, but the held-out rows come from {source} "
                 "already, so it would have no effect. Leave one of the two out."
@@ -145,7 +163,7 @@ def load_rows(data_args: DataArguments, seed: int, use_loss_mask: bool = True) -
     elif data_args.dataset_name:
         train = _load_named(data_args, data_args.train_split)
     else:
-        train, evaluation = make_tasks()
+        train, evaluation = TASKS[data_args.tasks or "quickstart"]()
     if data_args.eval_file:
         evaluation = read(data_args.eval_file, data_args.eval_split, "eval_split")
     elif data_args.eval_split and data_args.train_file:

@@ -1,4 +1,4 @@
-"""Tiny tokenizers and models, built on the spot; nothing is ever downloaded."""
+"""Tiny tokenizers and models, built on the spot, and a trained one; nothing is ever downloaded."""
 
 import os
 
@@ -21,9 +21,12 @@ import datasets
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from trained_model import is_made, trained_model_folder
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -109,6 +112,31 @@ def model() -> Any:
 def model_factory() -> Callable[..., Any]:
     """Makes models with other settings."""
     return make_model
+
+
+@pytest.fixture(scope="session")
+def trained_model_path() -> str:
+    """The folder of a trained model, for tests marked `trained`; skips where it is missing."""
+    folder = trained_model_folder()
+    if not is_made(folder):
+        pytest.skip(f"no trained model in {folder}; `python recipes/trained_model.py` makes it")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def load_trained_model(trained_model_path: str) -> Callable[..., Any]:
+    """Loads it anew, in float32 or another dtype."""
+
+    def load(dtype: torch.dtype = torch.float32) -> Any:
+        return AutoModelForCausalLM.from_pretrained(trained_model_path, dtype=dtype)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def trained_tokenizer(trained_model_path: str) -> PreTrainedTokenizerBase:
+    """Its tokenizer, with its own chat template."""
+    return AutoTokenizer.from_pretrained(trained_model_path)
 
 
 def compute_reference_losses(

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import rows
+from bookings import make_bookings
 from datasets import Dataset, DatasetDict
+from quickstart import make_tasks
 from rows import DataArguments, load_rows
 
 from hf_sft_plugin import prepare_dataset, write_shards
@@ -130,6 +132,16 @@ def test_shards_are_read_by_the_name_of_their_folder(shards: str, train_file: st
     assert (train[0]["response_mask"], len(evaluation[0]["input_ids"])) == ([1] * 5, 5)
 
 
+def test_tasks_are_made_on_the_spot_with_rows_held_out() -> None:
+    for tasks, make in (
+        ("bookings", make_bookings),
+        ("quickstart", make_tasks),
+        (None, make_tasks),
+    ):
+        made = [part.to_list() for part in load_rows(DataArguments(tasks=tasks), 0)]
+        assert made == [part.to_list() for part in make()]
+
+
 def test_settings_that_shards_do_not_know_are_errors(shards: str, train_file: str) -> None:
     for settings, message in (
         ({"train_file": shards, "eval_share": 0.5}, "eval_share is set, .*--val_share"),
@@ -145,6 +157,8 @@ def test_settings_that_shards_do_not_know_are_errors(shards: str, train_file: st
     ("settings", "message"),
     [
         ({"train_file": "a", "dataset_name": "b"}, "training rows come from one place"),
+        ({"train_file": "a", "tasks": "bookings"}, "training rows come from one place"),
+        ({"tasks": "booking"}, "tasks is 'booking', but there are quickstart and bookings"),
         ({"train_file": "a", "dataset_config": "b"}, "there is no dataset_name"),
         ({"eval_file": "a"}, "eval_file is 'a', but no training rows are named"),
         ({"eval_split": "a"}, "eval_split is 'a', but no training rows are named"),

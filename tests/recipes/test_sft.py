@@ -333,7 +333,7 @@ def test_full_fine_tuning_leaves_the_dtype_of_the_weights_to_the_trainer(recipes
     assert "model_init_kwargs" not in settings
 
 
-@pytest.mark.parametrize("name", ["quickstart", "full_qwen3_0.6b", "lora", "gsm8k"])
+@pytest.mark.parametrize("name", ["quickstart", "full_qwen3_0.6b", "lora", "gsm8k", "smollm2"])
 def test_every_config_holds_known_settings(name: str, recipes: Path) -> None:
     path = recipes / "configs" / f"{name}.yaml"
     classes = (sft.ModelArguments, sft.DataArguments, MaskedSFTConfig)
@@ -342,12 +342,26 @@ def test_every_config_holds_known_settings(name: str, recipes: Path) -> None:
     assert args.output_dir == yaml.safe_load(path.read_text())["output_dir"]
 
 
+def test_the_trained_model_of_a_config_learns_bookings_or_the_rows_of_a_flag(recipes: Path) -> None:
+    path = recipes / "configs" / "smollm2.yaml"
+    classes = (sft.ModelArguments, sft.DataArguments, MaskedSFTConfig)
+    folder = ("--model_name_or_path", "folder", "--use_cpu", "1")
+    for rows, found in ((), ("bookings", None)), (("--train_file", "a"), (None, "a")):
+        model_args, data_args, args = parse_arguments(
+            classes, [str(path), *folder, *rows], path, description=""
+        )
+        assert (data_args.tasks, data_args.train_file) == found
+        assert (model_args.model_name_or_path, model_args.lora) == ("folder", True)
+        assert args.predict_with_generate
+
+
 def test_there_is_no_other_config(recipes: Path) -> None:
     assert {path.stem for path in (recipes / "configs").iterdir()} == {
         "quickstart",
         "full_qwen3_0.6b",
         "lora",
         "gsm8k",
+        "smollm2",
     }
 
 
