@@ -100,7 +100,7 @@ def test_what_is_trained_is_what_the_model_would_generate(
     """Its own greedy answers, trained: each token is the likeliest, from the first to the stop."""
     model = load_trained_model().eval()
     chats, num_tokens = [], 0
-    for question in ("What is the capital of France?", "Say hello in Italian."):
+    for question in ("What is the capital of France?", "What is 2 + 2?"):
         inputs = trained_tokenizer.apply_chat_template(
             as_messages([question]),
             add_generation_prompt=True,
@@ -108,7 +108,7 @@ def test_what_is_trained_is_what_the_model_would_generate(
             return_dict=True,
         )
         with torch.no_grad():
-            tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0]
+            tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0]
         answer = tokens[inputs["input_ids"].shape[1] :]
         assert answer[-1] == model.generation_config.eos_token_id
         num_tokens += len(answer)
