@@ -95,11 +95,11 @@ def download(folder: Path) -> Path:
 
 def convert(gguf: Path, folder: Path) -> None:
     """Writes the model of a GGUF file and its tokenizer as transformers writes its own."""
-    names = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    AutoTokenizer.from_pretrained(**names).save_pretrained(folder)
-    quantized = AutoModelForCausalLM.from_pretrained(**names, dtype=torch.float32)
+    source, name = gguf.parent, gguf.name
+    AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
+    quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
     # What was read from GGUF refuses to be saved, so its weights move to a model that was not.
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**names))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, gguf_file=name))
     model.load_state_dict(quantized.state_dict())
     model.save_pretrained(folder)
 
