@@ -24,6 +24,7 @@ from hf_sft_plugin.training.checkpoint import (
 )
 from hf_sft_plugin.training.compilation import compile_for_all_sizes
 from hf_sft_plugin.training.data_loaders import DataLoadersMixin
+from hf_sft_plugin.training.embedding_noise import EmbeddingNoiseMixin
 from hf_sft_plugin.training.exact_settings import refuse_inexact_settings
 from hf_sft_plugin.training.fused_layers import FusedLayersMixin
 from hf_sft_plugin.training.last_layer import LastLayerMixin
@@ -52,6 +53,7 @@ class MaskedLossMixin(
     MaskedEvaluationMixin,
     LastLayerMixin,
     FusedLayersMixin,
+    EmbeddingNoiseMixin,
     MemoryPlanMixin,
     DataLoadersMixin,
     ResumeMixin,
@@ -226,7 +228,8 @@ class MaskedLossMixin(
             # Outputs have a row for each row of the batch.
             refuse_documents(batch.model_inputs, None)
             inputs = batch.model_inputs, batch.targets, batch.weights, objective, batch.positions
-            return forward_full(model, *inputs)
+            with self._noise.on(batch.model_inputs):
+                return forward_full(model, *inputs)
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         head = self._head.choose(model, unwrapped, batch.model_inputs, self.fused_head)
         attention = self._choose_attention(model)
@@ -240,7 +243,8 @@ class MaskedLossMixin(
         batch = flat or batch
         inputs = batch.model_inputs, batch.targets, batch.weights, objective, batch.positions
         last_layer = self.run_last_layer(unwrapped, flat)
-        with nullcontext() if flat is None else attention.running(), last_layer:
+        noise = self._noise.on(batch.model_inputs)
+        with nullcontext() if flat is None else attention.running(), last_layer, noise:
             if head is None:
                 result, full = forward_full(model, *inputs, batch.places)
                 if reader is not None:
@@ -274,7 +278,8 @@ class MaskedLossMixin(
 
     def _choose_attention(self, model: nn.Module) -> AttentionChoice:
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        shares_prompts = self.shared_prompts != "off"
+        # What runs once would have the same noise in every row, of whichever length.
+        shares_prompts = self.shared_prompts != "off" and self.neftune_noise_alpha is None
         return self._attention.choose(model, unwrapped, self.padding_free, shares_prompts)
 
     def _scale(self, batch: ResponseBatch, num_items: Tensor | int | None) -> Tensor:
