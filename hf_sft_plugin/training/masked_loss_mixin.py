@@ -34,6 +34,7 @@ from hf_sft_plugin.training.masked_evaluation import MaskedEvaluationMixin
 from hf_sft_plugin.training.memory_plan import MemoryPlanMixin
 from hf_sft_plugin.training.metrics import Totals, WindowedTotals, row_totals
 from hf_sft_plugin.training.microbatches import remember_tensors
+from hf_sft_plugin.training.model_interface import find_logits
 from hf_sft_plugin.training.packed_rows import refuse_documents, refuse_padded_documents
 from hf_sft_plugin.training.prediction import LogitReader
 from hf_sft_plugin.training.repeats import cut_repeats, without_repeats
@@ -248,7 +249,8 @@ class MaskedLossMixin(
             if head is None:
                 result, full = forward_full(model, *inputs, batch.places)
                 if reader is not None:
-                    reader(full.logits, lambda logits: logits)
+                    logits = find_logits(full, batch.model_inputs.get("input_ids"))
+                    reader(logits, lambda some: some)
             else:
                 result = head.forward(model, *inputs, batch.places, reader)
         if flat is not None:
@@ -301,7 +303,7 @@ class MaskedLossMixin(
 
     def _router_weight(self, model: nn.Module, batch: ResponseBatch, is_alone: bool) -> Any:
         """How much the router's loss of a micro-batch counts: as its share of the step's tokens."""
-        coefficient = aux_loss_coefficient(self.accelerator.unwrap_model(model).config)
+        coefficient = aux_loss_coefficient(self.accelerator.unwrap_model(model))
         if is_alone or self._num_step_tokens is None:
             return coefficient
         share = batch.num_tokens.sum() / self._num_step_tokens
