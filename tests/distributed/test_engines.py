@@ -191,12 +191,16 @@ def test_processes_that_gather_weights_run_as_many_forward_passes() -> None:
     assert (ddp, fsdp2) == ([5, 3], [5, 5])
 
 
-BF16 = {"precision": "bf16", "dtype": torch.float32}
+# So wide that what rounding does hardly depends on rows and kernels: over eight choices of rows the
+# ratio of the error with our head to that with full logits spread by 2%. Weights stay as they are,
+# since their last digits may become other ones in bfloat16.
+WIDE = {**TIED, "hidden_size": 128, "intermediate_size": 192, "head_dim": 64}
+BF16 = {"precision": "bf16", "dtype": torch.float32, "learning_rate": 0.0}
 # One process runs the same micro-batches as two.
 ROUNDED = {
     f"{engine} {num_processes} {head}": make_case(
         engine,
-        TIED,
+        WIDE,
         {"gradient_accumulation_steps": 4 // num_processes, "fused_head": head},
         **BF16,
     )
@@ -224,15 +228,17 @@ def flat(gradients: dict[str, Tensor]) -> Tensor:
 def test_in_bfloat16_no_engine_errs_more_than_with_full_logits(
     engine: str, rounded: dict[str, dict[str, Any]]
 ) -> None:
+    """In root mean square over both steps, with a tenth, five times that spread, as slack."""
     ours, full = rounded[f"{engine} on"], rounded[f"{engine} off"]
+    errors = torch.zeros(2, dtype=torch.float64)
     for number, (loss, gradients) in enumerate(reference(ROUNDED[f"{engine} on"])):
         truth = flat(gradients)
-        errors = [
-            (flat(f["gradients"][number]) - truth).norm() / truth.norm() for f in (ours, full)
-        ]
-        assert errors[0] <= errors[1]
+        for index, found in enumerate((ours, full)):
+            error = flat(found["gradients"][number]) - truth
+            errors[index] += error.square().sum() / truth.square().sum()
         # Rounded to bfloat16, statistics would be off by up to 4e-3.
         assert ours["logs"][number]["loss"] == pytest.approx(loss, rel=1e-4)
+    assert errors[0].sqrt() <= 1.1 * errors[1].sqrt()
 
 
 def test_in_bfloat16_two_processes_train_as_one(rounded: dict[str, dict[str, Any]]) -> None:
