@@ -207,7 +207,7 @@ class MaskedLossMixin(
         super().log(logs, start_time)
 
     def _figures(self, totals: Totals) -> dict[str, float]:
-        means = totals.means(not self.objective.is_nll)
+        means = totals.means(not self.objective.is_nll) | totals.aux_loss_mean()
         lost = round(totals.num_nonfinite_losses)
         return {**means, "num_nonfinite_losses": lost} if lost else means
 
@@ -310,13 +310,14 @@ class MaskedLossMixin(
         return coefficient * share * self.accelerator.num_processes
 
     def _totals(self, batch: ResponseBatch, result: ResponseResult) -> Tensor:
-        """Step 9: the sums and counts of a micro-batch, `(8,)`."""
+        """Step 9: the sums and counts of a micro-batch, `(10,)`."""
         divisors = batch.divisors
         if self.loss_normalization == LossNormalization.CONSTANT:
             parts = len(divisors) * self._num_microbatches * self.accelerator.num_processes
             divisors = torch.full_like(divisors, self.normalize_constant / parts)
         found = result.token_losses, result.stats, batch.positions, batch.weights, divisors
-        return row_totals(*found, batch.num_tokens, leaves_out_nonfinite=True).sum(0)
+        found = *found, batch.num_tokens
+        return row_totals(*found, leaves_out_nonfinite=True, aux_loss=result.aux_loss).sum(0)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
