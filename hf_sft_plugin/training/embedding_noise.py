@@ -94,6 +94,7 @@ class EmbeddingNoiseMixin(TrainerBase):
     def _replace_hook(self, alpha: float) -> None:
         """Puts our hook where the Trainer has just put its own."""
         model: nn.Module = self.accelerator.unwrap_model(self.model)
+        embeddings: Any
         (embeddings,) = (m for m in model.modules() if "neftune_noise_alpha" in vars(m))
         # As a float it is known for what makes a model random, even if it is a whole number.
         embeddings.neftune_noise_alpha = float(alpha)

@@ -243,7 +243,7 @@ def exact_forward(head: nn.Module) -> Callable[[Tensor], Tensor]:
     return in_float64 if _is_linear(head) else as_it_is
 
 
-def _is_linear(head: nn.Module) -> bool:
+def _is_linear(head: nn.Module | None) -> bool:
     return type(head) is nn.Linear and "forward" not in vars(head)
 
 

@@ -316,8 +316,8 @@ class MaskedLossMixin(
             parts = len(divisors) * self._num_microbatches * self.accelerator.num_processes
             divisors = torch.full_like(divisors, self.normalize_constant / parts)
         found = result.token_losses, result.stats, batch.positions, batch.weights, divisors
-        found = *found, batch.num_tokens
-        return row_totals(*found, leaves_out_nonfinite=True, aux_loss=result.aux_loss).sum(0)
+        more: dict[str, Any] = {"leaves_out_nonfinite": True, "aux_loss": result.aux_loss}
+        return row_totals(*found, batch.num_tokens, **more).sum(0)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

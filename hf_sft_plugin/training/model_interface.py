@@ -63,10 +63,7 @@ def find_logits(outputs: Any, ids: object = None) -> Tensor:
             "logits, a tuple that begins with them, or something with `logits` in it."
         )
     # An adapter may put virtual tokens before each row.
-    has_all = not isinstance(ids, Tensor) or (
-        found.shape[0] == ids.shape[0] and found.shape[1] >= ids.shape[1]
-    )
-    if not has_all:
+    if isinstance(ids, Tensor) and (len(found) != len(ids) or found.shape[1] < ids.shape[1]):
         raise ValueError(
             f"The model read {' x '.join(map(str, ids.shape))} tokens, but gave logits of shape "
             f"{tuple(found.shape)}, so some tokens have no prediction. Return the logits of all "
