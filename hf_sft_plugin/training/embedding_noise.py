@@ -20,7 +20,7 @@ class DocumentNoise:
     """A forward hook for embeddings, in place of that of transformers."""
 
     def __init__(self) -> None:
-        self._lengths: Tensor | None = None
+        self._inputs: Mapping[str, Any] = {}
 
     @contextmanager
     def on(self, inputs: Mapping[str, Any]) -> Iterator[None]:
@@ -29,18 +29,18 @@ class DocumentNoise:
         Args:
             inputs: What the model reads.
         """
-        self._lengths = find_lengths(inputs)
+        self._inputs = inputs
         try:
             yield
         finally:
-            self._lengths = None
+            self._inputs = {}
 
     @torch.compiler.disable
     def __call__(self, module: Any, _: Any, output: Tensor) -> Tensor:
         """Adds noise to embeddings, `(B, S, D)`, while they are trained."""
         if not module.training:
             return output
-        lengths, (width, size) = self._lengths, output.shape[1:]
+        lengths, (width, size) = find_lengths(self._inputs), output.shape[1:]
         # Whoever embeds other tokens within a forward pass has no documents there.
         if lengths is None or len(lengths) != len(output) or lengths.shape[1] not in (1, width):
             lengths = torch.full((1, 1), width, device=output.device)

@@ -188,7 +188,7 @@ class WindowedTotals:
         self._window: Tensor | None = None
 
     def add(self, totals: Tensor) -> None:
-        """Adds an `(10,)` tensor to the window; no host is asked and no process waits."""
+        """Adds a `(10,)` tensor to the window; no host is asked and no process waits."""
         if self._window is None:
             self._window = torch.zeros_like(totals)
         self._window += totals
