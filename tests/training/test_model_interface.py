@@ -195,7 +195,7 @@ def test_what_metrics_see_are_the_predictions_of_the_module(
 
 
 def test_a_plain_module_is_verified_saved_and_resumed(
-    make_trainer: Callable[..., OwnTrainer], make_config: Make
+    make_trainer: Callable[..., OwnTrainer],
 ) -> None:
     fields = {"max_steps": 4, "learning_rate": 1e-2, "gradient_accumulation_steps": 1}
     saving = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
@@ -203,7 +203,7 @@ def test_a_plain_module_is_verified_saved_and_resumed(
     assert not any(check.has_failed for check in verify_training(whole))
     whole.train()
     resumed = make_trainer(Plain(), **fields, **saving)
-    resumed.train(resume_from_checkpoint=f"{make_config().output_dir}/checkpoint-2")
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], weight)
 
