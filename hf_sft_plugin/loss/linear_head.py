@@ -187,7 +187,10 @@ def _run_tiles(
     values = RowValues.empty(count, like=hidden_states, dtype=weights.dtype)
     # Rows of any other length are slow to write and to read.
     width = -(-matrix.size // _ROW_MULTIPLE) * _ROW_MULTIPLE
-    tile = hidden_states.new_empty(num_rows, width, dtype=matrix.dtype)[:, : matrix.size]
+    room = hidden_states.new_empty(num_rows, width, dtype=matrix.dtype)
+    # oneDNN's products for AMX read one number behind a row of odd length, and add 0 times that.
+    room[:, matrix.size :] = 0
+    tile = room[:, : matrix.size]
     for start in range(0, count, max(1, num_rows)):
         rows = slice(start, start + num_rows)
         hidden, part = hidden_states[rows], RowValues(*(value[rows] for value in values))

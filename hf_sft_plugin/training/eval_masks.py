@@ -94,7 +94,7 @@ def totals_by_mask(
         result: What came of it.
 
     Returns:
-        `(B, M * 8)`: for each of M masks the columns of `row_totals`.
+        `(B, M * 10)`: for each of M masks the columns of `row_totals`.
     """
     totals = []
     for part in parts:
@@ -102,7 +102,8 @@ def totals_by_mask(
         stats = TokenStats(*(values.index_select(0, index) for values in result.stats))
         losses = result.token_losses.index_select(0, index)
         of_rows = part.weights, part.divisors, part.num_tokens
-        totals.append(row_totals(losses, stats, part.positions, *of_rows))
+        aux_loss = result.aux_loss
+        totals.append(row_totals(losses, stats, part.positions, *of_rows, aux_loss=aux_loss))
     return torch.cat(totals, dim=-1)
 
 
@@ -112,7 +113,7 @@ def figures_by_mask(
     """The figures of an evaluation over each mask that was asked for.
 
     Args:
-        rows: Totals of all rows, `(N, M * 8)`; the first 8 columns are not of these masks.
+        rows: Totals of all rows, `(N, M * 10)`; the first 10 columns are not of these masks.
         masks: M - 1 names.
         taken: Names of other figures. Those of a source of rows that is called like a mask give
             way to it, with a warning.

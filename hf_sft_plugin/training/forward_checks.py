@@ -13,6 +13,7 @@ from hf_sft_plugin.training.attention_probe import tolerance_of
 from hf_sft_plugin.training.checks import VerificationCheck, not_run
 from hf_sft_plugin.training.first_step import FirstStep
 from hf_sft_plugin.training.lm_head import replaced_forward
+from hf_sft_plugin.training.model_interface import find_lm_head
 from hf_sft_plugin.training.response_batch import OURS, find_layout
 from hf_sft_plugin.types import IGNORE_INDEX
 
@@ -191,7 +192,7 @@ def check_head(step: FirstStep) -> list[VerificationCheck]:
         step: While it is `undone`.
     """
     sample = sample_rows(step.microbatches)
-    chooser, head = step.trainer._head, step.unwrapped.get_output_embeddings()
+    chooser, head = step.trainer._head, find_lm_head(step.unwrapped)
     fused = step.forward(sample).stats
     with chooser.full_logits():
         reference = step.forward(sample).stats
@@ -242,7 +243,7 @@ def exact_forward(head: nn.Module) -> Callable[[Tensor], Tensor]:
     return in_float64 if _is_linear(head) else as_it_is
 
 
-def _is_linear(head: nn.Module) -> bool:
+def _is_linear(head: nn.Module | None) -> bool:
     return type(head) is nn.Linear and "forward" not in vars(head)
 
 

@@ -9,7 +9,7 @@ good.
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,13 @@ from hf_sft_plugin.loss.logit_tile import LogitTransform
 from hf_sft_plugin.loss.objective import LossObjective
 from hf_sft_plugin.loss.token_stats import TokenStats
 from hf_sft_plugin.training.adapters import adapter_state
+from hf_sft_plugin.training.model_interface import (
+    find_aux_loss,
+    find_lm_head,
+    find_logits,
+    find_text_config,
+    run_model,
+)
 from hf_sft_plugin.training.tied_gradient import shared_gradient
 
 logger = logging.getLogger(__name__)
@@ -67,11 +74,12 @@ def forward_full(
     Returns:
         The result, and the model's own outputs with the logits.
     """
-    outputs = model(**inputs, use_cache=False)
-    logits = _choose(outputs.logits, targets.shape[1], positions, places)
+    outputs = run_model(model, inputs)
+    every = find_logits(outputs, inputs.get("input_ids"))
+    logits = _choose(every, targets.shape[1], positions, places)
     chosen, factors = _choose_each(positions, targets, weights)
     answer = _on_device(full_head_loss(logits, chosen, factors, objective), targets.device)
-    return ResponseResult(*answer, outputs.get("aux_loss")), outputs
+    return ResponseResult(*answer, find_aux_loss(outputs)), outputs
 
 
 def _choose(values: Tensor, width: int, positions: Tensor, places: Tensor | None) -> Tensor:
@@ -105,7 +113,7 @@ class FusedHead:
     """
 
     def __init__(self, model: nn.Module, transform: LogitTransform) -> None:
-        lm_head = _lm_head(model)
+        lm_head = find_lm_head(model)
         assert lm_head is not None, "find_transform gave a transformation, so there is a head"
         self.model = model
         self.lm_head = lm_head
@@ -168,7 +176,7 @@ class FusedHead:
             shared_gradient(model, self.model, self.lm_head) as handed_on,
             replaced_forward(self.lm_head, answer_with_loss),
         ):
-            returned = model(**inputs, use_cache=False)[_RESULT_KEY]
+            returned = run_model(model, inputs)[_RESULT_KEY]
         (answer,) = (_on_device(answer, targets.device) for answer in answers)
         # FSDP2 rounds outputs, after it put its hooks on what they were.
         loss, aux_loss = (
@@ -189,7 +197,7 @@ class FusedHead:
             return loss.new_zeros(1, 1, 1)
 
         def attach_result(_: nn.Module, __: Any, outputs: Any) -> dict[str, Any]:
-            losses.append(outputs.get("aux_loss"))
+            losses.append(find_aux_loss(outputs))
             # Wrappers such as DDP look at the outputs to find what the gradient will reach.
             return {_RESULT_KEY: tuple(losses)}
 
@@ -245,7 +253,7 @@ class HeadChooser:
             ValueError: If it is `on`, and the model needs its full logits.
         """
         # An adapter may have been put around the head since.
-        asked = model, _lm_head(model), adapter_state(model), fused_head
+        asked = model, find_lm_head(model), adapter_state(model), fused_head
         if self._asked == asked:
             return self.choice
         self._asked, self.choice = asked, None
@@ -255,10 +263,12 @@ class HeadChooser:
         if transform is not None:
             self.choice = FusedHead(model, transform)
             return self.choice
-        problem = (
-            f"The logits of {type(model).__name__} are not those of its LM head, scaled or "
-            "soft-capped as its config says, so the loss needs the full logits"
-        )
+        name = type(model).__name__
+        problem = f"The logits of {name} are not those of its LM head, scaled or soft-capped as its"
+        problem += " config says, so the loss needs the full logits"
+        if find_lm_head(model) is None:
+            problem = f"{name} does not say which module is its LM head (get_output_embeddings), so"
+            problem += " the loss needs the full logits"
         if fused_head == "on":
             raise ValueError(f"{problem}. Set fused_head to 'auto' to allow that.")
         logger.warning("%s: memory grows with batch size times vocabulary.", problem)
@@ -283,7 +293,7 @@ def find_transform(
         The transformation, or None where no known one fits or several different ones do, or where
         the logits do not come from an LM head that is told nothing but hidden states.
     """
-    lm_head = _lm_head(model)
+    lm_head = find_lm_head(model)
     if lm_head is None:
         return None
     head = lm_head.forward
@@ -304,7 +314,7 @@ def find_transform(
         replaced = replaced_forward(lm_head, answer_with_known_values)
         # Compiling would take longer than the run, for a shape that does not come again.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), replaced:
-            logits = wrapped(**_first_row(inputs), use_cache=False).logits
+            logits = find_logits(run_model(wrapped, _first_row(inputs)))
     finally:
         wrapped.train(was_training)
     if are_told or len(planted) != 1 or planted[0].shape != logits.shape:
@@ -341,7 +351,7 @@ def _known_logits(like: Tensor) -> Tensor:
 
 
 def _candidates(model: nn.Module) -> Iterator[LogitTransform]:
-    config = cast(Any, model).config.get_text_config()
+    config = find_text_config(model)
     yield LogitTransform()
     for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
         scale = getattr(config, name, None)
@@ -352,11 +362,6 @@ def _candidates(model: nn.Module) -> Iterator[LogitTransform]:
         cap = getattr(config, name, None)
         if cap:
             yield LogitTransform(softcap=cap)
-
-
-def _lm_head(model: nn.Module) -> nn.Module | None:
-    head = cast(Any, model).get_output_embeddings()
-    return head if isinstance(head, nn.Module) else None
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from transformers import (
 from hf_sft_plugin.data.arguments import require_tokenizer
 from hf_sft_plugin.data.stop_tokens import find_stop_token
 from hf_sft_plugin.data.truncation import max_row_length
+from hf_sft_plugin.training.model_interface import find_embeddings, find_text_config
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def load_tokenizer(
     """
     tokenizer = processing_class
     if tokenizer is None:
-        name = model.config._name_or_path
+        name = getattr(getattr(model, "config", None), "_name_or_path", None)
         if not name:
             raise ValueError(
                 "There is no tokenizer: the model was not loaded from a name, so its tokenizer "
@@ -101,7 +102,7 @@ def load_tokenizer(
     if tokenizer.pad_token is None:
         # Masks go by position, so padding with the eos token hides no response.
         tokenizer.pad_token = tokenizer.eos_token
-    weight = model.get_input_embeddings().weight
+    weight = getattr(find_embeddings(model), "weight", None)
     num_embeddings = weight.shape[0] if isinstance(weight, Tensor) else 0
     # ZeRO-3 leaves empty shards in place of parameters, which say nothing of the vocabulary.
     if 0 < num_embeddings < len(tokenizer):
@@ -131,7 +132,7 @@ def stop_tokens(
 
 def last_position(model: PreTrainedModel | PeftModel) -> int | None:
     """How many positions a model has, where there are none beyond them; else None."""
-    config = model.config.get_text_config()
+    config = find_text_config(model)
     has_last = all(getattr(config, name, None) is None for name in _ROTARY_SETTINGS)
     own: int | None = getattr(config, "max_position_embeddings", None)
     return own if has_last else None
@@ -145,8 +146,7 @@ def limit_length(
     Raises:
         ValueError: If more is asked than the model has positions.
     """
-    text_config = model.config.get_text_config()
-    own = getattr(text_config, "max_position_embeddings", None)
+    own = getattr(find_text_config(model), "max_position_embeddings", None)
     limit = max_row_length(tokenizer, max_length)
     if max_length is not None and own is not None and max_length > own:
         problem = f"max_length is {max_length:,}, but the model was made for {own:,} positions"

@@ -95,7 +95,8 @@ class MaskedEvaluationMixin(TrainerBase):
                 f"No row of the {description.lower()} data has a response token, so there is "
                 "nothing to measure. Check its response_mask or labels."
             )
-        metrics = {**totals.means(), "perplexity": totals.perplexity(), **totals.counts()}
+        means = totals.means() | totals.aux_loss_mean()
+        metrics = {**means, "perplexity": totals.perplexity(), **totals.counts()}
         dataset = rows_of_dataset(dataloader.dataset)
         metrics |= means_by_source(own, dataset, self._get_eval_sampler)
         metrics |= figures_by_mask(rows, self.eval_masks, metrics)

@@ -24,6 +24,7 @@ from hf_sft_plugin.training.checkpoint import (
 )
 from hf_sft_plugin.training.compilation import compile_for_all_sizes
 from hf_sft_plugin.training.data_loaders import DataLoadersMixin
+from hf_sft_plugin.training.embedding_noise import EmbeddingNoiseMixin
 from hf_sft_plugin.training.exact_settings import refuse_inexact_settings
 from hf_sft_plugin.training.fused_layers import FusedLayersMixin
 from hf_sft_plugin.training.last_layer import LastLayerMixin
@@ -33,6 +34,7 @@ from hf_sft_plugin.training.masked_evaluation import MaskedEvaluationMixin
 from hf_sft_plugin.training.memory_plan import MemoryPlanMixin
 from hf_sft_plugin.training.metrics import Totals, WindowedTotals, row_totals
 from hf_sft_plugin.training.microbatches import remember_tensors
+from hf_sft_plugin.training.model_interface import find_logits
 from hf_sft_plugin.training.packed_rows import refuse_documents, refuse_padded_documents
 from hf_sft_plugin.training.prediction import LogitReader
 from hf_sft_plugin.training.repeats import cut_repeats, without_repeats
@@ -52,6 +54,7 @@ class MaskedLossMixin(
     MaskedEvaluationMixin,
     LastLayerMixin,
     FusedLayersMixin,
+    EmbeddingNoiseMixin,
     MemoryPlanMixin,
     DataLoadersMixin,
     ResumeMixin,
@@ -204,7 +207,7 @@ class MaskedLossMixin(
         super().log(logs, start_time)
 
     def _figures(self, totals: Totals) -> dict[str, float]:
-        means = totals.means(not self.objective.is_nll)
+        means = totals.means(not self.objective.is_nll) | totals.aux_loss_mean()
         lost = round(totals.num_nonfinite_losses)
         return {**means, "num_nonfinite_losses": lost} if lost else means
 
@@ -226,7 +229,8 @@ class MaskedLossMixin(
             # Outputs have a row for each row of the batch.
             refuse_documents(batch.model_inputs, None)
             inputs = batch.model_inputs, batch.targets, batch.weights, objective, batch.positions
-            return forward_full(model, *inputs)
+            with self._noise.on(batch.model_inputs):
+                return forward_full(model, *inputs)
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         head = self._head.choose(model, unwrapped, batch.model_inputs, self.fused_head)
         attention = self._choose_attention(model)
@@ -240,11 +244,13 @@ class MaskedLossMixin(
         batch = flat or batch
         inputs = batch.model_inputs, batch.targets, batch.weights, objective, batch.positions
         last_layer = self.run_last_layer(unwrapped, flat)
-        with nullcontext() if flat is None else attention.running(), last_layer:
+        noise = self._noise.on(batch.model_inputs)
+        with nullcontext() if flat is None else attention.running(), last_layer, noise:
             if head is None:
                 result, full = forward_full(model, *inputs, batch.places)
                 if reader is not None:
-                    reader(full.logits, lambda logits: logits)
+                    logits = find_logits(full, batch.model_inputs.get("input_ids"))
+                    reader(logits, lambda some: some)
             else:
                 result = head.forward(model, *inputs, batch.places, reader)
         if flat is not None:
@@ -274,7 +280,8 @@ class MaskedLossMixin(
 
     def _choose_attention(self, model: nn.Module) -> AttentionChoice:
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        shares_prompts = self.shared_prompts != "off"
+        # What runs once would have the same noise in every row, of whichever length.
+        shares_prompts = self.shared_prompts != "off" and self.neftune_noise_alpha is None
         return self._attention.choose(model, unwrapped, self.padding_free, shares_prompts)
 
     def _scale(self, batch: ResponseBatch, num_items: Tensor | int | None) -> Tensor:
@@ -296,20 +303,21 @@ class MaskedLossMixin(
 
     def _router_weight(self, model: nn.Module, batch: ResponseBatch, is_alone: bool) -> Any:
         """How much the router's loss of a micro-batch counts: as its share of the step's tokens."""
-        coefficient = aux_loss_coefficient(self.accelerator.unwrap_model(model).config)
+        coefficient = aux_loss_coefficient(self.accelerator.unwrap_model(model))
         if is_alone or self._num_step_tokens is None:
             return coefficient
         share = batch.num_tokens.sum() / self._num_step_tokens
         return coefficient * share * self.accelerator.num_processes
 
     def _totals(self, batch: ResponseBatch, result: ResponseResult) -> Tensor:
-        """Step 9: the sums and counts of a micro-batch, `(8,)`."""
+        """Step 9: the sums and counts of a micro-batch, `(10,)`."""
         divisors = batch.divisors
         if self.loss_normalization == LossNormalization.CONSTANT:
             parts = len(divisors) * self._num_microbatches * self.accelerator.num_processes
             divisors = torch.full_like(divisors, self.normalize_constant / parts)
         found = result.token_losses, result.stats, batch.positions, batch.weights, divisors
-        return row_totals(*found, batch.num_tokens, leaves_out_nonfinite=True).sum(0)
+        more: dict[str, Any] = {"leaves_out_nonfinite": True, "aux_loss": result.aux_loss}
+        return row_totals(*found, batch.num_tokens, **more).sum(0)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hf_sft_plugin.training.model_interface import find_text_config
+
 # Gradients that a backward pass holds at a time, as a share of what one layer keeps.
 _BACKWARD_SHARE = 0.3
 # Numbers per trained parameter that optimizers keep, by their class; any other is taken for Adam.
@@ -185,9 +187,9 @@ def measure_step_memory(
     """
     weights = {_key(t): t for t in (*model.parameters(), *model.buffers())}.values()
     trained = [p for p in model.parameters() if p.requires_grad]
-    config: Any = model.config
-    config = config.get_text_config()
-    num_layers = config.num_hidden_layers
+    config = find_text_config(model)
+    # Where nobody says how many there are, one layer may keep as much as all.
+    num_layers = getattr(config, "num_hidden_layers", 1)
     # So few that it takes no time; yet on an accelerator enough that kernels are the usual ones.
     length = 32 if trained[0].device.type == "cpu" else 128
     # A row of twice the length has to have positions, too.

@@ -28,6 +28,8 @@ class Totals:
         num_response_tokens: Trained tokens.
         num_tokens: Tokens read, without padding.
         num_nonfinite_losses: Trained tokens whose loss is NaN or infinite, which are in no mean.
+        aux_loss: Sum of the router's loss of each forward pass times the tokens that it read.
+        num_routed_tokens: Tokens read in forward passes that had such a loss.
     """
 
     loss: float = 0.0
@@ -38,6 +40,8 @@ class Totals:
     num_response_tokens: float = 0.0
     num_tokens: float = 0.0
     num_nonfinite_losses: float = 0.0
+    aux_loss: float = 0.0
+    num_routed_tokens: float = 0.0
 
     def __add__(self, other: "Totals") -> "Totals":
         """Totals of both together."""
@@ -66,6 +70,11 @@ class Totals:
             **{name: value / count if count else math.nan for name, value in sums.items()},
         }
 
+    def aux_loss_mean(self) -> dict[str, float]:
+        """The router's loss of a mixture of experts, by tokens; empty where there was none."""
+        count = self.num_routed_tokens
+        return {"aux_loss": self.aux_loss / count} if count else {}
+
     def perplexity(self) -> float:
         """Perplexity of the trained tokens without weights: exp of their mean -log p."""
         mean = self.nll / self.num_response_tokens
@@ -90,6 +99,7 @@ def row_totals(
     divisors: Tensor,
     num_tokens: Tensor,
     leaves_out_nonfinite: bool = False,
+    aux_loss: Tensor | None = None,
 ) -> Tensor:
     """Sums what is known about the positions of each row; nothing leaves the device.
 
@@ -102,9 +112,10 @@ def row_totals(
         num_tokens: `(B,)`, tokens of each row without padding.
         leaves_out_nonfinite: Whether tokens whose loss or statistics are not finite are counted
             and left out of the sums, and their share of the weights out of the divisor.
+        aux_loss: The router's loss of the forward pass, a scalar; None where there is none.
 
     Returns:
-        `(B, 8)`: a row for each row, a column for each field of `Totals`.
+        `(B, 10)`: a row for each row, a column for each field of `Totals`.
     """
     dtype = widest_float(weights.device)
     values = torch.stack([token_losses, *stats]).to(dtype)
@@ -121,7 +132,12 @@ def row_totals(
     sums = per_token.new_zeros(len(weights), len(columns) + 1).index_add_(0, rows, per_token)
     loss, nll, entropy, hits, counts, num_left_out, weight, lost = sums.unbind(-1)
     divisors = divisors.to(dtype) * (1 - lost / weight.where(weight > 0, 1))
-    of_rows = [loss, divisors, nll, entropy, hits, counts, num_tokens.to(dtype), num_left_out]
+    num_tokens = num_tokens.to(dtype)
+    of_rows = [loss, divisors, nll, entropy, hits, counts, num_tokens, num_left_out]
+    if aux_loss is None:
+        of_rows += [torch.zeros_like(loss)] * 2
+    else:
+        of_rows += [num_tokens * aux_loss.detach().to(num_tokens), num_tokens]
     return torch.stack(of_rows, dim=-1)
 
 
@@ -131,7 +147,7 @@ def means_by_source(
     """The means of an evaluation for each source of its rows.
 
     Args:
-        rows: Totals of each row, `(N, 8)`, in the order of evaluation.
+        rows: Totals of each row, `(N, 10)`, in the order of evaluation.
         dataset: What was evaluated; has a length and a column `source`, or nothing is returned. A
             `ShardDataset` has `sources`.
         get_sampler: Says in which order the Trainer evaluates a dataset.
@@ -172,7 +188,7 @@ class WindowedTotals:
         self._window: Tensor | None = None
 
     def add(self, totals: Tensor) -> None:
-        """Adds an `(8,)` tensor to the window; no host is asked and no process waits."""
+        """Adds a `(10,)` tensor to the window; no host is asked and no process waits."""
         if self._window is None:
             self._window = torch.zeros_like(totals)
         self._window += totals

@@ -88,8 +88,6 @@ def training_undone(trainer: Any) -> Iterator[None]:
         with same_random_numbers(trainer.args.device):
             yield
     finally:
-        if getattr(trainer, "neftune_noise_alpha", None) is not None:
-            trainer.neftune_hook_handle.remove()
         if optimizer is not None:
             optimizer.put_back()
         gradient_state.dataloader_references = loaders

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_sft_plugin.loss.token_stats import refuse_second_derivative
+from hf_sft_plugin.training.model_interface import find_embeddings
 
 
 @contextmanager
@@ -54,7 +55,7 @@ def _tied_embedding(model: nn.Module, head: nn.Module) -> nn.Embedding | None:
     weight = head.weight if type(head) is nn.Linear else None
     if not torch.is_grad_enabled() or type(weight) is not nn.Parameter:
         return None
-    embedding: Any = cast(Any, model).get_input_embeddings()
+    embedding: Any = find_embeddings(model)
     is_usual = (
         type(embedding) is nn.Embedding
         and embedding.weight is weight

@@ -101,8 +101,8 @@ def mean_loss(model: Any, batch: dict[str, Tensor], num_trained: int) -> tuple[T
     return -log_p.where(targets != -100, 0).sum() / num_trained, outputs
 
 
-def reference(case: dict[str, Any]) -> list[tuple[float, dict[str, Tensor]]]:
-    """Loss and gradient of each step."""
+def reference(case: dict[str, Any]) -> list[tuple[float, dict[str, Tensor], float]]:
+    """Loss, gradient and the router's loss of each step."""
     model = build_model(case["model"])
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     num_rows = len(case["rows"]) // NUM_STEPS
@@ -112,9 +112,10 @@ def reference(case: dict[str, Any]) -> list[tuple[float, dict[str, Tensor]]]:
         rows = case["rows"][step * num_rows : (step + 1) * num_rows]
         num_trained = sum(len(row["input_ids"]) - row["num_prompt"] for row in rows)
         loss, _ = mean_loss(model, collate(rows), num_trained)
-        objective = loss + router_loss(model, rows)
-        gradients = torch.autograd.grad(objective, list(trained.values()))
-        found.append((loss.item(), dict(zip(trained, gradients, strict=True))))
+        of_router = router_loss(model, rows)
+        gradients = torch.autograd.grad(loss + of_router, list(trained.values()))
+        named = dict(zip(trained, gradients, strict=True))
+        found.append((loss.item(), named, float(of_router)))
         with torch.no_grad():
             for parameter, gradient in zip(trained.values(), gradients, strict=True):
                 parameter -= learning_rate * gradient
@@ -166,9 +167,12 @@ def test_every_engine_has_the_gradient_of_plain_full_logits(name: str) -> None:
     for found in run_group(group_of(name))[name]:
         assert found["engine"] == ("MULTI_CPU" if is_ddp else "FSDP")
         assert found["are_sharded"] == [not is_ddp] * NUM_STEPS
-        for number, (loss, gradients) in enumerate(expected):
+        for number, (loss, gradients, aux_loss) in enumerate(expected):
             assert largest_difference(found["gradients"][number], gradients) < limit
-            assert found["logs"][number]["loss"] == pytest.approx(loss, rel=limit)
+            log = found["logs"][number]
+            assert log["loss"] == pytest.approx(loss, rel=limit)
+            # With its coefficient, which is 1 here, it is part of what is differentiated.
+            assert log.get("aux_loss", 0.0) == pytest.approx(aux_loss, rel=limit)
         num_trained = sum(len(row["input_ids"]) - row["num_prompt"] for row in case["rows"])
         assert found["logs"][-1]["num_response_tokens"] == num_trained
 
@@ -191,12 +195,16 @@ def test_processes_that_gather_weights_run_as_many_forward_passes() -> None:
     assert (ddp, fsdp2) == ([5, 3], [5, 5])
 
 
-BF16 = {"precision": "bf16", "dtype": torch.float32}
+# So wide that what rounding does hardly depends on rows and kernels: over eight choices of rows the
+# ratio of the error with our head to that with full logits spread by 2%. Weights stay as they are,
+# since their last digits may become other ones in bfloat16.
+WIDE = {**TIED, "hidden_size": 128, "intermediate_size": 192, "head_dim": 64}
+BF16 = {"precision": "bf16", "dtype": torch.float32, "learning_rate": 0.0}
 # One process runs the same micro-batches as two.
 ROUNDED = {
     f"{engine} {num_processes} {head}": make_case(
         engine,
-        TIED,
+        WIDE,
         {"gradient_accumulation_steps": 4 // num_processes, "fused_head": head},
         **BF16,
     )
@@ -224,15 +232,17 @@ def flat(gradients: dict[str, Tensor]) -> Tensor:
 def test_in_bfloat16_no_engine_errs_more_than_with_full_logits(
     engine: str, rounded: dict[str, dict[str, Any]]
 ) -> None:
+    """In root mean square over both steps, with a tenth, five times that spread, as slack."""
     ours, full = rounded[f"{engine} on"], rounded[f"{engine} off"]
-    for number, (loss, gradients) in enumerate(reference(ROUNDED[f"{engine} on"])):
+    errors = torch.zeros(2, dtype=torch.float64)
+    for number, (loss, gradients, _) in enumerate(reference(ROUNDED[f"{engine} on"])):
         truth = flat(gradients)
-        errors = [
-            (flat(f["gradients"][number]) - truth).norm() / truth.norm() for f in (ours, full)
-        ]
-        assert errors[0] <= errors[1]
+        for index, found in enumerate((ours, full)):
+            error = flat(found["gradients"][number]) - truth
+            errors[index] += error.square().sum() / truth.square().sum()
         # Rounded to bfloat16, statistics would be off by up to 4e-3.
         assert ours["logs"][number]["loss"] == pytest.approx(loss, rel=1e-4)
+    assert errors[0].sqrt() <= 1.1 * errors[1].sqrt()
 
 
 def test_in_bfloat16_two_processes_train_as_one(rounded: dict[str, dict[str, Any]]) -> None:
@@ -272,7 +282,7 @@ def test_deepspeed_has_the_gradient_of_plain_full_logits(
 ) -> None:
     for found in sharded[name]:
         assert found["engine"] == "DEEPSPEED"
-        for number, (loss, gradients) in enumerate(reference(SHARDED[name])):
+        for number, (loss, gradients, _) in enumerate(reference(SHARDED[name])):
             truth = flat(gradients)
             assert (flat(found["gradients"][number]) - truth).norm() < 1e-6 * truth.norm()
             assert found["logs"][number]["loss"] == pytest.approx(loss, rel=1e-6)

@@ -246,6 +246,29 @@ def test_it_errs_no_more_than_the_full_logits(
         assert (a.double() - true).norm() <= (b.double() - true).norm() + slack
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tiles", [1, 5])
+def test_what_memory_held_before_reaches_nothing(
+    num_tiles: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some kernels read on behind a row of an odd number of logits."""
+    monkeypatch.setattr(f"{MODULE}._has_instructions", lambda dtype: True)
+    monkeypatch.setattr(
+        "hf_sft_plugin.loss.tile_choice._CPU_BYTES", 400 // num_tiles * VOCAB * dtype.itemsize
+    )
+    problem = Problem(dtype, num_rows=400, bias=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        # Now torch.empty gives NaN.
+        assert problem.hidden.new_empty(3).isnan().all()
+        answer = problem.fast()
+        gradients = problem.gradients(answer.loss)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for values in (answer.loss, answer.token_losses, *answer.stats, *gradients):
+        assert values.isfinite().all()
+
+
 def test_on_a_processor_without_the_dtype_it_errs_far_less(
     reference_losses: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

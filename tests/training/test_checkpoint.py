@@ -27,8 +27,8 @@ from hf_sft_plugin.training.checkpoint import (
 )
 from hf_sft_plugin.training.metrics import NUM_TOTALS, Totals, WindowedTotals
 
-CLOSED = [0.1, 3.0, 0.3, math.pi, 5.0, 7.0, 11.0, 2.0]
-OPEN = [1e-300, 2.0, 0.7, 1 / 3, 1.0, 2.0, 2.0**40 + 1, 1.0]
+CLOSED = [0.1, 3.0, 0.3, math.pi, 5.0, 7.0, 11.0, 2.0, 13.5, 11.0]
+OPEN = [1e-300, 2.0, 0.7, 1 / 3, 1.0, 2.0, 2.0**40 + 1, 1.0, 0.1, 2.0]
 
 
 def make_totals(accelerator: Accelerator, *, has_window: bool = True) -> WindowedTotals:
@@ -80,13 +80,13 @@ def test_every_process_finds_its_own_switch_and_others_that_of_any(
 def test_totals_that_are_not_finite_come_back(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     totals = WindowedTotals()
-    totals.add(torch.tensor([math.nan, math.inf, *[1.0] * 6], dtype=torch.float64))
+    totals.add(torch.tensor([math.nan, math.inf, *[1.0] * 8], dtype=torch.float64))
     save_totals(str(tmp_path), totals, accelerator)
     loaded = WindowedTotals()
     load_totals(str(tmp_path), loaded, accelerator)
     values = loaded.peek(accelerator).to_list()
     assert math.isnan(values[0])
-    assert values[1:] == [math.inf, *[1.0] * 6]
+    assert values[1:] == [math.inf, *[1.0] * 8]
 
 
 def test_loading_replaces_what_was_counted_before(tmp_path: Path) -> None:
@@ -96,6 +96,16 @@ def test_loading_replaces_what_was_counted_before(tmp_path: Path) -> None:
     load_totals(str(tmp_path), loaded, accelerator)
     assert loaded.run == Totals(*CLOSED)
     assert loaded.peek(accelerator) == Totals(*OPEN)
+
+
+def test_a_checkpoint_from_before_there_were_as_many_totals_comes_back(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    state = {"run": CLOSED[:8], "windows": [OPEN[:8]]}
+    (tmp_path / "response_totals.json").write_text(json.dumps(state))
+    loaded = WindowedTotals()
+    load_totals(str(tmp_path), loaded, accelerator)
+    assert loaded.run == Totals(*CLOSED[:8])
+    assert loaded.peek(accelerator) == Totals(*OPEN[:8])
 
 
 def test_a_checkpoint_without_totals_starts_the_counts_at_0(tmp_path: Path) -> None:
@@ -192,7 +202,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(
     # The window of steps 1 to 4 is open here, so no log line holds it yet.
     state = json.loads((checkpoint / "response_totals.json").read_text())
     assert state["run"] == [0.0] * NUM_TOTALS
-    assert state["windows"][0][-2] > 0
+    assert Totals(*state["windows"][0]).num_tokens > 0
     resumed = train(resume=str(checkpoint), seed=1, output_dir=str(tmp_path / "resumed"))
     logs = without_times(whole.state.log_history)
     assert without_times(resumed.state.log_history) == logs

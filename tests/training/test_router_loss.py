@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from hf_sft_plugin import DataCollatorForPromptResponse, MaskedLossMixin
 from hf_sft_plugin.training.router_loss import aux_loss_coefficient, has_router_loss
@@ -125,9 +125,64 @@ def test_a_micro_batch_counts_by_its_tokens(
     assert difference(gradient_of("mixtral", rows, 4), expected) < 1e-6
 
 
+@pytest.mark.parametrize("padding_free", ["on", "off"])
+def test_its_mean_by_tokens_is_logged_in_training_and_evaluation(
+    padding_free: str,
+    model_factory: Callable[..., Any],
+    tokenizer: Any,
+    make_config: Callable[..., Any],
+) -> None:
+    """Over the micro-batches of a window, and as the model says it, without its coefficient."""
+    rows = [make_row(1, 3, 40), make_row(2, 30, 1), make_row(3, 2, 1), make_row(4, 5, 8)]
+    fields = {**ROUTER, **FAMILIES["mixtral"], "experts_implementation": "eager"}
+    model = model_factory("mixtral", **fields).double()
+    with torch.no_grad():
+        outputs = [model(input_ids=torch.tensor([row["input_ids"]])) for row in rows]
+    sizes = [len(row["input_ids"]) for row in rows]
+    of_rows = [float(each.aux_loss) * size for each, size in zip(outputs, sizes, strict=True)]
+    settings = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+    trainer = OwnTrainer(
+        model,
+        make_config(
+            **settings,
+            max_steps=4,
+            logging_steps=2,
+            learning_rate=0.0,
+            train_sampling_strategy="sequential",
+        ),
+        data_collator=DataCollatorForPromptResponse(tokenizer),
+        train_dataset=Rows(rows),
+        eval_dataset=Rows(rows),
+    )
+    trainer.padding_free = padding_free
+    trainer.train()
+    logs = trainer.state.log_history
+    windows = [sum(of_rows[n : n + 2]) / sum(sizes[n : n + 2]) for n in (0, 2)]
+    # Routers are worked out in float32.
+    assert [log["aux_loss"] for log in logs[:2]] == pytest.approx(windows, rel=1e-6)
+    whole = sum(of_rows) / sum(sizes)
+    assert logs[2]["train_aux_loss"] == pytest.approx(whole, rel=1e-6)
+    assert trainer.evaluate()["eval_aux_loss"] == pytest.approx(whole, rel=1e-6)
+
+
+def test_models_without_it_log_none(
+    model_factory: Callable[..., Any], tokenizer: Any, make_config: Callable[..., Any]
+) -> None:
+    trainer = OwnTrainer(
+        model_factory(),
+        make_config(max_steps=1),
+        data_collator=DataCollatorForPromptResponse(tokenizer),
+        train_dataset=Rows([make_row(1, 3, 4)]),
+        eval_dataset=Rows([make_row(1, 3, 4)]),
+    )
+    trainer.train()
+    figures = [*trainer.state.log_history, trainer.evaluate()]
+    assert not any("aux_loss" in name for log in figures for name in log)
+
+
 def test_a_config_that_does_not_say_how_much_it_counts_is_an_error() -> None:
-    with pytest.raises(ValueError, match="Set output_router_logits to false"):
-        aux_loss_coefficient(PreTrainedConfig())
+    with pytest.raises(ValueError, match="output_router_logits to false"):
+        aux_loss_coefficient(torch.nn.Linear(1, 1))
 
 
 def test_models_are_asked_for_it_by_their_config(model_factory: Callable[..., Any]) -> None:
