@@ -295,8 +295,8 @@ def _fill(text: RenderedText, contents: list[str]) -> RenderedText:
         _move_span(span, move(span.start), move_range(span.content), move(span.bound))
         for span in text.spans
     )
-    contents = tuple(map(move_range, text.contents))
-    return RenderedText("".join(pieces), spans, contents, added=move_range(text.added))
+    moved = tuple(map(move_range, text.contents))
+    return RenderedText("".join(pieces), spans, moved, added=move_range(text.added))
 
 
 def _move_span(span: Span, start: int, content: Range | None, bound: int) -> Span:

@@ -1,4 +1,4 @@
-"""Where a finished response parts from the generation prompt, if the template writes it otherwise."""
+"""Where a finished response parts from the generation prompt, where the two are not alike."""
 
 import re
 from collections.abc import Collection
