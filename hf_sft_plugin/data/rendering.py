@@ -235,7 +235,7 @@ class _Rendering:
         if opening and text.startswith(base):
             start = after_opening(text, len(base), opening, self._stop_texts)
             if start is not None and TAGS.fullmatch(text[start:limit] if content else ""):
-                return start, "shared_prefix"
+                return min(start, limit), "shared_prefix"
         if text.startswith(prompt):
             return min(len(prompt), limit), "exact"
         before = max((r[1] for r in contents[:turn] if r), default=0)

@@ -315,7 +315,7 @@ def test_a_call_that_begins_like_the_generation_prompt_goes_on_is_trained_whole(
 def test_a_content_that_begins_like_the_generation_prompt_goes_on_is_trained_whole(
     tokenize_with: Callable[..., Any], trained_of: Callable[..., Any]
 ) -> None:
-    for text in ("<table>", "<think", "<", "<thin>king"):
+    for text in ("<table>", "<think", "<", "<thin>king", "<think>so"):
         outcome = tokenize_with("deepseek", chat(("user", "q"), ("assistant", text)))
         assert trained_of("deepseek", outcome) == [[("shared_prefix", text + END)]]
 
