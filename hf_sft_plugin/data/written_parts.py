@@ -8,7 +8,7 @@ import html
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hf_sft_plugin.data.sentinels import Range
@@ -77,6 +77,11 @@ def check_written(
             raise _dropped("the reasoning", "reasoning", "writes it", number, index)
     for thought in map(_bare, reasoning):
         written = written.replace(thought, "\n", 1) if thought else written
+    _check_calls(calls, written, number, index)
+
+
+def _check_calls(calls: Sequence[Mapping[str, Any]], written: str, number: int, index: int) -> None:
+    """Finds the names and arguments of calls in the letters and digits that were written."""
     names: Counter[str] = Counter()
     for call in calls:
         function = call["function"] if isinstance(call.get("function"), Mapping) else call
