@@ -188,7 +188,7 @@ def test_any_text_is_trained_whole_and_nothing_else_is(
         (CHATML.replace("<|im_end|>", "<|end|>"), r"without a stop token \('<\|im_end\|>'\)"),
         (
             CHATML.replace("{{ m.content }}", "{{ m.content if m.role == 'user' else '' }}"),
-            "does not write the content of message 1",
+            "does not write the content of message",
         ),
     ],
 )
