@@ -82,20 +82,27 @@ def prove_template(name: str, template: str, base: PreTrainedTokenizerBase) -> T
 def _find_control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Adds what the template writes as control tokens, and returns those that end a response."""
     try:
-        text = str(tokenizer.apply_chat_template(conversations()["single"], tokenize=False))
+        text, longer = (
+            str(tokenizer.apply_chat_template(conversations()[name], tokenize=False))
+            for name in ("single", "multi")
+        )
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError):
         return []
-    names = sorted(set(_CONTROL.findall(text + str(tokenizer.chat_template))))
-    names = [n for n in names if n in text or n.startswith("<|")]
+    names = sorted(set(_CONTROL.findall(longer + str(tokenizer.chat_template))))
+    names = [n for n in names if n in longer or n.startswith("<|")]
     names = [n for n in names if n not in ("<think>", "</think>")]
     tokenizer.add_tokens(names, special_tokens=True)
-    after = text.partition(f"{_SAID[1]} it is.")[2]
-    found = _CONTROL.search(after)
+    # Where nothing ends a response, inference stops at the header of the next turn.
+    found = next(filter(None, (_CONTROL.search(_after_response(t)) for t in (text, longer))), None)
     ends = [found.group()] if found else []
     ends += [name for name in ("<|return|>", "<|call|>") if name in str(tokenizer.chat_template)]
     if not ends:
         return [tokenizer.eos_token_id]
     return [int(tokenizer.get_vocab()[end]) for end in ends]
+
+
+def _after_response(text: str) -> str:
+    return text.partition(f"{_SAID[1]} it is.")[2]
 
 
 def _prove(

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_sft_plugin.data.chat_template import TEMPLATE_ERRORS, render_messages, render_turns
 from hf_sft_plugin.data.opaque_contents import OpaqueTemplate
 from hf_sft_plugin.data.rendering import Range, RenderedText, Span, render_chat
+from hf_sft_plugin.data.stop_tokens import stop_probes
 from hf_sft_plugin.types import Conversation, DataOptions, RowError
 
 # Contents that templates are known to look into: tags, control tokens, JSON.
@@ -107,7 +108,7 @@ class ChatRenderer:
         ]
         prompts = self._render_all([messages for messages, _ in asked], generation_prompt=True)
         for (_, candidate), whole in zip(filled, wholes, strict=True):
-            candidate.is_as_rendered = candidate.texts[-1].text == whole
+            candidate.is_as_rendered = candidate.texts[-1].written == whole
         for (_, candidate), prompt in zip(asked, prompts, strict=True):
             candidate.is_as_rendered &= candidate.prompt == prompt
         rendered: list[list[RenderedText] | RowError] = []
@@ -200,24 +201,31 @@ class ChatRenderer:
         is_whole = len(texts[-1].contents) == len(turns)
         if not is_whole or not all(_is_clear(text) for text in texts):
             return _Shape(None)
-        return _Shape(texts, prompt, self._find_needles(hollow))
+        return _Shape(texts, prompt, self._find_needles(hollow, texts))
 
-    def _find_needles(self, hollow: Conversation) -> set[str] | None:
+    def _find_needles(self, hollow: Conversation, texts: Sequence[RenderedText]) -> set[str] | None:
         """What contents may not hold, or the template might not write them like placeholders."""
-        count = len(hollow.turns)
+        messages = hollow.messages
         trained = [number for number, turn in enumerate(hollow.turns) if turn.train and number > 0]
         # All that `render_chat` renders.
-        asked = {(count, False)}
+        asked = {(len(messages), False)}
         asked |= {(turn, is_prompt) for turn in trained for is_prompt in (False, True)}
         asked |= {(turn + 1, False) for turn in trained}
+        chats = [(messages[:number], is_prompt) for number, is_prompt in asked]
+        for made in texts:
+            if made.added is not None:
+                probes = stop_probes(messages[: made.spans[-1].turn + 1])
+                chats += [(probe, False) for probe in probes]
         needles: set[str] = set()
-        for number, is_prompt in asked:
+        for chat, is_prompt in chats:
             try:
-                text = render_turns(hollow, number, self.tokenizer, 0, self.options, is_prompt)
+                text = render_turns(
+                    hollow, len(chat), self.tokenizer, 0, self.options, is_prompt, chat
+                )
             except RowError:
                 # Not needed, as the shape was found without it.
                 continue
-            written = self._template.write(hollow.messages[:number], is_prompt)
+            written = self._template.write(chat, is_prompt)
             if written is None or written[0] != text:
                 return None
             needles |= written[1]
@@ -287,9 +295,8 @@ def _fill(text: RenderedText, contents: list[str]) -> RenderedText:
         _move_span(span, move(span.start), move_range(span.content), move(span.bound))
         for span in text.spans
     )
-    return RenderedText(
-        "".join(pieces), spans, tuple(move_range(content) for content in text.contents)
-    )
+    moved = tuple(map(move_range, text.contents))
+    return RenderedText("".join(pieces), spans, moved, added=move_range(text.added))
 
 
 def _move_span(span: Span, start: int, content: Range | None, bound: int) -> Span:

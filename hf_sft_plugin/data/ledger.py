@@ -263,11 +263,16 @@ def remarks_of(outcome: RowOutcome) -> list[str]:
 
 
 def _remarks(outcome: RowOutcome) -> list[str]:
-    remarks = (
+    remarks: tuple[tuple[str, bool], ...] = (
         ("the tokenizer cannot give the response back exactly", outcome.is_lossy),
         ("the chat template changes the text of a response", outcome.is_altered),
         ("a content could not be found a second time", outcome.is_unseen),
     )
+    stops = " and ".join(repr(stop) for stop in sorted({*outcome.added_stops}))
+    if stops:
+        remarks += (
+            (f"the chat template does not end the last response, so {stops} was added", True),
+        )
     return [remark for remark, is_true in remarks if is_true]
 
 

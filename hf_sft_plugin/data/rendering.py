@@ -7,7 +7,6 @@ it says independently where each content went. Markers in the template, where th
 another.
 """
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,13 +16,16 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin.data.chat_template import render_turns
 from hf_sft_plugin.data.generation_markers import check_markers, marked_ranges
+from hf_sft_plugin.data.response_openings import (
+    TAGS,
+    after_opening,
+    before_open_tag,
+    common_length,
+)
 from hf_sft_plugin.data.sentinels import Range, core_of, free_base, mark, unmark
+from hf_sft_plugin.data.stop_tokens import stop_behind
+from hf_sft_plugin.data.written_parts import check_written
 from hf_sft_plugin.types import Conversation, DataOptions, RowError, SpanKind
-
-# What a template may write between the point where a finished response parts from the generation
-# prompt and its content: an empty thought, but no role.
-_TAGS = re.compile(r"(\s|<[^<>]*>)*")
-_OPEN_TAG = re.compile(r"(<[^<>]*)?\Z")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class RenderedText:
         contents: The contents of all messages, in order; None where one went unseen.
         is_altered: Whether the template wrote a trained content otherwise than it was given.
         is_unseen: Whether a content that is not empty went unseen.
+        added: The stop token behind the last response, where the template writes none; None where
+            all of the text is the template's.
     """
 
     text: str
@@ -70,6 +74,13 @@ class RenderedText:
     contents: tuple[Range | None, ...]
     is_altered: bool = False
     is_unseen: bool = False
+    added: Range | None = None
+
+    @property
+    def written(self) -> str:
+        """What the chat template wrote."""
+        start, end = self.added or (0, 0)
+        return self.text[:start] + self.text[end:]
 
 
 def render_chat(
@@ -192,39 +203,71 @@ class _Rendering:
             # No generation prompt opens such a turn, so what is trained is its content.
             untrained = self._untrained(turn, text, content, span.start)
             return replace(span, needs_stop=False, untrained=untrained)
-        prompt = self(turn, generation_prompt=True)
-        if text.startswith(prompt):
-            kind: SpanKind = "exact"
-            start = len(prompt)
-        else:
-            base = self(turn)
-            opening = prompt[len(base) :] if prompt.startswith(base) else ""
-            start = _common_length(text, prompt)
-            # Two tags that begin alike part where they begin.
-            start = _before_open_tag(text[:start])
-            between = text[start : content[0]] if content else ""
-            if opening and text.startswith(base) and _TAGS.fullmatch(between):
-                kind = "shared_prefix"
-            else:
-                kind = "rewritten"
-                before = max((r[1] for r in contents[:turn] if r), default=0)
-                found = text.rfind(opening, before, content[0] if content else len(text))
-                start = found + len(opening) if opening and found >= 0 else span.start
-            start = min(start, content[0]) if content else start
+        start, kind = self._begin(turn, text, contents)
         if turn + 1 < len(contents):
-            own = self._through_stop(turn)
-            if text.startswith(own):
-                span = replace(span, bound=min(span.bound, max(len(own), start)))
-            else:
+            end = self._end(turn, text, content[1] if content else start)
+            if end is None:
                 kind = "rewritten"
+            else:
+                span = replace(span, bound=min(span.bound, max(end, start)))
         untrained = self._untrained(turn, text, content, start)
         return replace(span, kind=kind, start=start, untrained=untrained)
 
-    def _through_stop(self, turn: int) -> str:
-        """The text up to the stop token of a turn, when it is the last one."""
+    def _begin(
+        self, turn: int, text: str, contents: Sequence[Range | None]
+    ) -> tuple[int, SpanKind]:
+        """Where the model begins to write a response, and how that was found."""
+        content = contents[turn]
+        limit = content[0] if content else len(text)
+        prompt = self(turn, generation_prompt=True)
+        is_second = turn > 0 and self._messages[turn - 1]["role"] == "assistant"
+        if text.startswith(prompt) and not is_second:
+            return min(len(prompt), limit), "exact"
+        base = self(turn)
+        opening = prompt[len(base) :] if prompt.startswith(base) else ""
+        if is_second and prompt == base:
+            # Nothing opens a second response in a row, but its header is written all the same.
+            first = max(n for n in range(turn) if self._messages[n]["role"] != "assistant") + 1
+            earlier, opened = self(first), self(first, generation_prompt=True)
+            opening = opened[len(earlier) :] if opened.startswith(earlier) else ""
+        elif text.startswith(prompt):
+            return min(len(prompt), limit), "exact"
+        if opening and text.startswith(base):
+            start = after_opening(text, len(base), opening, self._stop_texts)
+            if start is not None and TAGS.fullmatch(text[start:limit] if content else ""):
+                return min(start, limit), "shared_prefix"
+        if text.startswith(prompt):
+            return min(len(prompt), limit), "exact"
+        before = max((r[1] for r in contents[:turn] if r), default=0)
+        found = text.rfind(opening, before, limit)
+        start = content[0] if content else 0
+        return (min(found + len(opening), limit) if opening and found >= 0 else start), "rewritten"
+
+    def _end(self, turn: int, text: str, after: int) -> int | None:
+        """Where the stop token of a response ends that is not the last turn of a text.
+
+        Args:
+            turn: Position of the message.
+            text: The rendered text.
+            after: Where the content of the response ends.
+
+        Returns:
+            None where the text does not show the response as it is when it is the last one, or has
+            no stop token right behind it.
+        """
         own = self(turn + 1)
-        ends = [own.rfind(stop) + len(stop) for stop in self._stop_texts if stop in own]
-        return own[: max(ends, default=None)]
+        found = [(own.rfind(stop), stop) for stop in self._stop_texts]
+        ends = [place + len(stop) for place, stop in found if place >= after]
+        if ends:
+            own = own[: max(ends)]
+            return len(own) if text.startswith(own) else None
+        # Inference may stop at the header of the next turn.
+        own = own.rstrip()
+        behind = len(text) - len(text[len(own) :].lstrip())
+        stops = [stop for stop in self._stop_texts if text.startswith(stop, behind)]
+        if not stops or not text.startswith(own):
+            return None
+        return behind + len(max(stops, key=len))
 
     def alone(self, turn: int) -> RenderedText:
         """A turn as it is when it is the last one."""
@@ -250,12 +293,48 @@ class _Rendering:
         conversation, trained = self._conversation, [span.turn for span in spans]
         marked = marked_ranges(conversation, len(contents), text, self._tokenizer, self._options)
         check_markers(conversation, marked, contents, trained, self._index)
+        for span in spans:
+            # Where the turns before are written otherwise, so may be the reasoning.
+            has_reasoning = span.kind != "rewritten"
+            turn, core, chars = (
+                self._turns[span.turn],
+                self._cores[span.turn],
+                (span.start, span.bound),
+            )
+            check_written(
+                turn, span.turn, core, span.content, text, chars, has_reasoning, self._index
+            )
         is_altered = any(self._is_altered(span, text) for span in spans)
         is_unseen = any(
             content is None and start < end
             for content, (start, end) in zip(contents, self._cores, strict=False)
         )
-        return RenderedText(text, tuple(spans), contents, is_altered, is_unseen)
+        rendered = RenderedText(text, tuple(spans), contents, is_altered, is_unseen)
+        return self._stopped(rendered) if spans[-1].turn + 1 == len(contents) else rendered
+
+    def _stopped(self, rendered: RenderedText) -> RenderedText:
+        """The text with a stop token behind the last response, where the template writes none."""
+        text, span = rendered.text, rendered.spans[-1]
+        content_end = span.content[1] if span.content else span.start
+        if not span.needs_stop or any(stop in text[content_end:] for stop in self._stop_texts):
+            return rendered
+        stop = stop_behind(self, self._messages[: span.turn + 1], self._stop_texts)
+        if stop is None:
+            return rendered
+        space = self._content(span.turn)[self._cores[span.turn][1] :]
+        if not span.content or not text.startswith(space, content_end):
+            space = ""
+        place = max(len(text.rstrip()), content_end + len(space))
+        shared = common_length(text[place:], stop)
+        place, stop = place + shared, stop[shared:]
+        added = (place, place + len(stop))
+        span = replace(span, bound=added[1])
+        return replace(
+            rendered,
+            text=text[:place] + stop + text[place:],
+            spans=(*rendered.spans[:-1], span),
+            added=added,
+        )
 
     def _is_altered(self, span: Span, text: str) -> bool:
         """Whether a content, with the reasoning in it, stands otherwise than it was given."""
@@ -301,10 +380,10 @@ class _Rendering:
             return 0
         prompt = self(turn, generation_prompt=True)
         base = len(self(turn))
-        common = _common_length(text, prompt)
+        common = common_length(text, prompt)
         if common < base:
             return 0
-        return _before_open_tag(text[:common])
+        return before_open_tag(text[:common])
 
     def _search(self, num_messages: int, text: str) -> tuple[Range | None, ...]:
         """Looks the contents up in order, for a template that sentinels disturb."""
@@ -317,16 +396,3 @@ class _Rendering:
             ranges.append((found, found + len(core)) if found >= 0 else None)
             position = max(position, found + len(core) if found >= 0 else 0)
         return tuple(ranges)
-
-
-def _common_length(first: str, second: str) -> int:
-    """Characters at the start that two texts share."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
-def _before_open_tag(text: str) -> int:
-    """The length of a text without a tag at its end that is not closed."""
-    opening = _OPEN_TAG.search(text)
-    assert opening is not None
-    return opening.start()

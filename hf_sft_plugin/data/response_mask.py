@@ -175,7 +175,8 @@ def _mask_span(
             index,
             f"the response ends in {text[max(span.start, span.bound - 60) : span.bound]!r}, "
             f"without a stop token ({_names(stops.values())}), so the model would never learn to "
-            "stop. Set stop_token to the token that ends a turn of the chat template.",
+            "stop. Set stop_token to the token that ends a turn of the chat template; where it "
+            "writes none, multi_turn has to be 'auto' or 'split'.",
             "no stop token after the response",
         )
     start = _token_from(encoding, span.start, text, boundary)

@@ -21,7 +21,7 @@ from hf_sft_plugin.data.formats import RowFormat
 from hf_sft_plugin.data.rendering import RenderedText
 from hf_sft_plugin.data.response_mask import check_parts, mask_text
 from hf_sft_plugin.data.segments import join_segments
-from hf_sft_plugin.data.stop_tokens import resolve_stop_tokens
+from hf_sft_plugin.data.stop_tokens import resolve_stop_tokens, stop_texts
 from hf_sft_plugin.data.text_encoding import (
     JoinedEncoding,
     TextEncoder,
@@ -62,6 +62,7 @@ class RowOutcome:
         is_lossy: Whether the tokenizer cannot give the text back exactly, as one that lowers case.
         is_altered: Whether the chat template wrote a response otherwise than it was given.
         is_unseen: Whether a second rendering could not show where every content went.
+        added_stops: Stop tokens put behind last responses, where the chat template writes none.
         error: Why the row is dropped; None where it is trained.
     """
 
@@ -77,6 +78,7 @@ class RowOutcome:
     is_lossy: bool = False
     is_altered: bool = False
     is_unseen: bool = False
+    added_stops: list[str] = field(default_factory=list)
     error: RowError | None = None
 
     @property
@@ -125,7 +127,7 @@ class RowTokenizer:
         self._marker = ControlTokenMarker(tokenizer)
         self._encode = TextEncoder(tokenizer)
         self._decode = TokenDecoder(tokenizer)
-        self._render = ChatRenderer(tokenizer, options, self._stops.values())
+        self._render = ChatRenderer(tokenizer, options, stop_texts(tokenizer, self._stops))
 
     def __call__(
         self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int], row_format: RowFormat
@@ -260,6 +262,8 @@ class RowTokenizer:
         outcome.num_straddled += masked.num_straddled
         outcome.is_altered |= text.is_altered
         outcome.is_unseen |= text.is_unseen
+        if text.added is not None:
+            outcome.added_stops.append(text.text[slice(*text.added)].strip())
         return [(outcome, ids, show(told), partial(encode, [told])) for ids, told in masked.proofs]
 
     def _tokenize_texts(self, texts: Sequence[tuple[RowOutcome, Conversation]]) -> list[Proof]:

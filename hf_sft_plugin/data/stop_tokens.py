@@ -1,8 +1,14 @@
 """The tokens at which inference stops, which every response has to end with."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from hf_sft_plugin.types import RowError
+
+# Private characters that stand for a response and for the turn after it.
+_RESPONSE, _NEXT = "\U000ffffc", "\U000ffffd"
 
 
 def find_stop_token(tokenizer: PreTrainedTokenizerBase, stop_token: str) -> int:
@@ -63,3 +69,65 @@ def end_token(tokenizer: PreTrainedTokenizerBase, stops: Mapping[int, str]) -> i
             "never learn to stop. Set tokenizer.eos_token (the recipe: --stop_token)."
         )
     return int(eos)
+
+
+def stop_texts(tokenizer: PreTrainedTokenizerBase, stops: Mapping[int, str]) -> list[str]:
+    """The texts of the stop tokens; first the one that ends what nothing else ends."""
+    if not stops:
+        return []
+    first = end_token(tokenizer, stops)
+    return [stops[first], *(text for stop, text in stops.items() if stop != first)]
+
+
+def stop_probes(messages: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Chats that show what a chat template writes behind the response that ends a chat.
+
+    Args:
+        messages: The last one is a response.
+
+    Returns:
+        The chat with another response; and with one more turn, to which the tools answer where
+        the response calls them.
+    """
+    *before, response = messages
+    plain = {"role": response["role"], "content": _RESPONSE}
+    calls = response.get("tool_calls")
+    called = {**plain, "tool_calls": calls} if calls else plain
+    following = {"role": "tool" if calls else "user", "content": _NEXT}
+    return [[*before, plain], [*before, called, following]]
+
+
+def stop_behind(
+    render: Callable[..., str], messages: Sequence[dict[str, Any]], stops: Collection[str]
+) -> str | None:
+    """The stop token to put behind the last response of a chat, where the template writes none.
+
+    It is what stands there once another turn follows, as where inference stops at the header of
+    the next turn; else the first of the stop tokens.
+
+    Args:
+        render: Writes the first so many of some messages; may raise `RowError`.
+        messages: The chat; its last message is the response.
+        stops: The tokens at which inference stops, as text.
+
+    Returns:
+        Its text, with the space that the template writes before it; None where the template ends a
+        response in something else, or where there is no stop token.
+    """
+    own, longer = stop_probes(messages)
+    try:
+        tail = render(len(own), messages=own).rpartition(_RESPONSE)[2]
+    except RowError:
+        return None
+    if tail.strip() or not stops:
+        return None
+    try:
+        both = render(len(longer), messages=longer).rpartition(_NEXT)[0]
+    except RowError:
+        both = ""
+    between = both.rpartition(_RESPONSE)[2] if _RESPONSE in both else ""
+    found = [(between.find(stop), -len(stop), stop) for stop in stops if stop in between]
+    if not found:
+        return next(iter(stops))
+    place, _, stop = min(found)
+    return between[len(between[:place].rstrip()) : place] + stop

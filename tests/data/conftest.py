@@ -168,17 +168,64 @@ FAMILIES = {
     "marked": Family(_MARKED),
 }
 
+_GLM4 = (
+    "[gMASK]<sop>{% for m in messages %}{% if m.role == 'tool' %}<|observation|>\n{{ m.content }}"
+    "{% else %}<|{{ m.role }}|>\n{% if m.role == 'assistant' and m.reasoning_content and "
+    "loop.last %}<think>{{ m.reasoning_content }}</think>\n{% endif %}{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}\n"
+    "{{ c.function.arguments | tojson }}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+_FALCON = (
+    "{% for m in messages %}{{ '\n' if not loop.first }}"
+    "{{ 'Falcon' if m.role == 'assistant' else m.role | capitalize }}: {{ m.content | trim }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '\n' }}Falcon:{% endif %}"
+)
+_SOLAR = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}### Assistant:\n{{ m.content }}"
+    "{% else %}### {{ m.role | capitalize }}:\n{{ m.content }}\n\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
+)
+_LINES = (
+    "{% for m in messages %}{{ m.role | upper }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+_ENDED_LATER = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}"
+    "{{ eos_token + '\n' if not loop.last }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ eos_token }}\n<|assistant|>\n{% endif %}"
+)
+_TULU = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>\n{{ m.content }}"
+    "{{ eos_token }}{{ '\n' if not loop.last }}{% else %}<|{{ m.role }}|>\n{{ m.content }}\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+_ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+_GLM_STOPS = ("<|endoftext|>", "<|user|>", "<|observation|>")
+_GLM_OTHERS = ("[gMASK]", "<sop>", "<|system|>", "<|assistant|>")
+# No stop token behind the last response, or behind none; and headers that differ in their space.
+UNUSUAL = {
+    "glm4": Family(_GLM4, _GLM_STOPS, _GLM_OTHERS),
+    "falcon": Family(_FALCON, ("<|endoftext|>",)),
+    "solar": Family(_SOLAR, ("</s>",)),
+    "lines": Family(_LINES, ("</s>",)),
+    "ended_later": Family(_ENDED_LATER, ("</s>",), _ROLES),
+    "tulu": Family(_TULU, ("<|endoftext|>",), _ROLES),
+}
+EVERY = {**FAMILIES, **UNUSUAL}
+
 
 def pytest_generate_tests(metafunc: Any) -> None:
-    """A test that asks for `family` runs once for each of them."""
-    if "family" in metafunc.fixturenames:
-        metafunc.parametrize("family", list(FAMILIES))
+    """A test that asks for `family` runs once for each of them; one for `any_family`, for all."""
+    for name, made in (("family", FAMILIES), ("any_family", EVERY)):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, list(made))
 
 
 @pytest.fixture(scope="session")
 def families() -> dict[str, Family]:
     """The families by name."""
-    return FAMILIES
+    return EVERY
 
 
 @pytest.fixture(scope="session")
@@ -188,7 +235,7 @@ def tokenizer_of_family(tokenizer_factory: Callable[..., Any]) -> Callable[[str]
 
     def make(name: str) -> Any:
         if name not in made:
-            each = FAMILIES[name]
+            each = EVERY[name]
             tokenizer = tokenizer_factory(
                 chat_template=each.template, eos_token=each.stops[0], bos_token=each.bos
             )
@@ -207,7 +254,7 @@ def tokenize_with(tokenizer_of_family: Callable[[str], Any]) -> Callable[..., Ro
     """Tokenizes one row with the template of a family, at its stop tokens."""
 
     def tokenize(name: str, row: Any, **options: Any) -> RowOutcome:
-        tokenizer, each = tokenizer_of_family(name), FAMILIES[name]
+        tokenizer, each = tokenizer_of_family(name), EVERY[name]
         row = row if isinstance(row, dict) else {"messages": row}
         options = {"chat_template_kwargs": each.kwargs, **options}
         stops = tokenizer.convert_tokens_to_ids(list(each.stops))
@@ -248,7 +295,7 @@ def check_inference(tokenizer_of_family: Callable[[str], Any]) -> Callable[..., 
                     add_generation_prompt=True,
                     tokenize=True,
                     return_dict=False,
-                    **FAMILIES[name].kwargs,
+                    **EVERY[name].kwargs,
                     **more,
                 )
                 if span.kind == "exact":

@@ -33,7 +33,12 @@ CONTENT = st.one_of(
     st.lists(st.one_of(st.sampled_from(TAGS), ANY), max_size=4).map("".join),
     st.builds("<think>{}</think>{}".format, ANY, ANY),
 )
-ROLES = (("user", "assistant"), ("system", "user", "assistant"), ("user", "assistant") * 2)
+ROLES = (
+    ("user", "assistant"),
+    ("system", "user", "assistant"),
+    ("user", "assistant") * 2,
+    ("user", "assistant", "assistant"),
+)
 
 
 def conversation_of(roles: tuple[str, ...], contents: list[str]) -> Conversation:
@@ -78,20 +83,20 @@ WARM = ["one", "two two", "three.", "four"]
     at=st.integers(0, 4),
 )
 def test_the_fast_way_and_the_full_way_agree_whatever_the_rows_and_their_order(
-    family: str,
+    any_family: str,
     roles: tuple[str, ...],
     rows: list[list[str]],
     at: int,
     families: dict[str, Any],
     tokenizer_of_family: Callable[[str], Any],
 ) -> None:
-    each = families[family]
+    each = families[any_family]
     # Enough plain rows before the others that the fast way is past its trials.
     contents = [*rows[:at], *[WARM] * 4, *rows[at:], *rows]
     conversations = [conversation_of(roles, row) for row in contents]
     for fast, full in both(
         conversations,
-        tokenizer_of_family(family),
+        tokenizer_of_family(any_family),
         each.stops,
         chat_template_kwargs=each.kwargs,
     ):
@@ -99,12 +104,12 @@ def test_the_fast_way_and_the_full_way_agree_whatever_the_rows_and_their_order(
 
 
 def test_plain_chats_take_the_fast_way(
-    family: str,
+    any_family: str,
     families: dict[str, Any],
     tokenizer_of_family: Callable[[str], Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tokenizer, each = tokenizer_of_family(family), families[family]
+    tokenizer, each = tokenizer_of_family(any_family), families[any_family]
     options = make_options({"chat_template_kwargs": each.kwargs})
     render = ChatRenderer(tokenizer, options, each.stops)
     num_full = 0

@@ -58,7 +58,6 @@ THINKING = {
     "mistral": ("exact", " " + THOUGHT + "</s>"),
     "llama2": ("exact", " " + THOUGHT + " </s>"),
     "deepseek": ("exact", "why\n</think>\n\nso" + END),
-    "deepseek_forgets": ("shared_prefix", "\n\nso" + END),
     "qwen3": ("exact", THOUGHT + IM),
     "channels": ("exact", FINAL + THOUGHT + "<|return|>"),
 }
@@ -163,6 +162,9 @@ def test_reasoning_in_the_content_is_trained_where_the_template_shows_it(
     outcome = tokenize_with(family, messages)
     if family == "qwen3_no_thinking":
         assert outcome.error.reason == "response does not continue the generation prompt"
+        return
+    if family == "deepseek_forgets":
+        assert outcome.error.reason == "the chat template drops reasoning of a response"
         return
     default = ("exact", THOUGHT + AROUND[family][1])
     assert trained_of(family, outcome) == [[THINKING.get(family, default)]]
@@ -313,16 +315,9 @@ def test_a_call_that_begins_like_the_generation_prompt_goes_on_is_trained_whole(
 def test_a_content_that_begins_like_the_generation_prompt_goes_on_is_trained_whole(
     tokenize_with: Callable[..., Any], trained_of: Callable[..., Any]
 ) -> None:
-    for text in ("<table>", "<think", "<", "<thin>king"):
+    for text in ("<table>", "<think", "<", "<thin>king", "<think>so"):
         outcome = tokenize_with("deepseek", chat(("user", "q"), ("assistant", text)))
         assert trained_of("deepseek", outcome) == [[("shared_prefix", text + END)]]
-
-
-def test_reasoning_that_the_template_drops_from_a_trained_response_is_reported(
-    tokenize_with: Callable[..., Any],
-) -> None:
-    messages = chat(("user", "q"), ("assistant", THOUGHT))
-    assert tokenize_with("deepseek_forgets", messages).is_altered
 
 
 def test_a_trimmed_or_upper_cased_response_is_told_from_an_altered_one(

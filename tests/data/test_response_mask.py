@@ -461,7 +461,8 @@ def test_a_stop_token_in_the_wrong_place_is_no_stop_token(
     )
     tokenizer = tokenizer_factory(chat_template=template)
     outcome = outcome_of(chat(("user", "q"), ("assistant", "a")), tokenizer)
-    assert outcome.error.reason == "no stop token after the response"
+    assert trained_tokens(outcome, tokenizer) == ["a", "<|im_end|>"]
     # That of the next turn is not the response's own.
     outcome = outcome_of(chat(("user", "q"), ("assistant", "a"), ("user", "p")), tokenizer)
-    assert outcome.error.reason == "no stop token after the response"
+    assert trained_tokens(outcome, tokenizer) == ["a", "<|im_end|>"]
+    assert "p" not in tokenizer.convert_ids_to_tokens(outcome.examples[0]["input_ids"])

@@ -185,10 +185,10 @@ def test_any_text_is_trained_whole_and_nothing_else_is(
         (CHATML.replace("assistant\n{% endif %}", "model\n{% endif %}"), "does not begin so"),
         ("{{ raise_exception('roles must alternate') }}", "refuses.*roles must alternate"),
         ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "refuses the conversation"),
-        (CHATML.replace("<|im_end|>", ""), r"without a stop token \('<\|im_end\|>'\)"),
+        (CHATML.replace("<|im_end|>", "<|end|>"), r"without a stop token \('<\|im_end\|>'\)"),
         (
             CHATML.replace("{{ m.content }}", "{{ m.content if m.role == 'user' else '' }}"),
-            "writes nothing of the response but its stop token",
+            "does not write the content of message",
         ),
     ],
 )

@@ -14,15 +14,24 @@ CHATML = (
 def test_each_template_has_a_line_with_what_became_of_each_conversation(tmp_path: Path) -> None:
     (tmp_path / "plain.jinja").write_text(CHATML)
     (tmp_path / "refusing.jinja").write_text("{{ raise_exception('no') }}")
-    (tmp_path / "silent.jinja").write_text(CHATML.replace("<|im_end|>", ""))
-    plain, refusing, silent = template_proof.prove_templates(tmp_path)
+    (tmp_path / "silent.jinja").write_text(CHATML.replace("m.content", "'so'"))
+    # Inference stops at the header of the next turn.
+    headers = CHATML.replace("<|im_start|>{{ m.role }}", "<|{{ m.role }}|>").replace(
+        "<|im_end|>\n", ""
+    )
+    headers = headers.replace("<|im_start|>assistant", "<|assistant|>")
+    (tmp_path / "stops_later.jinja").write_text(headers)
+    plain, refusing, silent, later = template_proof.prove_templates(tmp_path)
     assert plain.results["single"] == "1 exact, 1 ex."
     assert {plain.results[name] for name in ("multi", "echo", "emoji", "spaces", "control")} == {
         "2 exact, 1 ex."
     }
     assert set(refusing.results.values()) == {"refused by the chat template"}
-    assert set(silent.results.values()) == {"no stop token after the response"}
-    assert [proof.num_leaks for proof in (plain, refusing, silent)] == [0, 0, 0]
+    dropped = "the chat template drops a content of a response"
+    assert set(silent.results.values()) == {dropped}
+    assert later.results["single"] == "1 exact, 1 ex."
+    assert later.results["multi"] == "2 exact, 1 ex."
+    assert [proof.num_leaks for proof in (plain, refusing, silent, later)] == [0, 0, 0, 0]
     console = Console(width=200, record=True)
     console.print(template_proof.proof_table([plain, refusing, silent]))
     assert "The masks of 3 chat templates" in console.export_text()

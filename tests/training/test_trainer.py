@@ -789,3 +789,42 @@ def test_a_frozen_model_can_be_evaluated_but_not_trained(
     assert trainer.evaluate()["eval_loss"] > 0
     with pytest.raises(ValueError, match="No parameter of the model requires a gradient"):
         MaskedSFTTrainer(model, make_config(), train_dataset=dataset, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("generation_stops", "stop_token", "stop"),
+    [
+        (["<|endoftext|>", "<|user|>"], None, "<|user|>"),
+        (["<|endoftext|>"], None, "<|endoftext|>"),
+        (["<|endoftext|>"], "<|user|>", "<|user|>"),
+    ],
+)
+def test_a_stop_token_that_no_template_writes_is_one_at_which_generation_stops(
+    generation_stops: list[str],
+    stop_token: str | None,
+    stop: str,
+    tokenizer_factory: Callable[..., Any],
+    model_factory: Callable[..., Any],
+    make_config: Make,
+) -> None:
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer = tokenizer_factory(chat_template=template, eos_token="<|endoftext|>")
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>"], special_tokens=True)
+    model = model_factory(vocab_size=304, eos_token_id=0)
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(generation_stops)
+    chat = [{"role": r, "content": r} for r in ("user", "assistant", "user", "assistant")]
+    trainer = MaskedSFTTrainer(
+        model,
+        make_config(stop_token=stop_token),
+        train_dataset=Dataset.from_list([{"messages": chat}] * 4),
+        processing_class=tokenizer,
+    )
+    stop_id = tokenizer.convert_tokens_to_ids(stop)
+    assert stop_id in trainer.stop_token_ids
+    for row in trainer.train_dataset:
+        assert row["response_mask"][-1] == 1
+        assert row["input_ids"][-1] == stop_id
+    assert repr(stop) in str(trainer.ledgers["train"])
