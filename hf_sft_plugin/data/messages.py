@@ -15,6 +15,9 @@ _SHAREGPT_ROLES = {
     "system": "system",
     **dict.fromkeys(("tool", "function", "observation"), "tool"),
 }
+# Types of content parts that a text model cannot see.
+_MEDIA = ("image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video")
+_MEDIA += ("video_url", "input_video")
 # Keys of a message that are about training, not for the chat template.
 _TRAINING_KEYS = ("train", "weight")
 
@@ -115,6 +118,13 @@ def _read_parts(
     for position, part in enumerate(parts):
         here = f"{place}, part {position}"
         kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind in _MEDIA:
+            raise source.error(
+                f"{here} is of type {kind!r}, but this package trains on text alone: the model "
+                "would learn to answer about something that it does not see. Use a trainer for "
+                "multimodal models, or remove the row.",
+                f"a content part is {kind}",
+            )
         if kind != "text" or not isinstance(part.get("text"), str):
             raise source.error(
                 f"{here} is {part!r:.80}, but only text is supported: a dict with 'type': 'text' "

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from hf_sft_plugin.data.arguments import refuse_name
+from hf_sft_plugin.data.arguments import refuse_name, stored_rows
 from hf_sft_plugin.data.certificate import certify_masks, preparation_key
 from hf_sft_plugin.data.eval_masks import needs_column
 from hf_sft_plugin.data.formats import RowFormat, detect_format
@@ -57,11 +57,12 @@ def prepare_dataset(
         RowError: If a row is too long and `overflow` is `error`.
     """
     _require_dataset(dataset)
+    dataset = stored_rows(dataset, "The dataset")
     data_options = make_options(options)
     row_format = detect_format(dataset.column_names, data_options)
     marks = needs_column(data_options, eval_masks)
     features = _features(dataset.column_names, marks)
-    accounted = dataset.with_format(None).map(
+    accounted = dataset.map(
         partial(
             _prepare_batch,
             tokenize=RowTokenizer(tokenizer, data_options, stop_token_ids, eval_masks),

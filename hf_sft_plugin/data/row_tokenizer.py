@@ -139,7 +139,9 @@ class RowTokenizer:
                 if row_format.kind == "tokenized":
                     ignored = self._options.ignored_columns or ()
                     seen = {name: value for name, value in row.items() if name not in ignored}
-                    example = check_tokenized_row(seen, outcome.row, len(self._tokenizer))
+                    example = check_tokenized_row(
+                        seen, outcome.row, len(self._tokenizer), self._trains_all
+                    )
                     if self._eval_masks and "eval_masks" not in example:
                         raise missing_column(
                             self._eval_masks, f"Row {outcome.row} and maybe others"

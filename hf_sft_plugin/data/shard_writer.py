@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from hf_sft_plugin.data.arguments import stored_rows
 from hf_sft_plugin.data.shard_set import (
     COLUMNS,
     FORMAT,
@@ -89,6 +90,7 @@ def write_shards(
     target = Path(folder).resolve()
     check_shard_destination(target, overwrite=overwrite)
     _check_names(splits)
+    splits = {name: stored_rows(rows, f"Split {name!r}") for name, rows in splits.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
     vocab_size = num_token_ids(tokenizer)

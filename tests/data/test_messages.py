@@ -143,7 +143,7 @@ def test_tool_calls_are_trained_beside_a_text_that_is_not() -> None:
 @pytest.mark.parametrize(
     ("part", "reason"),
     [
-        ({"type": "image_url", "image_url": "a.png"}, "a content part is not text"),
+        ({"type": "image_url", "image_url": "a.png"}, "a content part is image_url"),
         ({"type": "text", "text": None}, "a content part is not text"),
         ({"text": "a"}, "a content part is not text"),
         ("a", "a content part is not text"),
@@ -267,3 +267,20 @@ def test_an_unknown_sender_is_refused_with_the_known_ones(sender: Any) -> None:
 def test_a_sharegpt_value_that_is_no_text_is_refused(value: Any) -> None:
     with pytest.raises(RowError, match="'conversations', message 0 has content of type"):
         share({"from": "human", "value": value})
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ({"type": "image"}, "a content part is image"),
+        ({"type": "image_url", "image_url": {"url": "a.png"}}, "a content part is image_url"),
+        ({"type": "input_audio", "input_audio": {}}, "a content part is input_audio"),
+        ({"type": "video", "video": "a.mp4", "text": None}, "a content part is video"),
+    ],
+)
+def test_a_part_that_a_text_model_cannot_see_is_refused_by_what_it_is(
+    part: Any, reason: str
+) -> None:
+    with pytest.raises(RowError, match=r"message 0, part 1 .*trains on text alone") as info:
+        read({"role": "user", "content": [{"type": "text", "text": "a"}, part]}, ANSWER)
+    assert info.value.reason == reason
