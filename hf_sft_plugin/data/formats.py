@@ -26,10 +26,10 @@ _REQUIRED: dict[RowKind, tuple[str, ...]] = {
     "tokenized": ("input_ids",),
 }
 _OPTIONAL: dict[RowKind, tuple[str, ...]] = {
-    "prompt_response": ("tools", "weight", "source"),
-    "messages": ("tools", "weight", "source"),
-    "sharegpt": ("system", "tools", "weight", "source"),
-    "alpaca": ("input", "weight", "source"),
+    "prompt_response": ("tools", "chat_template_kwargs", "weight", "source"),
+    "messages": ("tools", "chat_template_kwargs", "weight", "source"),
+    "sharegpt": ("system", "tools", "chat_template_kwargs", "weight", "source"),
+    "alpaca": ("input", "chat_template_kwargs", "weight", "source"),
     "text": ("weight", "source"),
     "segments": ("weight", "source"),
     "tokenized": (*TOKEN_MARKS, "attention_mask", "loss_weights", "eval_masks", "source"),

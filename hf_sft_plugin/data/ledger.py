@@ -268,7 +268,7 @@ def _remarks(outcome: RowOutcome) -> list[str]:
         ("the chat template changes the text of a response", outcome.is_altered),
         ("a content could not be found a second time", outcome.is_unseen),
     )
-    return [remark for remark, is_true in remarks if is_true]
+    return [*outcome.remarks, *(remark for remark, is_true in remarks if is_true)]
 
 
 def account_of(outcome: RowOutcome) -> dict[str, Any]:

@@ -8,9 +8,8 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin.data.arguments import require_tokenizer
-from hf_sft_plugin.data.chat_shapes import ChatRenderer
 from hf_sft_plugin.data.control_tokens import ControlTokenMarker
-from hf_sft_plugin.data.conversation import to_conversation
+from hf_sft_plugin.data.conversation import remarks_on, to_conversation
 from hf_sft_plugin.data.eval_masks import (
     mark_masks,
     missing_column,
@@ -20,6 +19,7 @@ from hf_sft_plugin.data.eval_masks import (
 from hf_sft_plugin.data.formats import RowFormat
 from hf_sft_plugin.data.rendering import RenderedText
 from hf_sft_plugin.data.response_mask import check_parts, mask_text
+from hf_sft_plugin.data.row_variables import RowRenderer
 from hf_sft_plugin.data.segments import join_segments
 from hf_sft_plugin.data.stop_tokens import resolve_stop_tokens
 from hf_sft_plugin.data.text_encoding import (
@@ -62,6 +62,7 @@ class RowOutcome:
         is_lossy: Whether the tokenizer cannot give the text back exactly, as one that lowers case.
         is_altered: Whether the chat template wrote a response otherwise than it was given.
         is_unseen: Whether a second rendering could not show where every content went.
+        remarks: What else its user might not have meant.
         error: Why the row is dropped; None where it is trained.
     """
 
@@ -77,6 +78,7 @@ class RowOutcome:
     is_lossy: bool = False
     is_altered: bool = False
     is_unseen: bool = False
+    remarks: list[str] = field(default_factory=list)
     error: RowError | None = None
 
     @property
@@ -125,7 +127,7 @@ class RowTokenizer:
         self._marker = ControlTokenMarker(tokenizer)
         self._encode = TextEncoder(tokenizer)
         self._decode = TokenDecoder(tokenizer)
-        self._render = ChatRenderer(tokenizer, options, self._stops.values())
+        self._render = RowRenderer(tokenizer, options, self._stops.values())
 
     def __call__(
         self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int], row_format: RowFormat
@@ -150,6 +152,8 @@ class RowTokenizer:
                     outcome.add(example, [TrainedSpan(a, b, 0, "given") for a, b in runs])
                     continue
                 conversation = to_conversation(row, outcome.row, row_format, self._options)
+                known = (row_format, self._options, bool(self._tokenizer.chat_template))
+                outcome.remarks = remarks_on(conversation, *known)
                 (chats if conversation.turns else texts).append((outcome, conversation))
             except RowError as error:
                 outcome.drop(error)
@@ -209,8 +213,8 @@ class RowTokenizer:
         if not self._tokenizer.chat_template:
             raise ValueError(
                 "The rows are conversations, but the tokenizer has no chat template to write them "
-                "with. Set tokenizer.chat_template (the recipe: --chat_template_path), or use the "
-                "tokenizer of the model's chat version."
+                "with. Set tokenizer.chat_template (MaskedSFTConfig and recipe: "
+                "chat_template_path), or use the tokenizer of the model's chat version."
             )
         outcome.control_tokens = outcome.control_tokens or self._marker.find(conversation)
         if not outcome.control_tokens or self._options.control_tokens == "keep":

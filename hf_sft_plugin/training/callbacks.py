@@ -148,6 +148,7 @@ class RunRecorder(TrainerCallback):
             _rows(self.describe_speed()),
         )
         facts.before = facts.before or self._before
+        facts.tags = [*facts.tags, *card.pop("tags", ())]
         for name, value in card.items():
             setattr(facts, name, value)
         try:
@@ -231,6 +232,7 @@ def card_facts(
         before=evaluations.get(0, {}),
         after=evaluations.get(last_step, {}) if last_step > 0 else {},
         best_step=best_step,
+        tags=getattr(model, "model_tags", None) or (),
     )
 
 

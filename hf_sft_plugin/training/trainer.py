@@ -19,7 +19,7 @@ from hf_sft_plugin.data.eval_masks import missing_column, needs_column
 from hf_sft_plugin.data.ledger import Ledger
 from hf_sft_plugin.data.packing import PackedDataset
 from hf_sft_plugin.data.prepare import name_in_errors, prepare_dataset
-from hf_sft_plugin.data.row_files import rows_to_dataset
+from hf_sft_plugin.data.row_files import read_chat_template, rows_to_dataset
 from hf_sft_plugin.data.shards import ShardDataset, check_lengths, check_tokenizer
 from hf_sft_plugin.data.streaming import prepare_stream
 from hf_sft_plugin.loss.masked_loss import LossNormalization
@@ -121,9 +121,13 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             )
         train_dataset = _choose_split(train_dataset)
         _check_evaluation(args, eval_dataset)
+        path = args.chat_template_path
+        template = None if path is None else read_chat_template(path)
         model = load_model(model, args.model_init_kwargs, peft_config)
-        tokenizer = load_tokenizer(processing_class, model, args.stop_token)
+        tokenizer = load_tokenizer(processing_class, model, args.stop_token, template)
         model = add_adapter(model, peft_config, is_trained=train_dataset is not None)
+        if args.model_tags:
+            model.add_model_tags(args.model_tags)
         self.stop_token_ids = stop_tokens(model, tokenizer, args.stop_token)
         self.ledgers: dict[str, Ledger] = {}
         self._prepared: list[AnyDataset] = []
