@@ -129,7 +129,7 @@ class DataOptions:
         default=None,
         metadata={
             "help": "Variables for the chat template, as a mapping or JSON: "
-            '{"enable_thinking": false}.'
+            '{"enable_thinking": false}. Those in a column of this name stand above them.'
         },
     )
     train_on: TrainOn = field(

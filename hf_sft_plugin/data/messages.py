@@ -16,8 +16,11 @@ _SHAREGPT_ROLES = {
     **dict.fromkeys(("tool", "function", "observation"), "tool"),
 }
 # Types of content parts that a text model cannot see.
-_MEDIA = ("image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video")
-_MEDIA += ("video_url", "input_video")
+_MEDIA = (
+    *("image", "image_url", "input_image"),
+    *("audio", "audio_url", "input_audio"),
+    *("video", "video_url", "input_video"),
+)
 # Keys of a message that are about training, not for the chat template.
 _TRAINING_KEYS = ("train", "weight")
 

@@ -56,8 +56,7 @@ def prepare_dataset(
             be trained.
         RowError: If a row is too long and `overflow` is `error`.
     """
-    _require_dataset(dataset)
-    dataset = stored_rows(dataset, "The dataset")
+    dataset = _require_dataset(dataset)
     data_options = make_options(options)
     row_format = detect_format(dataset.column_names, data_options)
     marks = needs_column(data_options, eval_masks)
@@ -89,7 +88,8 @@ def prepare_dataset(
     return prepared, ledger
 
 
-def _require_dataset(dataset: object) -> None:
+def _require_dataset(dataset: object) -> Dataset:
+    """Rows that can be counted, as they are stored."""
     refuse_name(dataset, "dataset")
     if isinstance(dataset, IterableDataset):
         raise ValueError(
@@ -104,6 +104,7 @@ def _require_dataset(dataset: object) -> None:
         )
     if len(dataset) == 0:
         raise ValueError("The dataset is empty: it needs at least one row.")
+    return stored_rows(dataset, "The dataset")
 
 
 def _features(columns: Collection[str], has_masks: bool) -> Features:

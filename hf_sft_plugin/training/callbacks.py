@@ -148,7 +148,9 @@ class RunRecorder(TrainerCallback):
             _rows(self.describe_speed()),
         )
         facts.before = facts.before or self._before
-        facts.tags = [*facts.tags, *card.pop("tags", ())]
+        # Those of the model, as transformers has it, of the settings, and of the caller.
+        named = [getattr(each, "model_tags", None) or () for each in (model, args)]
+        facts.tags = [tag for tags in (*named, card.pop("tags", ())) for tag in tags]
         for name, value in card.items():
             setattr(facts, name, value)
         try:
@@ -232,7 +234,6 @@ def card_facts(
         before=evaluations.get(0, {}),
         after=evaluations.get(last_step, {}) if last_step > 0 else {},
         best_step=best_step,
-        tags=getattr(model, "model_tags", None) or (),
     )
 
 

@@ -246,7 +246,7 @@ def test_a_format_can_be_compared_hashed_and_sent_to_another_process() -> None:
     assert row_format == RowFormat(
         "prompt_response",
         (("prompt", "prompt"), ("response", "response")),
-        ("tools", "weight", "source"),
+        ("tools", "chat_template_kwargs", "weight", "source"),
     )
     assert pickle.loads(pickle.dumps(row_format)) == row_format  # noqa: S301
     assert len({row_format, detect_format(["prompt", "response"], DataOptions())}) == 1

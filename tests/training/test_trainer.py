@@ -662,8 +662,6 @@ def test_the_tags_of_settings_and_model_are_in_every_card_that_is_pushed(
     trainer.push_to_hub(tags="demo")
     card = ModelCard(hub.uploads[-1]["README.md"].decode())
     assert card.data.tags == ["chess", "demo", "go", "hf_sft_plugin", "sft"]
-    # As transformers has it, so that `model.push_to_hub` knows them too.
-    assert trainer.model.model_tags == ["chess", "go"]
 
 
 def test_the_summary_of_a_run_says_what_to_set_for_a_chat_template(
