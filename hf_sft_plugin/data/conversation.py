@@ -88,10 +88,7 @@ def remarks_on(
     """
     remarks = []
     if has_template and conversation.segments and row_format.kind in ("prompt_response", "alpaca"):
-        remarks.append(
-            "joined as plain text, without the tokenizer's chat template (prompt_format='chat' "
-            "uses it)"
-        )
+        remarks.append("plain text without the chat template; prompt_format='chat' uses it")
     for role in dict.fromkeys(turn.message["role"] for turn in conversation.turns):
         is_known = role in _ROLES or role in options.train_roles
         meant = None if is_known else _similar_role(role)

@@ -670,7 +670,7 @@ def test_the_summary_of_a_run_says_what_to_set_for_a_chat_template(
     rows = Dataset.from_list([{"prompt": "hello", "response": "world"}] * 4)
     MaskedSFTTrainer(model, make_config(), train_dataset=rows, processing_class=tokenizer).train()
     printed = " ".join(capsys.readouterr().out.split())
-    assert "without the tokenizer's chat template (prompt_format='chat' uses it)" in printed
+    assert "plain text without the chat template; prompt_format='chat' uses it" in printed
 
 
 def test_a_transform_is_refused_in_every_set_of_rows(
