@@ -129,7 +129,7 @@ class DataOptions:
         default=None,
         metadata={
             "help": "Variables for the chat template, as a mapping or JSON: "
-            '{"enable_thinking": false}. Those in a column of this name stand above them.'
+            '{"enable_thinking": false}. Those of a row, in a column of this name, replace them.'
         },
     )
     train_on: TrainOn = field(

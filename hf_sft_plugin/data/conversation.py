@@ -336,7 +336,7 @@ def _parsed(part: str, source: RowSource) -> Any:
     value = source.value(part)
     if isinstance(value, str) and value:
         try:
-            return json.loads(value)
+            value = json.loads(value)
         except ValueError as error:
             raise source.error(
                 f"{source.place(part)} holds text that is not JSON ({error}). Repair it or remove "
