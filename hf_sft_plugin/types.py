@@ -129,7 +129,7 @@ class DataOptions:
         default=None,
         metadata={
             "help": "Variables for the chat template, as a mapping or JSON: "
-            '{"enable_thinking": false}.'
+            '{"enable_thinking": false}. Those of a row, in a column of this name, replace them.'
         },
     )
     train_on: TrainOn = field(
@@ -236,13 +236,14 @@ class Turn:
         message: What the chat template sees; `content` is text, or absent.
         train: Whether it is trained.
         weight: How much each of its tokens counts.
-        untrained: Characters `[start, end)` of the content that are not trained all the same.
+        weighted: Characters `[start, end)` of the content whose tokens have another weight, with
+            that weight; those with 0 are not trained.
     """
 
     message: dict[str, Any]
     train: bool
     weight: float = 1.0
-    untrained: tuple[tuple[int, int], ...] = ()
+    weighted: tuple[tuple[int, int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -253,11 +254,13 @@ class Conversation:
         turns: A chat, which the chat template writes; empty where the row has segments.
         segments: Texts that are joined exactly as they are written; empty where the row is a chat.
         tools: Schemas of the tools that the chat template lists; None without any.
+        chat_template_kwargs: Variables for the chat template, beside those of the run.
     """
 
     turns: tuple[Turn, ...] = ()
     segments: tuple[Segment, ...] = ()
     tools: tuple[dict[str, Any], ...] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @property
     def messages(self) -> list[dict[str, Any]]:

@@ -38,7 +38,6 @@ _TOKENIZER_SETTINGS = (
     "model_config",
     "tokenizer_name_or_path",
     "tokenizer_vocab_size",
-    "chat_template_path",
 )
 _ROW_SETTINGS = (
     "tasks",
@@ -56,19 +55,20 @@ def main() -> None:
     model_args, data_args, options, training, arguments = _parse(sys.argv[1:])
     try:
         rows, _ = load_rows(data_args, int(training.seed or 42), options.use_loss_mask)
-        tokenizer = load_tokenizer(model_args, rows)
+        tokenizer = load_tokenizer(model_args, rows, training.chat_template_path)
         setup = make_tokenization_setup(tokenizer, options, _model(model_args))
         against = None
         if arguments.against is not None:
-            other_args, _, other_options, _, _ = _parse([arguments.against])
-            against = _other_setup(other_args, other_options, model_args, rows, tokenizer)
+            against = _other_setup(arguments.against, model_args, rows, tokenizer)
         show_preview(rows, setup, arguments, against=against)
     except (OSError, ValueError) as error:
         # Whatever is wrong with settings or data is said there; a traceback would only hide it.
         raise SystemExit(f"preview.py: {error}") from None
 
 
-def load_tokenizer(model_args: sft.ModelArguments, rows: Dataset) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model_args: sft.ModelArguments, rows: Dataset, chat_template_path: str | None
+) -> PreTrainedTokenizerBase:
     """The tokenizer that sft.py would use, with its chat template.
 
     Raises:
@@ -84,25 +84,25 @@ def load_tokenizer(model_args: sft.ModelArguments, rows: Dataset) -> PreTrainedT
             "Name the model to fine-tune with model_name_or_path, or only a tokenizer with "
             "tokenizer_name_or_path."
         )
-    if model_args.chat_template_path is not None:
-        tokenizer.chat_template = read_chat_template(model_args.chat_template_path)
+    if chat_template_path is not None:
+        tokenizer.chat_template = read_chat_template(chat_template_path)
     return tokenizer
 
 
 def _other_setup(
-    other: sft.ModelArguments,
-    options: DataOptions,
+    settings_file: str,
     model_args: sft.ModelArguments,
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
 ) -> TokenizationSetup:
     """The setup of another settings file; where it names no tokenizer, with the same one."""
-    named = (other.model_name_or_path, other.tokenizer_name_or_path, other.model_config)
-    if any(named):
-        return make_tokenization_setup(load_tokenizer(other, rows), options, _model(other))
-    if other.chat_template_path is not None:
+    other, _, options, training, _ = _parse([settings_file])
+    path = training.chat_template_path
+    if other.model_name_or_path or other.tokenizer_name_or_path or other.model_config:
+        return make_tokenization_setup(load_tokenizer(other, rows, path), options, _model(other))
+    if path is not None:
         tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.chat_template = read_chat_template(other.chat_template_path)
+        tokenizer.chat_template = read_chat_template(path)
     return make_tokenization_setup(tokenizer, options, _model(model_args))
 
 
@@ -140,16 +140,20 @@ def _showing(type_: type, names: Collection[str]) -> type:
 
 
 def _training_settings() -> type:
-    """Settings that sft.py knows and that play no part here, so that its files work as they are."""
+    """Settings that sft.py knows, so that its files work as they are; one of them counts here."""
     known = DataOptions.__dataclass_fields__
     fields = [
         field
         for field in dataclasses.fields(MaskedSFTConfig)
         if field.init and field.name not in known
     ]
-    return dataclasses.make_dataclass(
-        "TrainingSettings", [_hide(field, str | None, None) for field in fields]
-    )
+    settings = [
+        (field.name, str | None, dataclasses.field(default=None, metadata=field.metadata))
+        if field.name == "chat_template_path"
+        else _hide(field, str | None, None)
+        for field in fields
+    ]
+    return dataclasses.make_dataclass("TrainingSettings", settings)
 
 
 def _hide(field: dataclasses.Field[Any], type_: Any, default: Any) -> tuple[str, Any, Any]:

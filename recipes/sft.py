@@ -35,7 +35,6 @@ from hf_sft_plugin import (
     MaskedSFTConfig,
     MaskedSFTTrainer,
     ShardDataset,
-    read_chat_template,
 )
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -66,9 +65,6 @@ class ModelArguments:
     )
     tokenizer_vocab_size: int = field(
         default=512, metadata={"help": "Vocabulary of a newly trained tokenizer."}
-    )
-    chat_template_path: str | None = field(
-        default=None, metadata={"help": "File with a chat template for the tokenizer."}
     )
     lora: bool = field(
         default=False,
@@ -224,8 +220,6 @@ def load_model_and_tokenizer(
             "Name the model to fine-tune with model_name_or_path, or describe an untrained one "
             "with model_config; one of the two."
         )
-    path = model_args.chat_template_path
-    template = None if path is None else read_chat_template(path)
     name = model_args.tokenizer_name_or_path
     tokenizer = load_tokenizer("tokenizer_name_or_path", name) if name else None
     if model_args.model_config is not None:
@@ -233,10 +227,6 @@ def load_model_and_tokenizer(
         if tokenizer is None:
             tokenizer = make_tokenizer(model_args, train_rows)
         model = build_model(config, tokenizer)
-    if template is not None:
-        if tokenizer is None:
-            tokenizer = load_tokenizer("model_name_or_path", model)
-        tokenizer.chat_template = template
     return model, tokenizer
 
 

@@ -125,6 +125,8 @@ CONFIG_FIELDS = {
     "keep_freed_memory": True,
     "max_dropped_share": 0.05,
     "dataset_num_proc": None,
+    "chat_template_path": None,
+    "model_tags": None,
     "pad_to_multiple_of": None,
     "model_init_kwargs": None,
     "eval_masks": [],

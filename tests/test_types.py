@@ -114,5 +114,5 @@ def test_the_messages_of_a_conversation_are_those_of_its_turns() -> None:
 def test_a_part_counts_once_unless_it_says_otherwise() -> None:
     assert Segment("a", train=True).weight == 1.0
     assert Turn({}, train=True).weight == 1.0
-    assert Turn({}, train=True).untrained == ()
+    assert Turn({}, train=True).weighted == ()
     assert Conversation().tools is None

@@ -3,7 +3,9 @@
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -53,6 +55,31 @@ def refuse_name(dataset: object, name: str) -> None:
         )
 
 
+def stored_rows(dataset: Dataset, name: str) -> Dataset:
+    """The rows of a dataset as they are stored, in the columns that its format shows.
+
+    Args:
+        dataset: With any format but a transform.
+        name: What it is, as a message begins.
+
+    Raises:
+        ValueError: If it has a transform, which would be left out here without a word.
+    """
+    shown = dataset.format
+    if shown["type"] == "custom":
+        raise ValueError(
+            f"{name} has a transform (with_transform or set_transform), which changes rows each "
+            "time they are read, but here rows are read as they are stored. Apply it once: "
+            "dataset.with_format(None).map(transform, batched=True, "
+            "remove_columns=dataset.column_names). To apply it anew in every epoch, give the "
+            "dataset to a Trainer with DataCollatorForPromptResponse; to leave it out, pass "
+            "dataset.with_format(None)."
+        )
+    stored = dataset.with_format(None)
+    shows_all = shown["output_all_columns"] or len(shown["columns"]) == len(stored.column_names)
+    return stored if shows_all else stored.select_columns(shown["columns"])
+
+
 def require_row(row: object, place: str) -> None:
     """Refuses what is no row.
 
@@ -70,8 +97,8 @@ def require_row(row: object, place: str) -> None:
         )
 
 
-def require_rows_of_one(dataset: object) -> None:
-    """Refuses what is not one dataset or one list of rows.
+def one_dataset(dataset: Any) -> Any:
+    """One dataset or one list of rows; a `Dataset` as `stored_rows` gives it.
 
     Raises:
         ValueError: If it is several datasets, a single row, or a name.
@@ -87,6 +114,7 @@ def require_rows_of_one(dataset: object) -> None:
     if isinstance(dataset, list | tuple):
         for index, row in enumerate(dataset):
             require_row(row, f"Row {index} of the dataset")
+    return stored_rows(dataset, "The dataset") if isinstance(dataset, Dataset) else dataset
 
 
 def require_choice(value: object, choices: Collection[object], name: str) -> None:

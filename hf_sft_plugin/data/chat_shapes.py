@@ -239,7 +239,7 @@ def _opaque_contents(conversation: Conversation) -> list[str] | None:
     contents = []
     for turn in conversation.turns:
         content = turn.message.get("content")
-        if len(turn.message) != 2 or not content or turn.untrained:
+        if len(turn.message) != 2 or not content or turn.weighted:
             return None
         if "</" in content or "<|" in content or "/think" in content or "/no_think" in content:
             return None

@@ -1,6 +1,7 @@
 """Messages as text, as the tokenizer's chat template writes them."""
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
@@ -9,6 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from hf_sft_plugin.data.row_values import check_unicode
 from hf_sft_plugin.types import Conversation, DataOptions, RowError
 
+# Arguments of `apply_chat_template` that are no variables of the template, nor a template.
+RESERVED_VARIABLES = frozenset(signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+RESERVED_VARIABLES -= {"self", "kwargs", "documents"}
 # What a chat template may raise.
 TEMPLATE_ERRORS = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
 

@@ -55,9 +55,10 @@ class ControlTokenMarker:
         self._openings = {text[:2] for text in self._texts}
 
     def find(self, conversation: Conversation) -> list[str]:
-        """The control tokens that stand in contents, tools and segments."""
+        """The control tokens that stand in contents, tools, variables and segments."""
         found: list[str] = []
-        if not conversation.tools and not conversation.segments:
+        values = _beside_messages(conversation)
+        if not values and not conversation.segments:
             try:
                 told = "\n".join(chain(*((*m, *m.values()) for m in conversation.messages)))
             except TypeError:
@@ -67,7 +68,7 @@ class ControlTokenMarker:
                 if not any(opening in told for opening in self._openings):
                     return found
         written = [segment.text for segment in conversation.segments]
-        for value in (*conversation.messages, *(conversation.tools or ()), written):
+        for value in (*conversation.messages, *values, written):
             for text in _texts(value):
                 for opening in self._openings:
                     if opening in text:
@@ -77,16 +78,17 @@ class ControlTokenMarker:
 
     def hide(self, conversation: Conversation) -> Conversation:
         """The conversation with private characters in place of its control tokens."""
-        tools = conversation.tools
+        tools, variables = conversation.tools, conversation.chat_template_kwargs
         return replace(
             conversation,
             turns=tuple(replace(t, message=self._hide(t.message)) for t in conversation.turns),
             tools=None if tools is None else tuple(self._hide(tool) for tool in tools),
+            chat_template_kwargs=self._hide(variables),
         )
 
     def is_ambiguous(self, conversation: Conversation) -> bool:
         """Whether the contents hold private characters of their own."""
-        values = (*conversation.messages, *(conversation.tools or ()))
+        values = (*conversation.messages, *_beside_messages(conversation))
         return any(_MARKS.search(text) for value in values for text in _texts(value))
 
     def show(self, text: str) -> str:
@@ -216,6 +218,12 @@ def _no_other_tokens(index: int) -> RowError:
         "control_tokens to 'keep'.",
         "control tokens cannot be encoded as text",
     )
+
+
+def _beside_messages(conversation: Conversation) -> list[Mapping[str, Any]]:
+    """What a row gives the chat template beside its messages."""
+    variables = conversation.chat_template_kwargs
+    return [*(conversation.tools or ()), *([variables] if variables else [])]
 
 
 def _texts(value: Any) -> Iterator[str]:

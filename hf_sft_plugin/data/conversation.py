@@ -1,10 +1,13 @@
 """Step 2 of the walk: a raw row, whatever its columns, becomes a `Conversation`."""
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
+from hf_sft_plugin.data.chat_template import RESERVED_VARIABLES
 from hf_sft_plugin.data.formats import RowFormat, RowKind
 from hf_sft_plugin.data.messages import ROLES_HELP, read_messages
 from hf_sft_plugin.data.row_values import (
@@ -16,6 +19,8 @@ from hf_sft_plugin.data.row_values import (
 )
 from hf_sft_plugin.types import Conversation, DataOptions, RowError, Segment, Turn
 
+# Roles that chat templates know; one that looks much like them may be a slip.
+_ROLES = {"system", "developer", "user", "assistant", "tool"}
 # The two prompts that the Alpaca dataset was published with.
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately "
@@ -70,6 +75,35 @@ def to_conversation(
         ) from None
 
 
+def remarks_on(
+    conversation: Conversation, row_format: RowFormat, options: DataOptions, has_template: bool
+) -> list[str]:
+    """What its user might not have meant of a row that can be trained.
+
+    Args:
+        conversation: The row in its normal form.
+        row_format: As `detect_format` gave it.
+        options: See `DataOptions`.
+        has_template: Whether the tokenizer has a chat template.
+    """
+    remarks = []
+    if has_template and conversation.segments and row_format.kind in ("prompt_response", "alpaca"):
+        remarks.append("plain text without the chat template; prompt_format='chat' uses it")
+    for role in dict.fromkeys(turn.message["role"] for turn in conversation.turns):
+        is_known = role in _ROLES or role in options.train_roles
+        meant = None if is_known else _similar_role(role)
+        if meant is not None:
+            remarks.append(f"a message has the role {role!r}, which looks like {meant!r}")
+    return remarks
+
+
+@lru_cache(maxsize=1024)
+def _similar_role(role: str) -> str | None:
+    """The known role that another one looks like; None if it looks like none."""
+    plain = role.strip().casefold()
+    return next(iter(difflib.get_close_matches(plain, sorted(_ROLES), n=1, cutoff=0.82)), None)
+
+
 def _check_row(row: Any, index: int) -> None:
     if not isinstance(row, Mapping):
         found = type(row).__name__
@@ -114,13 +148,17 @@ def _join_pair(prompt: str, response: str, source: RowSource, weight: float) -> 
     if source.options.prompt_format == "chat":
         user = Turn({"role": "user", "content": prompt}, False, weight)
         return _make_chat([user, _answer(response, source, weight)], source)
-    if _read_tools(source) is not None:
-        raise source.error(
-            "it has tools, but its prompt and response are plain text that no chat template "
-            "writes, so they would be lost. Set prompt_format='chat', or name the column in "
-            "ignored_columns.",
-            "tools without a chat",
-        )
+    for part, is_there in (
+        ("tools", _read_tools(source) is not None),
+        ("chat_template_kwargs", _read_template_kwargs(source) is not None),
+    ):
+        if is_there:
+            raise source.error(
+                f"it has {part}, but its prompt and response are plain text that no chat template "
+                "writes, so they would be lost. Set prompt_format='chat', or name the column in "
+                "ignored_columns.",
+                f"{part} without a chat",
+            )
     return _make_text([Segment(prompt, False, weight), Segment(response, True, weight)], source)
 
 
@@ -236,7 +274,11 @@ def _make_chat(turns: list[Turn], source: RowSource) -> Conversation:
             message.get("tool_calls") or message.get("reasoning_content")
         ):
             raise _empty_response(source)
-    return Conversation(turns=tuple(turns), tools=_read_tools(source))
+    return Conversation(
+        turns=tuple(turns),
+        tools=_read_tools(source),
+        chat_template_kwargs=_read_template_kwargs(source),
+    )
 
 
 def _trains_everything(options: DataOptions) -> bool:
@@ -253,20 +295,10 @@ def _empty_response(source: RowSource) -> RowError:
 
 def _read_tools(source: RowSource) -> tuple[dict[str, Any], ...] | None:
     """The schemas of the tools: a list of them, or its JSON text; None where there are none."""
-    tools = source.value("tools")
+    tools = _parsed("tools", source)
     if tools is None:
         return None
     place = source.place("tools")
-    if isinstance(tools, str) and tools:
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise source.error(
-                f"{place} holds text that is not JSON ({error}). Repair it or remove the row.",
-                "tools is not JSON",
-            ) from error
-    if tools is None or tools == "":
-        return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise source.error(
             f"{place} holds {tools!r:.60}, but a list of schemas, or its JSON text, is needed. "
@@ -274,3 +306,41 @@ def _read_tools(source: RowSource) -> tuple[dict[str, Any], ...] | None:
             "tools is not a list of schemas",
         )
     return tuple(without_nulls(tools, source, place)) or None
+
+
+def _read_template_kwargs(source: RowSource) -> dict[str, Any] | None:
+    """Variables for the chat template: a mapping, or its JSON text; None where there are none."""
+    variables = _parsed("chat_template_kwargs", source)
+    if variables is None:
+        return None
+    place = source.place("chat_template_kwargs")
+    if not isinstance(variables, Mapping):
+        raise source.error(
+            f"{place} holds {variables!r:.60}, but a mapping of names to values, or its JSON text, "
+            "is needed. Convert it, remove the row, or name the column in ignored_columns.",
+            "chat_template_kwargs is not a mapping",
+        )
+    kept: dict[str, Any] = without_nulls(variables, source, place)
+    for name in kept:
+        if name in RESERVED_VARIABLES:
+            raise source.error(
+                f"{place} names {name!r}, which says how the template is called and is no variable "
+                "for it. Remove it.",
+                "chat_template_kwargs names no variable",
+            )
+    return kept or None
+
+
+def _parsed(part: str, source: RowSource) -> Any:
+    """A part that may be JSON text; None where there is none."""
+    value = source.value(part)
+    if isinstance(value, str) and value:
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise source.error(
+                f"{source.place(part)} holds text that is not JSON ({error}). Repair it or remove "
+                "the row.",
+                f"{part} is not JSON",
+            ) from error
+    return None if value == "" else value

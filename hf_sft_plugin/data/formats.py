@@ -13,6 +13,8 @@ RowKind = Literal[
 
 # Columns of tokenized rows that say which tokens are trained.
 TOKEN_MARKS = ("response_mask", "labels", "completion_mask", "assistant_masks")
+# Columns of what a text model cannot see.
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos", "pixel_values")
 
 _REQUIRED: dict[RowKind, tuple[str, ...]] = {
     "prompt_response": ("prompt", "response"),
@@ -24,10 +26,10 @@ _REQUIRED: dict[RowKind, tuple[str, ...]] = {
     "tokenized": ("input_ids",),
 }
 _OPTIONAL: dict[RowKind, tuple[str, ...]] = {
-    "prompt_response": ("tools", "weight", "source"),
-    "messages": ("tools", "weight", "source"),
-    "sharegpt": ("system", "tools", "weight", "source"),
-    "alpaca": ("input", "weight", "source"),
+    "prompt_response": ("tools", "chat_template_kwargs", "weight", "source"),
+    "messages": ("tools", "chat_template_kwargs", "weight", "source"),
+    "sharegpt": ("system", "tools", "chat_template_kwargs", "weight", "source"),
+    "alpaca": ("input", "chat_template_kwargs", "weight", "source"),
     "text": ("weight", "source"),
     "segments": ("weight", "source"),
     "tokenized": (*TOKEN_MARKS, "attention_mask", "loss_weights", "eval_masks", "source"),
@@ -138,11 +140,20 @@ def detect_format(columns: Collection[str], options: DataOptions) -> RowFormat:
     taken = set(held_by.values())
     if len(taken) < len(held_by):
         raise ValueError(f"prompt and response are both column {taken.pop()!r}. Name two columns.")
-    if kind == "tokenized" and not any(mark in usable for mark in TOKEN_MARKS):
+    has_marks = any(mark in usable for mark in TOKEN_MARKS)
+    if kind == "tokenized" and not has_marks and options.trained_mask != "all":
         raise ValueError(
             f"The rows have input_ids but neither {', '.join(TOKEN_MARKS[:-1])} nor "
             f"{TOKEN_MARKS[-1]}, so nothing says which tokens to train. Add one of these columns, "
-            f"or set data_format to train on other columns. {found}"
+            "set use_loss_mask=False to train every token, or set data_format to train on other "
+            f"columns. {found}"
+        )
+    unseen = [column for column in usable if column in _MEDIA and column not in taken]
+    if unseen:
+        raise ValueError(
+            f"Column {unseen[0]!r} is not text, and this package trains on text alone: the model "
+            "would learn to answer about something that it does not see. Use a trainer for "
+            f"multimodal models, or name {unseen[0]} in ignored_columns to train without it."
         )
     optional = [part for part in _OPTIONAL[kind] if part not in taken and part not in ignored]
     pairs = [(column, part) for part, column in held_by.items()]

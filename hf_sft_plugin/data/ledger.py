@@ -273,7 +273,7 @@ def _remarks(outcome: RowOutcome) -> list[str]:
         remarks += (
             (f"the chat template does not end the last response, so {stops} was added", True),
         )
-    return [remark for remark, is_true in remarks if is_true]
+    return [*outcome.remarks, *(remark for remark, is_true in remarks if is_true)]
 
 
 def account_of(outcome: RowOutcome) -> dict[str, Any]:

@@ -15,6 +15,12 @@ _SHAREGPT_ROLES = {
     "system": "system",
     **dict.fromkeys(("tool", "function", "observation"), "tool"),
 }
+# Types of content parts that a text model cannot see.
+_MEDIA = (
+    *("image", "image_url", "input_image"),
+    *("audio", "audio_url", "input_audio"),
+    *("video", "video_url", "input_video"),
+)
 # Keys of a message that are about training, not for the chat template.
 _TRAINING_KEYS = ("train", "weight")
 
@@ -75,15 +81,16 @@ def _read_turn(message: Any, source: RowSource, weight: float, place: str) -> Tu
     if dropped:
         message = {key: item for key, item in message.items() if key not in dropped}
     content = message.get("content")
-    untrained: tuple[tuple[int, int], ...] = ()
+    weighted: tuple[tuple[int, int, float], ...] = ()
     if isinstance(content, list):
-        texts, marks = _read_parts(content, train, source, place)
+        texts, weights = _read_parts(content, train, share, source, place)
         message = {**message, "content": "".join(texts)}
-        untrained = _untrained_ranges(texts, marks)
+        weighted = _weighted_ranges(texts, weights, share)
         if flag is not False:
             # Without one trained part the text is not trained; what stands beside it still is.
             has_more = has_calls or bool(message.get("reasoning_content")) or not texts
-            train = any(marks) or (train and has_more)
+            is_any_trained = any(weight is not None for weight in weights)
+            train = is_any_trained or (train and has_more)
     elif not isinstance(content, str) and (content is not None or not has_calls):
         raise source.error(
             f"{place} has content of type {type(content).__name__}, but text is needed. Convert "
@@ -91,7 +98,7 @@ def _read_turn(message: Any, source: RowSource, weight: float, place: str) -> Tu
             "message content is not text",
         )
     cleaned = without_nulls(message, source, place)
-    return Turn(cleaned, train, share, untrained if train else ())
+    return Turn(cleaned, train, share, weighted if train else ())
 
 
 def _has_tool_calls(message: Mapping[str, Any], source: RowSource, place: str) -> bool:
@@ -108,13 +115,21 @@ def _has_tool_calls(message: Mapping[str, Any], source: RowSource, place: str) -
 
 
 def _read_parts(
-    parts: list[Any], train: bool, source: RowSource, place: str
-) -> tuple[list[str], list[bool]]:
-    """The texts of a content that comes in parts, and which of them are trained."""
-    texts, marks = [], []
+    parts: list[Any], train: bool, share: float, source: RowSource, place: str
+) -> tuple[list[str], list[float | None]]:
+    """The texts of a content that comes in parts, and how much each counts; None: not trained."""
+    texts: list[str] = []
+    weights: list[float | None] = []
     for position, part in enumerate(parts):
         here = f"{place}, part {position}"
         kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind in _MEDIA:
+            raise source.error(
+                f"{here} is of type {kind!r}, but this package trains on text alone: the model "
+                "would learn to answer about something that it does not see. Use a trainer for "
+                "multimodal models, or remove the row.",
+                f"a content part is {kind}",
+            )
         if kind != "text" or not isinstance(part.get("text"), str):
             raise source.error(
                 f"{here} is {part!r:.80}, but only text is supported: a dict with 'type': 'text' "
@@ -122,20 +137,24 @@ def _read_parts(
                 "a content part is not text",
             )
         flag = read_flag(part.get("train"), source, here)
+        weight = read_weight(part.get("weight"), share, source, here)
+        is_trained = (train if flag is None else flag) and part.get("weight") != 0
         texts.append(part["text"])
-        marks.append(train if flag is None else flag)
-    return texts, marks
+        weights.append(weight if is_trained else None)
+    return texts, weights
 
 
-def _untrained_ranges(texts: list[str], marks: list[bool]) -> tuple[tuple[int, int], ...]:
-    """The characters `[start, end)` of the joined texts that are not trained."""
-    ranges: list[tuple[int, int]] = []
+def _weighted_ranges(
+    texts: list[str], weights: list[float | None], share: float
+) -> tuple[tuple[int, int, float], ...]:
+    """The characters `[start, end)` of the joined texts that do not count like the message."""
+    ranges: list[tuple[int, int, float]] = []
     start = 0
-    for text, train in zip(texts, marks, strict=True):
-        end = start + len(text)
-        if text and not train:
-            touches = ranges and ranges[-1][1] == start
-            ranges.append((ranges.pop()[0] if touches else start, end))
+    for text, given in zip(texts, weights, strict=True):
+        end, weight = start + len(text), given or 0.0
+        if text and weight != share:
+            is_joined = bool(ranges) and ranges[-1][1:] == (start, weight)
+            ranges.append((ranges.pop()[0] if is_joined else start, end, weight))
         start = end
     return tuple(ranges)
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 from datasets import Dataset, Value, interleave_datasets
 
+from hf_sft_plugin.data.arguments import stored_rows
+
 
 def mix_datasets(
     datasets: Mapping[str, Dataset],
@@ -74,6 +76,7 @@ def _require_datasets(datasets: object) -> None:
 
 
 def _with_source(dataset: Dataset, name: str) -> Dataset:
+    dataset = stored_rows(dataset, f"The dataset {name!r}")
     if "source" in dataset.column_names:
         dataset = dataset.remove_columns("source")
     return dataset.add_column("source", [name] * len(dataset), feature=Value("string"))

@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from numpy.typing import NDArray
 from torch.utils import data
 
-from hf_sft_plugin.data.arguments import require_rows_of_one
+from hf_sft_plugin.data.arguments import one_dataset
 from hf_sft_plugin.data.shards import ShardDataset
 from hf_sft_plugin.types import PackedRow, RowError, TokenizedExample
 
@@ -90,7 +90,7 @@ def pack_dataset(rows: Any, max_length: int) -> PackedDataset:
         >>> packed.plan, str(packed)
         ([[0, 3], [1, 2]], '4 rows in 2 packed rows of up to 8 tokens, 93.8% filled')
     """
-    require_rows_of_one(rows)
+    rows = one_dataset(rows)
     if type(max_length) is not int or max_length < 1:
         raise ValueError(
             f"max_length is {max_length!r}, but a packed row has a number of tokens, of which its "

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from hf_sft_plugin.data.arguments import refuse_name
+from hf_sft_plugin.data.arguments import refuse_name, stored_rows
 from hf_sft_plugin.data.certificate import certify_masks, preparation_key
 from hf_sft_plugin.data.eval_masks import needs_column
 from hf_sft_plugin.data.formats import RowFormat, detect_format
@@ -56,12 +56,12 @@ def prepare_dataset(
             be trained.
         RowError: If a row is too long and `overflow` is `error`.
     """
-    _require_dataset(dataset)
+    dataset = _require_dataset(dataset)
     data_options = make_options(options)
     row_format = detect_format(dataset.column_names, data_options)
     marks = needs_column(data_options, eval_masks)
     features = _features(dataset.column_names, marks)
-    accounted = dataset.with_format(None).map(
+    accounted = dataset.map(
         partial(
             _prepare_batch,
             tokenize=RowTokenizer(tokenizer, data_options, stop_token_ids, eval_masks),
@@ -88,7 +88,8 @@ def prepare_dataset(
     return prepared, ledger
 
 
-def _require_dataset(dataset: object) -> None:
+def _require_dataset(dataset: object) -> Dataset:
+    """Rows that can be counted, as they are stored."""
     refuse_name(dataset, "dataset")
     if isinstance(dataset, IterableDataset):
         raise ValueError(
@@ -103,6 +104,7 @@ def _require_dataset(dataset: object) -> None:
         )
     if len(dataset) == 0:
         raise ValueError("The dataset is empty: it needs at least one row.")
+    return stored_rows(dataset, "The dataset")
 
 
 def _features(columns: Collection[str], has_masks: bool) -> Features:

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hf_sft_plugin.data.arguments import require_choice, require_rows_of_one, require_tokenizer
+from hf_sft_plugin.data.arguments import one_dataset, require_choice, require_tokenizer
 from hf_sft_plugin.data.ledger import remarks_of
 from hf_sft_plugin.data.row_tokenizer import RowOutcome
 from hf_sft_plugin.data.stop_tokens import find_stop_token
@@ -297,8 +297,7 @@ def batches_of(
     dataset: Rows, tokenizer: PreTrainedTokenizerBase, containing: str | None, source: str | None
 ) -> Iterator[tuple[list[Mapping[str, Any]], list[int]]]:
     """The rows that pass the filters on what they say, with their positions, some at a time."""
-    require_rows_of_one(dataset)
-    rows = dataset.with_format(None) if isinstance(dataset, Dataset) else dataset
+    rows: Rows = one_dataset(dataset)
     passing = (
         (index, row)
         for index, row in enumerate(rows)

@@ -42,7 +42,7 @@ class Span:
         kind: See `TrainedSpan`.
         weight: How much each of its tokens counts.
         needs_stop: Whether the span must end in a stop token.
-        untrained: Characters within the span that are not trained.
+        weighted: Characters within the span that count otherwise, and how much; 0 is not trained.
     """
 
     start: int
@@ -52,7 +52,7 @@ class Span:
     kind: SpanKind
     weight: float = 1.0
     needs_stop: bool = True
-    untrained: tuple[Range, ...] = ()
+    weighted: tuple[tuple[int, int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,8 @@ class _Rendering:
                     "trained content is not shown",
                 )
             # No generation prompt opens such a turn, so what is trained is its content.
-            untrained = self._untrained(turn, text, content, span.start)
-            return replace(span, needs_stop=False, untrained=untrained)
+            weighted = self._weighted(turn, text, content, span.start)
+            return replace(span, needs_stop=False, weighted=weighted)
         start, kind = self._begin(turn, text, contents)
         if turn + 1 < len(contents):
             end = self._end(turn, text, content[1] if content else start)
@@ -210,8 +210,8 @@ class _Rendering:
                 kind = "rewritten"
             else:
                 span = replace(span, bound=min(span.bound, max(end, start)))
-        untrained = self._untrained(turn, text, content, start)
-        return replace(span, kind=kind, start=start, untrained=untrained)
+        weighted = self._weighted(turn, text, content, start)
+        return replace(span, kind=kind, start=start, weighted=weighted)
 
     def _begin(
         self, turn: int, text: str, contents: Sequence[Range | None]
@@ -347,11 +347,11 @@ class _Rendering:
         content = self._messages[turn].get("content")
         return content if isinstance(content, str) else ""
 
-    def _untrained(
+    def _weighted(
         self, turn: int, text: str, content: Range | None, first: int
-    ) -> tuple[Range, ...]:
-        """The parts of a content that are not trained, in a span of the rendered text."""
-        parts = self._turns[turn].untrained
+    ) -> tuple[tuple[int, int, float], ...]:
+        """The parts of a content that count otherwise, in a span of the rendered text."""
+        parts = self._turns[turn].weighted
         if not parts:
             return ()
         given, (start, end) = self._content(turn), self._cores[turn]
@@ -361,18 +361,18 @@ class _Rendering:
             is_other = content is None or text[slice(*content)] != given[start:end]
             has_reasoning = content is not None and text[first : content[0]].strip() != ""
             if is_other or (
-                has_reasoning and any(given[a : min(b, start)].strip() for a, b in parts)
+                has_reasoning and any(given[a : min(b, start)].strip() for a, b, _ in parts)
             ):
                 raise RowError(
                     self._index,
-                    f"message {turn} has parts that are not to be trained, but the chat template "
-                    "does not write its content as it is, so they cannot be found. Use a template "
-                    "that does, or one flag for the whole message.",
+                    f"message {turn} has parts with a flag or weight of their own, but the chat "
+                    "template does not write its content as it is, so they cannot be found. Use a "
+                    "template that does, or one flag and weight for the whole message.",
                     "parts of a content cannot be found",
                 )
-            parts = tuple((max(a, start), min(b, end)) for a, b in parts)
-        moved = [(max(a + move, first), b + move) for a, b in parts]
-        return tuple((a, b) for a, b in moved if a < b)
+            parts = tuple((max(a, start), min(b, end), weight) for a, b, weight in parts)
+        moved = [(max(a + move, first), b + move, weight) for a, b, weight in parts]
+        return tuple((a, b, weight) for a, b, weight in moved if a < b)
 
     def _header_end(self, turn: int, text: str) -> int:
         """How far the text of a turn is known to be its header."""

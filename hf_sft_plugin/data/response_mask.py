@@ -73,7 +73,10 @@ def mask_text(
             encoding = encode(parts)
             straddled = {edge for edge in edges if not _is_clean(encoding, edge)}
     zeros = bytearray(len(encoding.ids))
-    has_weights = any(span.weight != 1 for span in rendered.spans)
+    has_weights = any(
+        span.weight != 1 or any(weight not in (0, 1) for *_, weight in span.weighted)
+        for span in rendered.spans
+    )
     weights = [0.0] * len(zeros) if has_weights else None
     masked = MaskedText(encoding.ids, zeros, weights, [], [], num_straddled)
     for span, place in zip(rendered.spans, places, strict=True):
@@ -120,7 +123,7 @@ def _edges(
 ) -> set[int]:
     """The characters at which a token has to begin."""
     edges = {span.start for span in rendered.spans}
-    edges |= {edge for span in rendered.spans for part in span.untrained for edge in part}
+    edges |= {edge for span in rendered.spans for part in span.weighted for edge in part[:2]}
     for span, place in zip(rendered.spans, places, strict=True):
         if place is None and span.content:
             edges.add(span.content[1])
@@ -205,10 +208,13 @@ def _mask_span(
     masked.mask[start:end] = bytes([span.weight > 0]) * (end - start)
     if masked.weights is not None:
         masked.weights[start:end] = [span.weight] * (end - start)
-    for first, after in span.untrained:
+    for first, after, weight in span.weighted:
         tokens = (_token_from(encoding, edge, text, boundary) for edge in (first, after))
-        hidden = slice(*tokens)
-        masked.mask[hidden] = bytes(len(masked.mask[hidden]))
+        part = slice(*tokens)
+        num_tokens = len(masked.mask[part])
+        masked.mask[part] = bytes([weight > 0]) * num_tokens
+        if masked.weights is not None:
+            masked.weights[part] = [weight] * num_tokens
     masked.spans.append(TrainedSpan(start, end, span.turn, span.kind))
     if boundary == "split" or not masked.num_straddled:
         masked.proofs.append((masked.input_ids[start:stop], text[span.start : told]))

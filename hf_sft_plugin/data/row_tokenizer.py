@@ -8,9 +8,8 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin.data.arguments import require_tokenizer
-from hf_sft_plugin.data.chat_shapes import ChatRenderer
 from hf_sft_plugin.data.control_tokens import ControlTokenMarker
-from hf_sft_plugin.data.conversation import to_conversation
+from hf_sft_plugin.data.conversation import remarks_on, to_conversation
 from hf_sft_plugin.data.eval_masks import (
     mark_masks,
     missing_column,
@@ -20,14 +19,10 @@ from hf_sft_plugin.data.eval_masks import (
 from hf_sft_plugin.data.formats import RowFormat
 from hf_sft_plugin.data.rendering import RenderedText
 from hf_sft_plugin.data.response_mask import check_parts, mask_text
+from hf_sft_plugin.data.row_variables import RowRenderer
 from hf_sft_plugin.data.segments import join_segments
 from hf_sft_plugin.data.stop_tokens import resolve_stop_tokens, stop_texts
-from hf_sft_plugin.data.text_encoding import (
-    JoinedEncoding,
-    TextEncoder,
-    TextEncoding,
-    encode_parts,
-)
+from hf_sft_plugin.data.text_encoding import JoinedEncoding, TextEncoder, TextEncoding, encode_parts
 from hf_sft_plugin.data.token_decoding import TokenDecoder
 from hf_sft_plugin.data.tokenized_rows import check_tokenized_row
 from hf_sft_plugin.data.truncation import (
@@ -40,8 +35,7 @@ from hf_sft_plugin.data.truncation import (
 )
 from hf_sft_plugin.types import Conversation, DataOptions, RowError, TokenizedExample, TrainedSpan
 
-# A row, trained token ids of it, the text that they must decode to, and what encodes that text
-# alone; None where the ids came about so.
+# A row, its trained token ids, the text that they must decode to, and what encodes that text alone.
 Proof: TypeAlias = tuple["RowOutcome", Sequence[int], str, Callable[[], JoinedEncoding] | None]
 
 
@@ -63,6 +57,7 @@ class RowOutcome:
         is_altered: Whether the chat template wrote a response otherwise than it was given.
         is_unseen: Whether a second rendering could not show where every content went.
         added_stops: Stop tokens put behind last responses, where the chat template writes none.
+        remarks: What else its user might not have meant.
         error: Why the row is dropped; None where it is trained.
     """
 
@@ -79,6 +74,7 @@ class RowOutcome:
     is_altered: bool = False
     is_unseen: bool = False
     added_stops: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     error: RowError | None = None
 
     @property
@@ -127,7 +123,7 @@ class RowTokenizer:
         self._marker = ControlTokenMarker(tokenizer)
         self._encode = TextEncoder(tokenizer)
         self._decode = TokenDecoder(tokenizer)
-        self._render = ChatRenderer(tokenizer, options, stop_texts(tokenizer, self._stops))
+        self._render = RowRenderer(tokenizer, options, stop_texts(tokenizer, self._stops))
 
     def __call__(
         self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int], row_format: RowFormat
@@ -141,7 +137,9 @@ class RowTokenizer:
                 if row_format.kind == "tokenized":
                     ignored = self._options.ignored_columns or ()
                     seen = {name: value for name, value in row.items() if name not in ignored}
-                    example = check_tokenized_row(seen, outcome.row, len(self._tokenizer))
+                    example = check_tokenized_row(
+                        seen, outcome.row, len(self._tokenizer), self._trains_all
+                    )
                     if self._eval_masks and "eval_masks" not in example:
                         raise missing_column(
                             self._eval_masks, f"Row {outcome.row} and maybe others"
@@ -150,6 +148,8 @@ class RowTokenizer:
                     outcome.add(example, [TrainedSpan(a, b, 0, "given") for a, b in runs])
                     continue
                 conversation = to_conversation(row, outcome.row, row_format, self._options)
+                known = (row_format, self._options, bool(self._tokenizer.chat_template))
+                outcome.remarks = remarks_on(conversation, *known)
                 (chats if conversation.turns else texts).append((outcome, conversation))
             except RowError as error:
                 outcome.drop(error)
@@ -209,8 +209,8 @@ class RowTokenizer:
         if not self._tokenizer.chat_template:
             raise ValueError(
                 "The rows are conversations, but the tokenizer has no chat template to write them "
-                "with. Set tokenizer.chat_template (the recipe: --chat_template_path), or use the "
-                "tokenizer of the model's chat version."
+                "with. Set tokenizer.chat_template (MaskedSFTConfig and recipe: "
+                "chat_template_path), or use the tokenizer of the model's chat version."
             )
         outcome.control_tokens = outcome.control_tokens or self._marker.find(conversation)
         if not outcome.control_tokens or self._options.control_tokens == "keep":

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from hf_sft_plugin.data.arguments import stored_rows
 from hf_sft_plugin.data.shard_set import (
     COLUMNS,
     FORMAT,
@@ -88,7 +89,7 @@ def write_shards(
     """
     target = Path(folder).resolve()
     check_shard_destination(target, overwrite=overwrite)
-    _check_names(splits)
+    splits = _checked_splits(splits)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
     vocab_size = num_token_ids(tokenizer)
@@ -147,7 +148,8 @@ def check_shard_destination(folder: str | Path, *, overwrite: bool) -> None:
         )
 
 
-def _check_names(splits: Mapping[str, Dataset]) -> None:
+def _checked_splits(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
+    """The rows of each split as they are stored; raises where names or columns do not fit."""
     if not isinstance(splits, Mapping) or not all(isinstance(r, Dataset) for r in splits.values()):
         raise ValueError(
             "splits must be prepared datasets by name, such as {'train': dataset}, where each is a "
@@ -163,6 +165,7 @@ def _check_names(splits: Mapping[str, Dataset]) -> None:
                 f"Split {name!r} has the columns {', '.join(rows.column_names)}, but no input_ids. "
                 "Prepare its rows with prepare_dataset first."
             )
+    return {name: stored_rows(rows, f"Split {name!r}") for name, rows in splits.items()}
 
 
 def _write_split(

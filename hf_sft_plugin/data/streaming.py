@@ -64,6 +64,8 @@ def prepare_stream(
             "which counts its rows in advance."
         )
     data_options = make_options(options)
+    # Its format, such as "torch", is for the rows of others: here they are read as they are stored.
+    dataset = dataset.with_format(None)
     columns = dataset.column_names or list(next(iter(dataset), {}))
     if not columns:
         raise ValueError("The stream is empty: it needs at least one row.")
@@ -133,8 +135,14 @@ class StreamPreparer:
         with name_in_errors(self._name):
             outcomes = self._tokenize(rows, indices, self._row_format)
         for outcome in outcomes:
+            account = account_of(outcome)
+            new = [each for each in account.get("remarks", ()) if each not in self._ledger.remarks]
+            for remark in new if outcome.error is None else ():
+                logger.warning(
+                    "The %s stream, row %d and maybe more: %s.", self._name, outcome.row, remark
+                )
             self._ledger.num_rows += 1
-            self._ledger.add_row(account_of(outcome))
+            self._ledger.add_row(account)
             if outcome.error is not None and self._ledger.num_rows_dropped <= _NUM_NAMED_ROWS:
                 logger.warning("A row of the %s stream is left out. %s", self._name, outcome.error)
             for example in with_lists(outcome).examples:

@@ -13,7 +13,9 @@ _MASKS = ("response_mask", "completion_mask", "assistant_masks")
 _COLUMNS = ("input_ids", "attention_mask", *_MASKS, "labels", "loss_weights", "eval_masks")
 
 
-def check_tokenized_row(row: Mapping[str, Any], index: int, vocab_size: int) -> TokenizedExample:
+def check_tokenized_row(
+    row: Mapping[str, Any], index: int, vocab_size: int, trains_all: bool = False
+) -> TokenizedExample:
     """Checks a row of input_ids and what marks its trained tokens, and takes its padding out.
 
     Args:
@@ -23,6 +25,7 @@ def check_tokenized_row(row: Mapping[str, Any], index: int, vocab_size: int) -> 
             `eval_masks` is carried along.
         index: Its position in the dataset, for error messages.
         vocab_size: Number of the tokenizer's ids.
+        trains_all: Whether a row of `input_ids` alone is trained whole.
 
     Returns:
         An example with lists of its own, except for `input_ids`, which may be the row's.
@@ -36,7 +39,8 @@ def check_tokenized_row(row: Mapping[str, Any], index: int, vocab_size: int) -> 
         >>> check_tokenized_row(row, 0, 300)
         {'input_ids': [5, 6], 'response_mask': [0, 1]}
     """
-    lists = {name: _as_list(row.get(name), name, index) for name in _given_columns(row)}
+    names = _given_columns(row, trains_all)
+    lists = {name: _as_list(row.get(name), name, index) for name in names}
     _require_one_length(lists, index)
     if "attention_mask" in lists:
         lists = _without_padding(lists, index)
@@ -44,7 +48,7 @@ def check_tokenized_row(row: Mapping[str, Any], index: int, vocab_size: int) -> 
     masks = {name: _mask(name, lists, index) for name in (*_MASKS, "labels") if name in lists}
     example: TokenizedExample = {
         "input_ids": lists["input_ids"],
-        "response_mask": _one_mask(masks, index),
+        "response_mask": _one_mask(masks, index) if masks else [1] * len(lists["input_ids"]),
     }
     if "loss_weights" in lists:
         example["loss_weights"] = _weights(lists["loss_weights"], index)
@@ -53,11 +57,11 @@ def check_tokenized_row(row: Mapping[str, Any], index: int, vocab_size: int) -> 
     return example
 
 
-def _given_columns(row: Mapping[str, Any]) -> list[str]:
+def _given_columns(row: Mapping[str, Any], trains_all: bool) -> list[str]:
     """The columns that hold something; at least ids and what should mark the trained ones."""
     given = [name for name in _COLUMNS if row.get(name) is not None]
     needed = [] if "input_ids" in given else ["input_ids"]
-    if not any(name in given for name in (*_MASKS, "labels")):
+    if not trains_all and not any(name in given for name in (*_MASKS, "labels")):
         needed.append(next((name for name in ("labels", *_MASKS) if name in row), _MASKS[0]))
     return [*needed, *given]
 

@@ -56,7 +56,7 @@ def check_written(
     given = given if isinstance(given, str) else ""
     calls = message.get("tool_calls") or ()
     reasoning = [message[key] for key in _REASONING_KEYS if isinstance(message.get(key), str)]
-    if core[0] > 0 and not turn.untrained:
+    if core[0] > 0 and all(weight for *_, weight in turn.weighted):
         reasoning.append(_THINK_TAG.sub("", given[: core[0]]))
     start, end = chars
     if content is None:

@@ -148,6 +148,9 @@ class RunRecorder(TrainerCallback):
             _rows(self.describe_speed()),
         )
         facts.before = facts.before or self._before
+        # Those of the model, as transformers has it, of the settings, and of the caller.
+        named = [getattr(each, "model_tags", None) or () for each in (model, args)]
+        facts.tags = [tag for tags in (*named, card.pop("tags", ())) for tag in tags]
         for name, value in card.items():
             setattr(facts, name, value)
         try:

@@ -93,6 +93,14 @@ class MaskedSFTConfig(DataOptions, SpeedOptions, TrainingArguments):
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenize the dataset. None: one."}
     )
+    chat_template_path: str | None = field(
+        default=None,
+        metadata={"help": "File with a chat template for the tokenizer. None: its own."},
+    )
+    model_tags: list[str] | None = field(
+        default=None,
+        metadata={"help": "Tags for the model card, beside those that the model brings."},
+    )
     pad_to_multiple_of: int | None = field(
         default=None,
         metadata={
@@ -275,9 +283,10 @@ class MaskedSFTConfig(DataOptions, SpeedOptions, TrainingArguments):
                 raise ValueError(f"{name} is {value}; it counts from 1.")
             if value is not None and type(value) is not int and value != "auto":
                 raise ValueError(f"{name} is {value!r}; give a whole number.")
-        for name in ("generation_metrics", "eval_masks"):
+        for name in ("generation_metrics", "eval_masks", "model_tags"):
             names = getattr(self, name)
-            if not isinstance(names, list | tuple):
+            is_left_out = names is None and name == "model_tags"
+            if not is_left_out and not isinstance(names, list | tuple):
                 example = [names] if isinstance(names, str) else []
                 raise ValueError(f"{name} is {names!r}; give a list of names, such as {example}.")
         unknown = [name for name in self.eval_masks if name not in get_args(TrainOn)]

@@ -63,6 +63,7 @@ def load_tokenizer(
     processing_class: PreTrainedTokenizerBase | None,
     model: PreTrainedModel | PeftModel,
     stop_token: str | None,
+    chat_template: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer itself, or the one saved with the model; able to pad and to stop.
 
@@ -71,6 +72,7 @@ def load_tokenizer(
         model: Loaded, so that its config knows its name.
         stop_token: Becomes the eos token, so that it is saved with the tokenizer and inference
             stops there.
+        chat_template: Replaces that of the tokenizer, and is saved with it; None leaves it.
 
     Raises:
         ValueError: If there is no tokenizer, if it knows more tokens than the model, or if it has
@@ -91,6 +93,8 @@ def load_tokenizer(
                 f"{', '.join(tokenizer.all_special_tokens)}. Pass one as processing_class."
             )
     require_tokenizer(tokenizer, "processing_class")
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     if stop_token is not None:
         find_stop_token(tokenizer, stop_token)
         tokenizer.eos_token = stop_token

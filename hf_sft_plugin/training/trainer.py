@@ -19,7 +19,7 @@ from hf_sft_plugin.data.eval_masks import missing_column, needs_column
 from hf_sft_plugin.data.ledger import Ledger
 from hf_sft_plugin.data.packing import PackedDataset
 from hf_sft_plugin.data.prepare import name_in_errors, prepare_dataset
-from hf_sft_plugin.data.row_files import rows_to_dataset
+from hf_sft_plugin.data.row_files import read_chat_template, rows_to_dataset
 from hf_sft_plugin.data.shards import ShardDataset, check_lengths, check_tokenizer
 from hf_sft_plugin.data.streaming import prepare_stream
 from hf_sft_plugin.loss.masked_loss import LossNormalization
@@ -120,9 +120,9 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
                 "takes the same arguments and some more."
             )
         train_dataset = _choose_split(train_dataset)
-        _check_evaluation(args, eval_dataset)
+        template = _check_settings(args, eval_dataset)
         model = load_model(model, args.model_init_kwargs, peft_config)
-        tokenizer = load_tokenizer(processing_class, model, args.stop_token)
+        tokenizer = load_tokenizer(processing_class, model, args.stop_token, template)
         model = add_adapter(model, peft_config, is_trained=train_dataset is not None)
         self.stop_token_ids = stop_tokens(model, tokenizer, args.stop_token)
         self.ledgers: dict[str, Ledger] = {}
@@ -384,11 +384,16 @@ def _choose_split(dataset: Any) -> Any:
     return dataset[chosen]
 
 
-def _check_evaluation(args: MaskedSFTConfig, eval_dataset: object) -> None:
-    """Raises on names, and on streams for which responses would have to be generated in a run."""
+def _check_settings(args: MaskedSFTConfig, eval_dataset: object) -> str | None:
+    """The chat template of a file, if one is named, before a model is loaded.
+
+    Raises on names, and on streams for which responses would have to be generated in a run.
+    """
     refuse_name(eval_dataset, "eval_dataset")
     if args.predict_with_generate and eval_dataset is not None:
         sets = eval_dataset if isinstance(eval_dataset, Mapping) else {None: eval_dataset}
         for name, dataset in sets.items():
             with name_in_errors("eval" if name is None else f"eval_{name}"):
                 refuse_stream(dataset)
+    path = args.chat_template_path
+    return None if path is None else read_chat_template(path)

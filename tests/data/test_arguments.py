@@ -9,9 +9,12 @@ from transformers import AutoTokenizer
 
 from hf_sft_plugin import (
     DataCollatorForPromptResponse,
+    mix_datasets,
+    pack_dataset,
     prepare_dataset,
     preview_rows,
     tokenize_example,
+    write_shards,
 )
 from hf_sft_plugin.data.arguments import refuse_name
 from hf_sft_plugin.data.streaming import prepare_stream
@@ -87,3 +90,67 @@ def test_an_unknown_filter_names_the_known_ones(tokenizer: Any) -> None:
     known = "None, 'longest', 'truncated', 'set_aside', 'split'"
     with pytest.raises(ValueError, match=rf"^only is 'short', .* one of {known}\.$"):
         preview_rows(ROWS, tokenizer, only="short")  # type: ignore[arg-type]
+
+
+def shout(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return {**batch, "response": [text.upper() for text in batch["response"]]}
+
+
+@pytest.mark.parametrize("place", ["prepare", "two processes", "preview", "mix", "pack", "shards"])
+def test_a_transform_is_refused_with_the_cure_wherever_rows_are_stored(
+    place: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    prepared = prepare_dataset(ROWS, tokenizer)[0]
+    calls: dict[str, Any] = {
+        "prepare": lambda: prepare_dataset(ROWS.with_transform(shout), tokenizer),
+        "two processes": lambda: prepare_dataset(ROWS.with_transform(shout), tokenizer, num_proc=2),
+        "preview": lambda: preview_rows(ROWS.with_transform(shout), tokenizer),
+        "mix": lambda: mix_datasets({"a": prepared, "b": prepared.with_transform(shout)}),
+        "pack": lambda: pack_dataset(prepared.with_transform(shout), max_length=8),
+        "shards": lambda: write_shards(
+            tmp_path / "shards", {"train": prepared.with_transform(shout)}, tokenizer
+        ),
+    }
+    with pytest.raises(ValueError, match=r"has a transform.*with_format\(None\)\.map\(transform"):
+        calls[place]()
+
+
+def test_the_cure_for_a_transform_trains_what_it_makes(tokenizer: Any) -> None:
+    cured = ROWS.with_transform(shout).with_format(None).map(shout, batched=True)
+    expected = tokenize_example({**ROW, "response": "WORLD"}, tokenizer)
+    assert prepare_dataset(cured, tokenizer)[0].to_list() == expected
+
+
+def test_a_collator_collates_what_a_transform_made(tokenizer: Any) -> None:
+    collator = DataCollatorForPromptResponse(tokenizer)
+    made = collator([ROWS.with_transform(shout)[0]])
+    assert (
+        made["input_ids"].tolist() == collator([{**ROW, "response": "WORLD"}])["input_ids"].tolist()
+    )
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "arrow", None])
+def test_rows_are_read_as_they_are_stored_whatever_their_format(kind: Any, tokenizer: Any) -> None:
+    expected = tokenize_example({**ROW, "weight": 0.5}, tokenizer)
+    rows = Dataset.from_list([{**ROW, "weight": 0.5}]).with_format(kind)
+    assert prepare_dataset(rows, tokenizer)[0].to_list() == expected
+    (row,) = preview_rows(rows, tokenizer)
+    assert "each token counts 0.5" in row.examples[0].notes[0].reason
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", None])
+def test_streams_too_are_read_as_they_are_stored(kind: Any, tokenizer: Any) -> None:
+    expected = tokenize_example({**ROW, "weight": 0.5}, tokenizer)
+    stream = Dataset.from_list([{**ROW, "weight": 0.5}]).to_iterable_dataset().with_format(kind)
+    (made,) = prepare_stream(stream, tokenizer)
+    assert [{name: made[name] for name in expected[0]}] == expected
+
+
+def test_columns_that_a_format_hides_play_no_part(tokenizer: Any) -> None:
+    rows = Dataset.from_list([{**ROW, "weight": 0.5, "url": "a"}])
+    shown = rows.with_format("torch", columns=["prompt", "response"])
+    prepared, ledger = prepare_dataset(shown, tokenizer)
+    assert prepared.to_list() == tokenize_example(ROW, tokenizer)
+    assert ledger.unused_columns == []
+    whole = rows.with_format("torch", columns=["prompt"], output_all_columns=True)
+    assert prepare_dataset(whole, tokenizer)[1].unused_columns == ["url"]

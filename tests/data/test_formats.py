@@ -246,7 +246,23 @@ def test_a_format_can_be_compared_hashed_and_sent_to_another_process() -> None:
     assert row_format == RowFormat(
         "prompt_response",
         (("prompt", "prompt"), ("response", "response")),
-        ("tools", "weight", "source"),
+        ("tools", "chat_template_kwargs", "weight", "source"),
     )
     assert pickle.loads(pickle.dumps(row_format)) == row_format  # noqa: S301
     assert len({row_format, detect_format(["prompt", "response"], DataOptions())}) == 1
+
+
+@pytest.mark.parametrize("name", ["image", "images", "audio", "videos", "pixel_values"])
+@pytest.mark.parametrize("columns", [["messages"], ["prompt", "response"], ["input_ids", "labels"]])
+def test_a_column_that_a_text_model_cannot_see_is_refused(columns: list[str], name: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"Column '{name}'.*trains on text alone.*ignored_columns"
+    ):
+        describe([*columns, name])
+    assert describe([*columns, name], ignored_columns=[name]) == describe(columns)
+
+
+def test_a_column_of_such_a_name_that_is_read_as_text_is_taken() -> None:
+    assert describe(["images", "response"], prompt_column="images") == (
+        "prompt_response: images -> prompt, response"
+    )

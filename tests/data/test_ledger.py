@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_sft_plugin import RowError
+from hf_sft_plugin import RowError, prepare_dataset, preview_rows
 from hf_sft_plugin.data.ledger import Drop, Ledger, account_of
 from hf_sft_plugin.data.row_tokenizer import RowOutcome
 from hf_sft_plugin.types import TrainedSpan
@@ -304,3 +305,72 @@ def test_an_account_is_read_back_from_its_record() -> None:
     assert Ledger.from_record(record, {"masks_sha256": "0"}).certificate == {"masks_sha256": "0"}
     for other in (None, "text", {}, {**record, "more": 1}):
         assert Ledger.from_record(other, None) is None
+
+
+def count_remarks(rows: list[dict[str, Any]], tokenizer: Any, **options: Any) -> dict[str, int]:
+    return prepare_dataset(Dataset.from_list(rows), tokenizer, **options)[1].num_remarks
+
+
+ALPACA = {"instruction": "hello", "input": "", "output": "world"}
+PAIR = {"prompt": "hello", "response": "world"}
+
+
+@pytest.mark.parametrize("row", [PAIR, ALPACA])
+def test_texts_that_are_joined_beside_a_chat_template_are_counted_with_the_cure(
+    row: dict[str, Any], tokenizer: Any, tokenizer_factory: Any
+) -> None:
+    rows = [row] * 3
+    (remark,) = count_remarks(rows, tokenizer)
+    assert "chat template" in remark
+    assert "prompt_format='chat'" in remark
+    _, ledger = prepare_dataset(Dataset.from_list(rows), tokenizer, num_proc=2)
+    assert ledger.num_remarks == {remark: 3}
+    assert f"3 rows: {remark} (rows 0, 1, 2)" in str(ledger)
+    assert preview_rows(rows, tokenizer)[0].remarks == (remark,)
+    assert not count_remarks(rows, tokenizer, prompt_format="chat")
+    assert not count_remarks(rows, tokenizer_factory(chat_template=None))
+
+
+def test_texts_that_are_no_answers_need_no_chat_template(
+    tokenizer: Any, chat_rows: list[dict[str, Any]]
+) -> None:
+    assert not count_remarks([{"text": "hello world"}], tokenizer)
+    assert not count_remarks(chat_rows, tokenizer)
+    assert not count_remarks(chat_rows, tokenizer, train_on="all")
+    both = [{"prompt": row["messages"][:1], "response": row["messages"][1:]} for row in chat_rows]
+    assert not count_remarks(both, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("role", "known"),
+    [
+        ("asistant", "assistant"),
+        ("assitant", "assistant"),
+        ("Assistant", "assistant"),
+        ("assistant ", "assistant"),
+        ("usr", "user"),
+        ("sytem", "system"),
+        ("tools", "tool"),
+    ],
+)
+def test_a_role_that_looks_like_another_is_counted_and_named(
+    role: str, known: str, tokenizer: Any, chat_rows: list[dict[str, Any]]
+) -> None:
+    odd = [{"role": role, "content": "a"}, *chat_rows[0]["messages"]]
+    rows = [*chat_rows, {"messages": odd}]
+    ((remark, number),) = count_remarks(rows, tokenizer).items()
+    assert (repr(role) in remark, repr(known) in remark, number) == (True, True, 1)
+    assert preview_rows(rows, tokenizer, num_rows=9)[8].remarks == (remark,)
+
+
+@pytest.mark.parametrize("role", ["tool", "developer", "critic", "ipython", "function", "model"])
+def test_roles_of_their_own_are_not_remarked_on(role: str, tokenizer: Any) -> None:
+    turns = [("user", "a"), (role, "b"), ("assistant", "c")]
+    assert not count_remarks(
+        [{"messages": [{"role": r, "content": c} for r, c in turns]}], tokenizer
+    )
+
+
+def test_a_role_that_is_to_be_trained_is_meant(tokenizer: Any) -> None:
+    row = {"messages": [{"role": r, "content": "a"} for r in ("user", "assistants")]}
+    assert not count_remarks([row], tokenizer, train_roles=["assistants"])

@@ -99,32 +99,38 @@ def test_the_weight_of_a_message_multiplies_that_of_its_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("role", "content", "text", "train", "untrained"),
+    ("role", "content", "text", "train", "weighted"),
     [
         ("assistant", parts("ab", "cd"), "abcd", True, ()),
-        ("assistant", parts("ab", ("cd", False)), "abcd", True, ((2, 4),)),
-        ("assistant", parts(("ab", False), "cd", ("e", False)), "abcde", True, ((0, 2), (4, 5))),
+        ("assistant", parts("ab", ("cd", False)), "abcd", True, ((2, 4, 0.0),)),
+        (
+            "assistant",
+            parts(("ab", False), "cd", ("e", False)),
+            "abcde",
+            True,
+            ((0, 2, 0.0), (4, 5, 0.0)),
+        ),
         (
             "assistant",
             parts(("ab", False), ("", True), ("cd", False), "e"),
             "abcde",
             True,
-            ((0, 4),),
+            ((0, 4, 0.0),),
         ),
         ("assistant", parts(("ab", False), ("cd", False)), "abcd", False, ()),
         ("assistant", parts(("", False), "ab"), "ab", True, ()),
         ("assistant", [], "", True, ()),
         ("user", parts("ab", "cd"), "abcd", False, ()),
-        ("user", parts("ab", ("cd", True)), "abcd", True, ((0, 2),)),
+        ("user", parts("ab", ("cd", True)), "abcd", True, ((0, 2, 0.0),)),
     ],
 )
 def test_parts_are_joined_and_say_which_characters_are_not_trained(
-    role: str, content: Any, text: str, train: bool, untrained: Any
+    role: str, content: Any, text: str, train: bool, weighted: Any
 ) -> None:
     turn = read({"role": role, "content": content})[0]
     assert turn.message == {"role": role, "content": text}
     assert turn.train is train
-    assert turn.untrained == untrained
+    assert turn.weighted == weighted
 
 
 def test_the_flag_of_a_message_stands_above_those_of_its_parts() -> None:
@@ -136,14 +142,14 @@ def test_tool_calls_are_trained_beside_a_text_that_is_not() -> None:
     message = {"role": "assistant", "content": parts(("ab", False)), "tool_calls": CALLS}
     turn = read(message)[0]
     assert turn == Turn(
-        {"role": "assistant", "content": "ab", "tool_calls": CALLS}, True, 1.0, ((0, 2),)
+        {"role": "assistant", "content": "ab", "tool_calls": CALLS}, True, 1.0, ((0, 2, 0.0),)
     )
 
 
 @pytest.mark.parametrize(
     ("part", "reason"),
     [
-        ({"type": "image_url", "image_url": "a.png"}, "a content part is not text"),
+        ({"type": "image_url", "image_url": "a.png"}, "a content part is image_url"),
         ({"type": "text", "text": None}, "a content part is not text"),
         ({"text": "a"}, "a content part is not text"),
         ("a", "a content part is not text"),
@@ -267,3 +273,63 @@ def test_an_unknown_sender_is_refused_with_the_known_ones(sender: Any) -> None:
 def test_a_sharegpt_value_that_is_no_text_is_refused(value: Any) -> None:
     with pytest.raises(RowError, match="'conversations', message 0 has content of type"):
         share({"from": "human", "value": value})
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ({"type": "image"}, "a content part is image"),
+        ({"type": "image_url", "image_url": {"url": "a.png"}}, "a content part is image_url"),
+        ({"type": "input_audio", "input_audio": {}}, "a content part is input_audio"),
+        ({"type": "video", "video": "a.mp4", "text": None}, "a content part is video"),
+    ],
+)
+def test_a_part_that_a_text_model_cannot_see_is_refused_by_what_it_is(
+    part: Any, reason: str
+) -> None:
+    with pytest.raises(RowError, match=r"message 0, part 1 .*trains on text alone") as info:
+        read({"role": "user", "content": [{"type": "text", "text": "a"}, part]}, ANSWER)
+    assert info.value.reason == reason
+
+
+def weigh(*pairs: tuple[str, Any]) -> list[dict[str, Any]]:
+    """Parts of a content with the weight of each."""
+    return [{"type": "text", "text": text, "weight": weight} for text, weight in pairs]
+
+
+@pytest.mark.parametrize(
+    ("message", "weight", "train", "weighted"),
+    [
+        ({"content": weigh(("ab", 2), ("cd", None))}, 1.0, True, ((0, 2, 2.0),)),
+        (
+            {"content": weigh(("ab", 2), ("cd", 0.5)), "weight": 3},
+            0.5,
+            True,
+            ((0, 2, 3.0), (2, 4, 0.75)),
+        ),
+        ({"content": weigh(("ab", 2), ("cd", 2), ("", 7), ("e", 1))}, 1.0, True, ((0, 4, 2.0),)),
+        ({"content": weigh(("ab", 0), ("cd", 1))}, 1.0, True, ((0, 2, 0.0),)),
+        (
+            {"content": [*weigh(("ab", 2)), *parts(("cd", False))]},
+            1.0,
+            True,
+            ((0, 2, 2.0), (2, 4, 0.0)),
+        ),
+        # Nothing is left of it.
+        ({"content": weigh(("ab", 0), ("cd", 0))}, 1.0, False, ()),
+        ({"content": weigh(("ab", 2)), "train": False}, 1.0, False, ()),
+        ({"content": weigh(("ab", 1)), "weight": 0}, 1.0, True, ()),
+    ],
+)
+def test_the_weight_of_a_part_multiplies_those_of_its_message_and_row(
+    message: dict[str, Any], weight: float, train: bool, weighted: Any
+) -> None:
+    (turn,) = read({"role": "assistant", **message}, weight=weight)
+    assert turn.message["content"] == "".join(part["text"] for part in message["content"])
+    assert (turn.train, turn.weighted) == (train, weighted)
+
+
+@pytest.mark.parametrize("weight", [-1, "2", True, float("nan"), 1e400])
+def test_the_weight_of_a_part_that_is_none_is_refused_by_its_place(weight: Any) -> None:
+    with pytest.raises(RowError, match=r"^Row 3: column 'messages', message 0, part 1 has the we"):
+        read({"role": "assistant", "content": [*parts("ab"), *weigh(("cd", weight))]})

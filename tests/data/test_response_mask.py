@@ -466,3 +466,30 @@ def test_a_stop_token_in_the_wrong_place_is_no_stop_token(
     outcome = outcome_of(chat(("user", "q"), ("assistant", "a"), ("user", "p")), tokenizer)
     assert trained_tokens(outcome, tokenizer) == ["a", "<|im_end|>"]
     assert "p" not in tokenizer.convert_ids_to_tokens(outcome.examples[0]["input_ids"])
+
+
+@pytest.mark.parametrize("boundary", ["split", "include", "exclude"])
+def test_the_tokens_of_a_part_count_as_much_as_it_says(boundary: str) -> None:
+    tokenizer = byte_level(CLEAN)
+    parts = [
+        {"type": "text", "text": "ab", "weight": 3},
+        {"type": "text", "text": "cd", "train": False},
+        {"type": "text", "text": "ef"},
+    ]
+    messages = chat(("user", "q"), ("assistant", parts))["messages"]
+    messages[1]["weight"] = 0.5
+    row = {"messages": messages, "weight": 4}
+    outcome = outcome_of(row, tokenizer, boundary=boundary)
+    (example,) = outcome.examples
+    pairs = zip(example["response_mask"], example["loss_weights"], strict=True)
+    # The stop token is no part of a content, so it counts like the message.
+    assert [w for trained, w in pairs if trained] == [6.0, 6.0, 2.0, 2.0, 2.0]
+    assert trained_tokens(outcome, tokenizer) == ["a", "b", "e", "f", "</s>"]
+
+
+def test_the_edges_of_weighted_parts_are_cut_too() -> None:
+    tokenizer = byte_level(CLEAN, ("b", "c"))
+    parts = [{"type": "text", "text": "ab", "weight": 3}, {"type": "text", "text": "cd"}]
+    (example,) = outcome_of(chat(("user", "q"), ("assistant", parts)), tokenizer).examples
+    trained = [w for w in example["loss_weights"] if w]
+    assert trained == [3.0, 3.0, 1.0, 1.0, 1.0]

@@ -104,3 +104,15 @@ def test_examples_that_are_thrown_away_again_are_not_tokenized_again(tokenizer: 
     assert again.preparer.num_examples == [63, 63, 64, 8]
     # In the next pass all rows are wanted.
     assert list(again) == expected
+
+
+def test_what_is_to_be_known_of_rows_is_said_once_with_the_first_of_them(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepared = prepare_stream(stream([GOOD] * 200), tokenizer, name="eval_web")
+    with caplog.at_level(logging.WARNING):
+        assert len(list(prepared)) == len(list(prepared)) == 200
+    (message,) = [r.getMessage() for r in caplog.records]
+    assert "eval_web" in message
+    assert "row 0" in message
+    assert "prompt_format='chat'" in message

@@ -240,7 +240,7 @@ def test_a_tokenizer_without_offsets_gives_the_same_mask(columns: str) -> None:
 def test_a_missing_chat_template_is_an_error_of_the_whole_dataset(
     tokenizer_factory: Callable[..., Any],
 ) -> None:
-    with pytest.raises(ValueError, match=r"has no chat template.*--chat_template_path"):
+    with pytest.raises(ValueError, match=r"has no chat template.*chat_template_path"):
         tokenize_example({"messages": CHAT}, tokenizer_factory(chat_template=None))
 
 

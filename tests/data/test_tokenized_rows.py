@@ -7,10 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_sft_plugin import IGNORE_INDEX, RowError
+from hf_sft_plugin import (
+    IGNORE_INDEX,
+    DataCollatorForPromptResponse,
+    RowError,
+    prepare_dataset,
+    preview_rows,
+    tokenize_example,
+)
+from hf_sft_plugin.data.streaming import prepare_stream
 from hf_sft_plugin.data.tokenized_rows import check_tokenized_row
 
 VOCAB_SIZE = 300
@@ -239,3 +248,51 @@ def test_a_mask_and_the_labels_it_gives_are_the_same_row(tokens: list[tuple[int,
     by_labels = {"input_ids": input_ids, "labels": labels}
     assert check_tokenized_row(by_labels, 0, VOCAB_SIZE) == expected
     assert check_tokenized_row(expected, 0, VOCAB_SIZE) == expected
+
+
+EVERYTHING: list[dict[str, Any]] = [{"use_loss_mask": False}, {"train_on": "all"}]
+
+
+@pytest.mark.parametrize("options", EVERYTHING)
+def test_rows_of_ids_alone_are_trained_whole_where_everything_is(
+    options: dict[str, Any], tokenizer: Any
+) -> None:
+    rows = [{"input_ids": IDS}, {"input_ids": [0, 0, *IDS[1:]], "attention_mask": [0, 0, 1, 1, 1]}]
+    expected = [
+        {"input_ids": IDS, "response_mask": [0, 1, 1, 1]},
+        {"input_ids": IDS[1:], "response_mask": [0, 1, 1]},
+    ]
+    assert [tokenize_example(row, tokenizer, **options)[0] for row in rows] == expected
+    alike = Dataset.from_list([rows[0]] * 3)
+    for num_proc in (1, 2):
+        prepared, ledger = prepare_dataset(alike, tokenizer, num_proc=num_proc, **options)
+        assert prepared.to_list() == [expected[0]] * 3
+        assert ledger.num_response_tokens == 9
+    (made, *_) = prepare_stream(alike.to_iterable_dataset(), tokenizer, **options)
+    assert {name: made[name] for name in expected[0]} == expected[0]
+    batch = DataCollatorForPromptResponse(tokenizer, **options)(rows[:1])
+    assert batch["labels"].tolist() == [[-100, 6, 7, 2]]
+    assert preview_rows([rows[0]], tokenizer, **options)[0].num_trained == 3
+
+
+def test_a_row_whose_marks_are_none_is_trained_whole_where_everything_is(tokenizer: Any) -> None:
+    row = {"input_ids": IDS, "labels": None}
+    (example,) = tokenize_example(row, tokenizer, use_loss_mask=False)
+    assert example["response_mask"] == [0, 1, 1, 1]
+    with pytest.raises(RowError, match="'labels' holds NoneType"):
+        tokenize_example(row, tokenizer)
+
+
+def test_rows_of_ids_alone_are_refused_with_what_to_set_where_only_some_are_trained(
+    tokenizer: Any,
+) -> None:
+    with pytest.raises(ValueError, match=r"which tokens to train.*use_loss_mask=False"):
+        prepare_dataset(Dataset.from_list([{"input_ids": IDS}]), tokenizer)
+
+
+def test_rows_of_ids_alone_cannot_be_evaluated_over_responses(tokenizer: Any) -> None:
+    rows = Dataset.from_list([{"input_ids": IDS}])
+    options = {"use_loss_mask": False}
+    prepare_dataset(rows, tokenizer, eval_masks=["all"], **options)
+    with pytest.raises(ValueError, match="without the column eval_masks"):
+        prepare_dataset(rows, tokenizer, eval_masks=["response"], **options)

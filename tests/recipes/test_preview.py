@@ -119,7 +119,14 @@ def test_the_help_explains_itself_and_leaves_out_what_only_training_needs(
         run("--help")
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    for part in ("before anything is", "--containing", "--max_length", "--train_file", "--against"):
+    for part in (
+        "before anything is",
+        "--containing",
+        "--max_length",
+        "--train_file",
+        "--against",
+        "--chat_template_path",
+    ):
         assert part in printed
     for part in ("--learning_rate", "--lora", "--eval_file", "SUPPRESS"):
         assert part not in printed

@@ -39,6 +39,8 @@ OWN_DEFAULTS = {
     "group_by_prompt": False,
     "max_dropped_share": 0.05,
     "dataset_num_proc": None,
+    "chat_template_path": None,
+    "model_tags": None,
     "pad_to_multiple_of": None,
     "model_init_kwargs": None,
     "eval_masks": [],
@@ -400,3 +402,9 @@ def test_packing_is_refused_where_it_could_not_work(
     assert make_config(**usual, train_sampling_strategy="sequential").packing
     with pytest.raises(ValueError, match=message):
         make_config(**{**usual, **settings})
+
+
+def test_tags_are_a_list_of_names(make_config: Make) -> None:
+    assert make_config(model_tags=["chess"]).model_tags == ["chess"]
+    with pytest.raises(ValueError, match=r"model_tags is 'chess'; give a list .* \['chess'\]"):
+        make_config(model_tags="chess")

@@ -608,6 +608,99 @@ def test_a_model_is_loaded_by_its_name_with_its_own_tokenizer(
     assert trainer.state.global_step == 2
 
 
+LINES = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_a_chat_template_from_a_file_writes_the_rows_and_is_saved(
+    dataset: Dataset, model: Any, tokenizer_factory: Any, make_config: Make, tmp_path: Path
+) -> None:
+    (tmp_path / "lines.jinja").write_text(LINES)
+    trainer = MaskedSFTTrainer(
+        model,
+        make_config(chat_template_path=str(tmp_path / "lines.jinja")),
+        train_dataset=dataset,
+        processing_class=tokenizer_factory(chat_template=None),
+    )
+    expected, _ = prepare_dataset(dataset, tokenizer_factory(chat_template=LINES))
+    assert trainer.train_dataset.to_list() == expected.to_list()
+    trainer.save_model()
+    assert AutoTokenizer.from_pretrained(trainer.args.output_dir).chat_template == LINES
+
+
+def test_a_chat_template_that_is_not_there_is_refused_before_the_model_is_loaded(
+    dataset: Dataset, make_config: Make
+) -> None:
+    with pytest.raises(ValueError, match=r"chat_template_path is 'no\.jinja', but there"):
+        MaskedSFTTrainer("nowhere", make_config(chat_template_path="no.jinja"), dataset)
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(task_type="CAUSAL_LM", r=4)])
+def test_the_tags_of_settings_and_model_are_in_every_card_that_is_pushed(
+    peft_config: Any,
+    dataset: Dataset,
+    model: Any,
+    tokenizer: Any,
+    make_config: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hub = FakeHub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    model.add_model_tags("chess")
+    trainer = MaskedSFTTrainer(
+        model,
+        make_config(push_to_hub=True, hub_model_id="mine", model_tags=["go", "chess"]),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    trainer.train()
+    card = ModelCard.load(Path(trainer.args.output_dir, "README.md"))
+    assert card.data.tags == ["chess", "go", "hf_sft_plugin", "sft"]
+    trainer.push_to_hub(tags="demo")
+    card = ModelCard(hub.uploads[-1]["README.md"].decode())
+    assert card.data.tags == ["chess", "demo", "go", "hf_sft_plugin", "sft"]
+
+
+def test_the_summary_of_a_run_says_what_to_set_for_a_chat_template(
+    model: Any, tokenizer: Any, make_config: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = Dataset.from_list([{"prompt": "hello", "response": "world"}] * 4)
+    MaskedSFTTrainer(model, make_config(), train_dataset=rows, processing_class=tokenizer).train()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "plain text without the chat template; prompt_format='chat' uses it" in printed
+
+
+def test_a_transform_is_refused_in_every_set_of_rows(
+    dataset: Dataset, model: Any, tokenizer: Any, make_config: Make
+) -> None:
+    changed = dataset.with_transform(dict)
+
+    def make(train: Any, evaluation: Any) -> MaskedSFTTrainer:
+        return MaskedSFTTrainer(
+            model,
+            make_config(),
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+        )
+
+    cases = {
+        "": (changed, None),
+        "eval data: ": (dataset, changed),
+        "eval_web data: ": (dataset, {"web": changed}),
+    }
+    for name, (train, evaluation) in cases.items():
+        with pytest.raises(ValueError, match=f"^{name}The dataset has a transform"):
+            make(train, evaluation)
+    with pytest.raises(ValueError, match=r"^The dataset has a transform"):
+        make(DatasetDict({"train": changed}), None)
+    with pytest.raises(ValueError, match=r"^evaluate data: The dataset has a transform"):
+        make(dataset, dataset).evaluate(changed)
+
+
 def test_the_stop_token_is_the_one_named_and_is_saved(
     dataset: Dataset, model: Any, tokenizer_factory: Any, make_config: Make
 ) -> None:
