@@ -158,7 +158,7 @@ class FusedHead:
                 transform=self.transform,
                 objective=objective,
                 forward=own_forward,
-                weight=handed_on[0] if handed_on else None,
+                weight=self._weight_of(handed_on),
             )
             answers.append(answer)
             if read is not None:
@@ -178,6 +178,11 @@ class FusedHead:
             for own, value in zip((answer.loss, losses[1]), returned, strict=True)
         )
         return ResponseResult(loss, answer.token_losses, answer.stats, aux_loss)
+
+    def _weight_of(self, handed_on: list[Tensor]) -> Tensor | None:
+        """What the embedding handed on, where the head has not been widened meanwhile."""
+        own = cast(Any, self.lm_head).weight if handed_on else None
+        return handed_on[0] if handed_on and handed_on[0].dtype == own.dtype else None
 
     @contextmanager
     def _collected_losses(self) -> Iterator[list[Any]]:
@@ -340,7 +345,9 @@ def _first_row(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _known_logits(like: Tensor) -> Tensor:
     """Spread values of both signs, whose mean is not 0 so that a model which uses it is noticed."""
-    values = torch.linspace(-50, 70, like.shape[-1], dtype=widest_float(like.device), device=like.device)
+    values = torch.linspace(
+        -50, 70, like.shape[-1], dtype=widest_float(like.device), device=like.device
+    )
     return values.expand_as(like)
 
 
