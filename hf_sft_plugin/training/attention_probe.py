@@ -288,9 +288,8 @@ class _Runs:
 
     def _logits(self, inputs: Mapping[str, Any], implementation: str | None = None) -> Tensor:
         """`(T, V)`, of a single row."""
-        set_or_not = nullcontext()
-        if self._switch is not None and implementation is not None:
-            set_or_not = self._switch.set_to(implementation)
+        is_set = self._switch is not None and implementation is not None
+        set_or_not = self._switch.set_to(implementation) if is_set else nullcontext()
         with set_or_not:
             logits: Tensor = self._wrapped(**inputs, use_cache=False).logits[0]
         return logits

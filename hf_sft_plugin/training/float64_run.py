@@ -98,7 +98,8 @@ class _Widened:
             # Its rows are widened when they have been looked up; all of them would be many.
             return
         for module in self._module.modules():
-            for tensors in (module._parameters, module._buffers):
+            of_module: Any = module
+            for tensors in (of_module._parameters, of_module._buffers):
                 own = {name: t for name, t in tensors.items() if self._is_narrow(t)}
                 self._stack.callback(tensors.update, own)
                 tensors.update({name: t.to(self._dtype) for name, t in own.items()})

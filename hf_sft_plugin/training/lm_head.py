@@ -181,8 +181,9 @@ class FusedHead:
 
     def _weight_of(self, handed_on: list[Tensor]) -> Tensor | None:
         """What the embedding handed on, where the head has not been widened meanwhile."""
-        own = cast(Any, self.lm_head).weight if handed_on else None
-        return handed_on[0] if handed_on and handed_on[0].dtype == own.dtype else None
+        head: Any = self.lm_head
+        is_same = bool(handed_on) and handed_on[0].dtype == head.weight.dtype
+        return handed_on[0] if is_same else None
 
     @contextmanager
     def _collected_losses(self) -> Iterator[list[Any]]:
