@@ -5,7 +5,7 @@ rounds.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -39,6 +37,9 @@ QUESTIONS = {
 }
 STEP = {
     "per_device_train_batch_size": 4,
+    "prompt_format": "chat",
+    # Leaves the model as it is.
+    "optim": "sgd",
     "learning_rate": 0.0,
     "max_grad_norm": 0.0,
     "max_steps": 1,
@@ -67,10 +68,14 @@ class Case:
     """A trained model with all weights or an adapter, and its gradient in float64."""
 
     def __init__(
-        self, folder: Path, has_adapter: bool, widen: Callable[[Any], None], output: Path
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        has_adapter: bool,
+        widen: Callable[[Any], None],
+        output: Path,
     ) -> None:
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.model, self.tokenizer = model, tokenizer
         if has_adapter:
             lora = LoraConfig(r=16, target_modules="all-linear")
             torch.manual_seed(0)
@@ -79,18 +84,10 @@ class Case:
                 if "lora_B" in name:
                     # Zeros, as it comes, would leave the other factor without a gradient.
                     torch.nn.init.normal_(weight, std=0.01)
-        turns = (("user", "assistant"), QUESTIONS.items())
         self.rows = Dataset.from_list(
-            [
-                {
-                    "messages": [
-                        dict(role=r, content=c) for r, c in zip(turns[0], texts, strict=True)
-                    ]
-                }
-                for texts in turns[1]
-            ]
+            [{"prompt": prompt, "response": response} for prompt, response in QUESTIONS.items()]
         )
-        self.prepared, _ = prepare_dataset(self.rows, self.tokenizer)
+        self.prepared, _ = prepare_dataset(self.rows, self.tokenizer, prompt_format="chat")
         self.output = str(output)
         self.truth = self._in_float64(widen)
 
@@ -106,11 +103,12 @@ class Case:
             (-(log_probs * mask[1:]).sum() / num_tokens).backward()
         return flat_gradient(model)
 
-    def error(self, trainer_class: Any, model: Any, **arguments: Any) -> float:
+    def error(self, trainer_class: Any, **arguments: Any) -> float:
         """How far the gradient of a training is from float64."""
         gradient = Gradient()
-        trainer_class(model=model, callbacks=[gradient], **arguments).train()
-        difference = torch.linalg.vector_norm(gradient.value.double() - self.truth)
+        trainer_class(model=self.model, callbacks=[gradient], **arguments).train()
+        self.model.zero_grad()
+        difference = torch.linalg.vector_norm(gradient.value - self.truth)
         return float(difference / torch.linalg.vector_norm(self.truth))
 
     def of_plain(self, **settings: Any) -> float:
@@ -118,24 +116,26 @@ class Case:
         args = MaskedSFTConfig(self.output, **STEP, **settings)
         collator = DataCollatorForPromptResponse(self.tokenizer, return_response_mask=False)
         data = {"data_collator": collator, "train_dataset": self.prepared}
-        return self.error(Trainer, copy.deepcopy(self.model), args=args, **data)
+        return self.error(Trainer, args=args, **data)
 
     def of_ours(self, **settings: Any) -> float:
         """With ours."""
         args = MaskedSFTConfig(self.output, **STEP, **settings)
         data = {"processing_class": self.tokenizer, "train_dataset": self.rows}
-        return self.error(MaskedSFTTrainer, copy.deepcopy(self.model), args=args, **data)
+        return self.error(MaskedSFTTrainer, args=args, **data)
 
 
 @pytest.fixture(scope="module", params=["all weights", "LoRA"])
 def case(
     request: pytest.FixtureRequest,
-    trained_model_folder: Path,
+    load_trained_model: Callable[..., Any],
+    trained_tokenizer: PreTrainedTokenizerBase,
     widen: Callable[[Any], None],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Case]:
+) -> Case:
     output = tmp_path_factory.mktemp("run")
-    yield Case(trained_model_folder, request.param == "LoRA", widen, output)
+    has_adapter = request.param == "LoRA"
+    return Case(load_trained_model(), trained_tokenizer, has_adapter, widen, output)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
