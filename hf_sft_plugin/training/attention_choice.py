@@ -13,7 +13,8 @@ from transformers import PreTrainedConfig
 
 from hf_sft_plugin.training.adapters import adapter_state, find_row_dependence
 from hf_sft_plugin.training.attention import IMPLEMENTATION
-from hf_sft_plugin.training.attention_probe import AttentionSwitch, find_problem
+from hf_sft_plugin.training.attention_probe import find_problem
+from hf_sft_plugin.training.attention_switch import AttentionSwitch
 
 logger = logging.getLogger(__name__)
 

@@ -1,29 +1,44 @@
 """The proof that rows of a model can go without padding: a few documents of a handful of tokens.
 
-They are run in a padded batch as ever, and end to end. The logits have to be the same; nothing of
-one document may reach another; and every mask that the model asks for has to be causal, in a window
-of the size that its layer asks for, at the lengths that training will meet as well.
+They run in a padded batch and end to end.
+
+- Nothing of one document may reach another: NaN in one may not show up in any other.
+- Every mask that the model asks for has to be causal, in a window of the size that its layer asks
+  for, at the lengths that training will meet as well.
+- In float64 both ways have to give the same logits. There rounding is far smaller than any real
+  difference, whatever the precision that the model trains in.
+- In the precision of training, rows end to end may be no further from the float64 logits than
+  padded rows are.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from hf_sft_plugin.training.attention import IMPLEMENTATION, document_attention
+from hf_sft_plugin.training.attention_switch import AttentionSwitch
+from hf_sft_plugin.training.float64_run import (
+    MODEL_ERRORS,
+    TOLERANCE,
+    in_float64,
+    largest_error,
+    typical_error,
+)
 from hf_sft_plugin.training.response_batch import find_layout
+from hf_sft_plugin.training.run_state import same_random_numbers
 from hf_sft_plugin.training.shared_prompts import find_shared_prompts
 
-# What a model may raise that is run in a way it was not made for.
-MODEL_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+logger = logging.getLogger(__name__)
+
 _PROBE = "document_attention_probe"
-_OURS = (IMPLEMENTATION, _PROBE)
 # Tensors that layers may hand on: what `document_attention` takes, or need not know.
 _KNOWN_TENSORS = frozenset(
     ("cu_seq_lens_q", "cu_seq_lens_k", "key_index", "position_ids", "s_aux", "position_bias")
@@ -31,55 +46,11 @@ _KNOWN_TENSORS = frozenset(
 # Documents of the probe; the one in the middle is disturbed, and the others must not notice.
 _LENGTHS = (6, 4, 9)
 _DISTURBED = slice(6, 10)
-# Largest relative difference between the logits of a token with and without padding.
-_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
-_TOLERANCE_OF_HALVES = 5e-2
+# How much further from the truth than padded rows a few tokens may be by chance.
+_CHANCE = 4.0
 # Positions up to which masks are looked at, where a model names no limit of its own.
 _NUM_POSITIONS = 2**17
 _MAX_POSITIONS = 2**20
-
-
-class AttentionSwitch:
-    """Runs a model with another attention implementation, and gives back its own.
-
-    Args:
-        model: The model, unwrapped from Accelerate.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        configs = [getattr(module, "config", None) for module in model.modules()]
-        found = {id(c): c for c in configs if isinstance(c, PreTrainedConfig)}
-        self._configs = list(found.values())
-        self._own = [config._attn_implementation for config in self._configs]
-
-    @contextmanager
-    def set_to(self, name: str) -> Iterator[None]:
-        """Sets the implementation for a while."""
-        self._set(name)
-        try:
-            yield
-        finally:
-            self.give_back()
-
-    def set_until_gradients_are_there(self) -> None:
-        """Sets `document_attention` up to the end of the backward pass that is going on."""
-        self._set(IMPLEMENTATION)
-        engine: Any = torch.autograd.Variable._execution_engine
-        engine.queue_callback(self.give_back)
-
-    def give_back(self) -> None:
-        """Sets what the model came with."""
-        for config, own in zip(self._configs, self._own, strict=True):
-            if config._attn_implementation in _OURS:
-                config._attn_implementation_internal = own
-
-    def _set(self, name: str) -> None:
-        for index, config in enumerate(self._configs):
-            # It may have been changed in between.
-            if config._attn_implementation not in _OURS:
-                self._own[index] = config._attn_implementation
-            # Not by the property, which would set the configs inside this one as well.
-            config._attn_implementation_internal = name
 
 
 class _UnsupportedError(Exception):
@@ -90,7 +61,6 @@ class _Witness:
     """Stands between a model and `document_attention`, and keeps what is asked for."""
 
     def __init__(self) -> None:
-        self.dtype = torch.float64
         self._masks: list[tuple[Tensor, Callable[..., Tensor]]] = []
         self._calls: list[tuple[Tensor | None, int | None]] = []
         AttentionInterface.register(_PROBE, self._attend)
@@ -119,7 +89,6 @@ class _Witness:
         if unknown := tensors - _KNOWN_TENSORS:
             raise _UnsupportedError(f"its layers attend by {', '.join(sorted(unknown))} as well")
         self._calls.append((attention_mask, options.get("sliding_window")))
-        self.dtype = min(self.dtype, value.dtype, key=lambda dtype: torch.finfo(dtype).bits)
         return document_attention(module, query, key, value, attention_mask, **options)
 
     def problem(self, num_positions: int) -> str | None:
@@ -149,6 +118,26 @@ def _is_causal(
     return bool((predicate(zero, zero, rows, columns) == expected).all())
 
 
+class _Probe(NamedTuple):
+    """Documents in the two ways of running them.
+
+    Attributes:
+        rows: The tokens of each, a tensor of shape `(length,)`.
+        inputs: What a model reads of them without padding.
+        places: Where the tokens of the rows are in it, one row after another.
+        disturbed: Positions in it, all tokens of one document.
+        leak: What it means if NaN there reaches others.
+        way: How these inputs run, for a message.
+    """
+
+    rows: list[Tensor]
+    inputs: dict[str, Any]
+    places: Tensor
+    disturbed: slice
+    leak: str
+    way: str
+
+
 def find_problem(
     wrapped: nn.Module,
     model: nn.Module,
@@ -156,6 +145,8 @@ def find_problem(
     shares_prompts: bool = False,
 ) -> str | None:
     """Why rows of a model have to be padded, or cannot share prompts; None where they need not.
+
+    Random numbers come out as if nothing had run.
 
     Args:
         wrapped: The model as Accelerate prepared it.
@@ -165,12 +156,15 @@ def find_problem(
     """
     was_training = wrapped.training
     wrapped.eval()
+    device = cast(Any, model).device
     try:
         # Compiling would take longer than the probe, for shapes that do not come again.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        eagerly = torch.compiler.set_stance("force_eager")
+        with torch.no_grad(), eagerly, same_random_numbers(device):
+            run = _Runs(wrapped, model, switch)
             if shares_prompts:
-                return _run_probe_of_sharing(wrapped, model, switch)
-            return _run_probe(wrapped, model, switch)
+                return run.problem_of_sharing()
+            return run.problem()
     except _UnsupportedError as error:
         return str(error)
     except MODEL_ERRORS as error:
@@ -179,91 +173,133 @@ def find_problem(
         wrapped.train(was_training)
 
 
-def _run_probe(wrapped: nn.Module, model: nn.Module, switch: AttentionSwitch | None) -> str | None:
-    unwrapped = cast(Any, model)
-    config = unwrapped.config.get_text_config()
-    rows = probe_rows(config.vocab_size, unwrapped.device)
+class _Runs:
+    """The runs of a probe; `find_problem` has the arguments."""
 
-    def logits(batch: Mapping[str, Any], implementation: str | None = None) -> Tensor:
-        set_or_not = switch.set_to(implementation) if switch and implementation else nullcontext()
-        with set_or_not:
-            return wrapped(**batch, use_cache=False).logits
+    def __init__(
+        self, wrapped: nn.Module, model: nn.Module, switch: AttentionSwitch | None
+    ) -> None:
+        self._wrapped, self._switch = wrapped, switch
+        self._model = cast(Any, model)
+        self._config = self._model.config.get_text_config()
+        self._rows = probe_rows(self._config.vocab_size, self._model.device)
 
-    tolerance = None
-    if switch is not None:
-        # A single document: its masks can be asked about positions that it does not have.
-        witness = _Witness()
-        logits(end_to_end(rows[-1:]), _PROBE)
-        limit = getattr(config, "max_position_embeddings", None) or _NUM_POSITIONS
-        problem = witness.problem(min(limit, _MAX_POSITIONS))
+    def problem(self) -> str | None:
+        """Why rows have to be padded."""
+        if self._switch is not None:
+            # A single document: its masks can be asked about positions that it does not have.
+            witness = _Witness()
+            self._logits(end_to_end(self._rows[-1:]), _PROBE)
+            limit = getattr(self._config, "max_position_embeddings", None) or _NUM_POSITIONS
+            problem = witness.problem(min(limit, _MAX_POSITIONS))
+            if problem is not None:
+                return problem
+        inputs = end_to_end(self._rows)
+        places = torch.arange(sum(_LENGTHS), device=self._model.device)
+        leak = "tokens of one row reach another, as in recurrent or convolutional layers"
+        return self._compare(
+            _Probe(self._rows, inputs, places, _DISTURBED, leak, "without padding")
+        )
+
+    def problem_of_sharing(self) -> str | None:
+        """Why two rows that begin alike cannot share that; they end in more tokens and in fewer."""
+        assert self._switch is not None, "nothing else attends to documents that go on from others"
+        prompt, one, other = self._rows
+        rows = [torch.cat([prompt, ending]) for ending in (one, other)]
+        alone = self._wrapped(input_ids=rows[0].unsqueeze(0), use_cache=False)
+        if getattr(alone, "aux_loss", None) is not None:
+            return "the loss of its router counts every token that runs"
+        shared = find_shared_prompts([row.cpu().numpy().astype(np.int64) for row in rows], 1)
+        assert shared is not None, "they begin alike"
+        shared = shared.with_tensors(lambda tensor: tensor.to(prompt.device))
+        inputs = {
+            "input_ids": torch.cat(rows)[shared.index].unsqueeze(0),
+            **shared.model_inputs(),
+        }
+        end = sum(shared.document_lengths)
+        disturbed = slice(end - shared.document_lengths[-1], end)
+        leak = "tokens of one response reach another"
+        return self._compare(
+            _Probe(rows, inputs, shared.places, disturbed, leak, "with shared prompts")
+        )
+
+    def _compare(self, probe: _Probe) -> str | None:
+        flat = self._logits(probe.inputs, IMPLEMENTATION)
+        if flat.isnan().any():
+            return "its logits are NaN from the start, so that leaks would go unseen"
+        problem = self._find_leak(probe, flat)
         if problem is not None:
             return problem
-        tolerance = _TOLERANCES.get(witness.dtype)
-    flat = logits(end_to_end(rows), IMPLEMENTATION)[0]
-    if flat.isnan().any():
-        return "its logits are NaN from the start, so that leaks would go unseen"
-    with _disturbance(unwrapped.get_input_embeddings(), _DISTURBED):
-        disturbed = logits(end_to_end(rows), IMPLEMENTATION)[0]
-    others = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
-    others[_DISTURBED] = False
-    if disturbed[~others].isfinite().any():
-        return "its embeddings cannot be disturbed, so that leaks would go unseen"
-    # Whatever is computed from NaN is NaN, however little it counts. Only kernels that multiply
-    # what they mask by 0 are judged by the tokens: not a bit may change with those of another.
-    is_apart = bool(disturbed[others].isfinite().all())
-    if switch is None:
-        changed = logits(end_to_end([rows[0], rows[1].flip(0), rows[2]]))[0]
-        is_apart = is_apart or torch.equal(changed[others], flat[others])
-    if not is_apart:
-        return "tokens of one row reach another, as in recurrent or convolutional layers"
-    padded_rows = logits(_padded(rows))
-    padded = torch.cat([row[: len(ids)] for row, ids in zip(padded_rows, rows, strict=True)])
-    error, noise = largest_error(flat, padded), 0.0
-    if tolerance is None:
-        # In half precision padding itself changes results, as where experts are chosen.
-        alone = torch.cat([logits({"input_ids": ids.unsqueeze(0)})[0] for ids in rows])
-        error, noise = largest_error(flat, alone), largest_error(padded, alone)
-    bound = (tolerance or _TOLERANCE_OF_HALVES) + 2 * noise
-    if not error <= bound:
-        return f"without padding its logits differ by {error:.1e}, and {bound:.1e} is rounding"
-    return None
+        try:
+            truth, problem = self._compare_in_float64(probe)
+        except MODEL_ERRORS as error:
+            # Such as weights of which each process holds a part, or kernels of one dtype.
+            logger.info("Nothing runs in float64 (%s: %s).", type(error).__name__, error)
+            truth = self._alone(probe.rows)
+        if problem is not None or flat.dtype == truth.dtype == torch.float64:
+            return problem
+        lengths = [len(row) for row in probe.rows]
+        padded = self._padded(probe.rows)
+        found, allowed = (
+            typical_error(logits, truth, lengths) for logits in (flat[probe.places], padded)
+        )
+        bound = _CHANCE * allowed + torch.finfo(flat.dtype).eps
+        if not found <= bound:
+            return f"{probe.way} its logits err by {found:.1e}, in padded rows by {allowed:.1e}"
+        return None
 
+    def _find_leak(self, probe: _Probe, flat: Tensor) -> str | None:
+        with _disturbance(self._model.get_input_embeddings(), probe.disturbed):
+            disturbed = self._logits(probe.inputs, IMPLEMENTATION)
+        others = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
+        others[probe.disturbed] = False
+        if disturbed[~others].isfinite().any():
+            return "its embeddings cannot be disturbed, so that leaks would go unseen"
+        # Whatever is computed from NaN is NaN, however little it counts.
+        if disturbed[others].isfinite().all():
+            return None
+        if self._switch is None:
+            # Kernels that multiply what they mask by 0 are judged by the tokens: not a bit may
+            # change with those of another row.
+            one, other, last = probe.rows
+            changed = self._logits(end_to_end([one, other.flip(0), last]))
+            if torch.equal(changed[others], flat[others]):
+                return None
+        return probe.leak
 
-def _run_probe_of_sharing(
-    wrapped: nn.Module, model: nn.Module, switch: AttentionSwitch | None
-) -> str | None:
-    """The same with two rows that begin alike, and end in more tokens than that and in fewer."""
-    assert switch is not None, "nothing else attends to documents that go on from others"
-    unwrapped = cast(Any, model)
-    prompt, one, other = probe_rows(unwrapped.config.get_text_config().vocab_size, unwrapped.device)
-    rows = [torch.cat([prompt, ending]) for ending in (one, other)]
-    shared = find_shared_prompts([row.cpu().numpy().astype(np.int64) for row in rows], at_least=1)
-    assert shared is not None, "they begin alike"
-    shared = shared.with_tensors(lambda tensor: tensor.to(prompt.device))
-    ids = torch.cat(rows)[shared.index].unsqueeze(0)
-    witness = _Witness()
-    with switch.set_to(_PROBE):
-        wrapped(**end_to_end(rows[:1]), use_cache=False)
-    dtype = witness.dtype
-    alone = [wrapped(input_ids=row.unsqueeze(0), use_cache=False) for row in rows]
-    if any(getattr(output, "aux_loss", None) is not None for output in alone):
-        return "the loss of its router counts every token that runs"
-    expected = torch.cat([output.logits[0] for output in alone])
-    padded_rows = wrapped(**_padded(rows), use_cache=False).logits
-    padded = torch.cat([row[: len(ids)] for row, ids in zip(padded_rows, rows, strict=True)])
-    inputs = {"input_ids": ids, "use_cache": False, **shared.model_inputs()}
-    last = slice(ids.shape[1] - shared.document_lengths[-1], ids.shape[1])
-    with switch.set_to(IMPLEMENTATION):
-        flat = wrapped(**inputs).logits[0]
-        with _disturbance(unwrapped.get_input_embeddings(), last):
-            disturbed = wrapped(**inputs).logits[0]
-    if disturbed[last].isfinite().any() or not disturbed[: last.start].isfinite().all():
-        return "tokens of one response reach another"
-    error = largest_error(flat[shared.places], expected)
-    bound = tolerance_of(dtype) + 2 * largest_error(padded, expected)
-    if not error <= bound:
-        return f"its logits then differ by {error:.1e}, and {bound:.1e} is rounding"
-    return None
+    def _compare_in_float64(self, probe: _Probe) -> tuple[Tensor, str | None]:
+        """The logits of the rows, and how those without padding differ; None where they do not."""
+        with in_float64(self._wrapped):
+            if self._switch is None:
+                # Flash attention has no float64.
+                with AttentionSwitch(self._model).set_to("eager"):
+                    return self._padded(probe.rows), None
+            truth = self._padded(probe.rows)
+            flat = self._logits(probe.inputs, IMPLEMENTATION)[probe.places]
+            error, bound = largest_error(flat, truth), TOLERANCE
+            if not error <= bound:
+                # Padding, too, may change what a model gives, and kernels that know no float64
+                # round by how many rows they are given.
+                truth, twice = self._alone(probe.rows), self._alone(probe.rows, times=2)
+                error, bound = largest_error(flat, truth), bound + 2 * largest_error(twice, truth)
+        if error <= bound:
+            return truth, None
+        return truth, f"{probe.way} its logits differ by {error:.1e}, and {bound:.1e} is rounding"
+
+    def _logits(self, inputs: Mapping[str, Any], implementation: str | None = None) -> Tensor:
+        """`(T, V)`, of a single row."""
+        is_set = self._switch is not None and implementation is not None
+        set_or_not = self._switch.set_to(implementation) if is_set else nullcontext()
+        with set_or_not:
+            logits: Tensor = self._wrapped(**inputs, use_cache=False).logits[0]
+        return logits
+
+    def _padded(self, rows: list[Tensor]) -> Tensor:
+        logits = self._wrapped(**_padded(rows), use_cache=False).logits
+        return torch.cat([of_row[: len(row)] for of_row, row in zip(logits, rows, strict=True)])
+
+    def _alone(self, rows: list[Tensor], times: int = 1) -> Tensor:
+        return torch.cat([self._logits({"input_ids": row.repeat(times, 1)}) for row in rows])
 
 
 def probe_rows(vocab_size: int, device: torch.device) -> list[Tensor]:
@@ -286,19 +322,6 @@ def end_to_end(rows: list[Tensor]) -> dict[str, Any]:
     assert layout is not None, "rows padded on the right have one"
     layout = layout.to(batch["input_ids"].device)
     return {"input_ids": layout.flatten(batch["input_ids"]), **layout.model_inputs()}
-
-
-def tolerance_of(dtype: torch.dtype) -> float:
-    """The largest relative difference that rounding explains, for values of this dtype."""
-    return _TOLERANCES.get(dtype, _TOLERANCE_OF_HALVES)
-
-
-def largest_error(logits: Tensor, reference: Tensor) -> float:
-    """The largest relative difference between the logits of a token, `(N, V)`."""
-    # A head that begins with zeros gives no size to compare with.
-    sizes = reference.norm(dim=-1).clamp(min=torch.finfo(reference.dtype).tiny)
-    errors = (logits - reference).norm(dim=-1) / sizes
-    return errors.max().item()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from hf_sft_plugin.training.attention_probe import MODEL_ERRORS
+from hf_sft_plugin.training.float64_run import MODEL_ERRORS
 
 _OF_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 

@@ -1,7 +1,7 @@
 """Checks of a step's forward pass: documents are apart, and the fused head gives true numbers."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from hf_sft_plugin.loss.token_stats import shift_labels
-from hf_sft_plugin.training.attention_probe import tolerance_of
 from hf_sft_plugin.training.checks import VerificationCheck, not_run
 from hf_sft_plugin.training.first_step import FirstStep
+from hf_sft_plugin.training.float64_run import TOLERANCE, in_float64
 from hf_sft_plugin.training.lm_head import replaced_forward
 from hf_sft_plugin.training.model_interface import find_lm_head
 from hf_sft_plugin.training.response_batch import OURS, find_layout
@@ -25,8 +25,6 @@ _SAMPLE = 4, 32, 8
 _FINEST = 1e-12
 # Documents in which a token that can be changed is looked for.
 _NUM_TRIED = 8
-# Rows of a weight in float64 at a time.
-_NUM_WEIGHTS = 8192
 
 _ON_DOCUMENTS = (
     "What is read in one document, or later in its own, changes what is predicted: the model would "
@@ -102,9 +100,19 @@ def check_documents(step: FirstStep) -> list[VerificationCheck]:
     bound = 0.0
     if any(step.on_processes(any(moves))):
         bound = 2 * _largest_move(before, predictions(ids))
-    if any("expert" in name for name, _ in step.unwrapped.named_modules()):
-        # Experts multiply the tokens that chose them, and round by how many these are.
-        bound += tolerance_of(step.dtype)
+    has_experts = any("expert" in name for name, _ in step.unwrapped.named_modules())
+    if has_experts and any(step.on_processes(any(moves))):
+        # Experts multiply the tokens that chose them, and round by how many these are. A prediction
+        # that moves in float64, too, depends on what was changed.
+        with in_float64(step.unwrapped):
+            before, after, with_other_padding = (
+                predictions(each) for each in (ids, ids if change is None else change.ids, padded)
+            )
+        moves = (
+            _largest_move(before[:, ~may_move], after[:, ~may_move]),
+            _largest_move(before, with_other_padding),
+        )
+        bound = TOLERANCE
     checks = _judge_change(before != after, may_move, positions, documents, change, moves[0], bound)
     if not len(positions) or not is_padding.any():
         reason = "no token of these rows is trained" if is_padding.any() else "there is none"
@@ -196,16 +204,13 @@ def check_head(step: FirstStep) -> list[VerificationCheck]:
     fused = step.forward(sample).stats
     with chooser.full_logits():
         reference = step.forward(sample).stats
-        exact = replaced_forward(head, exact_forward(head)) if head is not None else nullcontext()
-        with exact:
+        with nullcontext() if head is None else _logits_in_float64(head):
             truth = step.forward(sample).stats
     if chooser.choice is None:
         return [not_run(name, "the loss is made from the full logits") for name in HEAD_CHECKS]
-    # Only of a plain layer the products can be worked out again in float64.
     rounding = max(torch.finfo(step.dtype).eps, _FINEST)
-    slack = rounding if _is_linear(head) else tolerance_of(step.dtype)
     return [
-        _judge_head(name, slack, *values)
+        _judge_head(name, rounding, *values)
         for name, *values in zip(
             HEAD_CHECKS,
             *((stats.log_probs, stats.token_entropy) for stats in (fused, reference, truth)),
@@ -214,37 +219,21 @@ def check_head(step: FirstStep) -> list[VerificationCheck]:
     ]
 
 
+@contextmanager
+def _logits_in_float64(head: nn.Module) -> Iterator[None]:
+    own = head.forward
+    with in_float64(head), replaced_forward(head, lambda hidden: own(hidden.double())):
+        yield
+
+
 def _judge_head(
-    name: str, slack: float, fused: Tensor, reference: Tensor, truth: Tensor
+    name: str, rounding: float, fused: Tensor, reference: Tensor, truth: Tensor
 ) -> VerificationCheck:
     truth = truth.double()
     found, allowed = (float((x - truth).square().mean().sqrt()) for x in (fused, reference))
-    bound = 2 * allowed + slack * max(1.0, float(truth.square().mean().sqrt()))
+    bound = 2 * allowed + rounding * max(1.0, float(truth.square().mean().sqrt()))
     note = f"nats off float64 at {len(truth)} positions; full logits are {allowed:.1e} off"
     return VerificationCheck(name, found, bound, note, _ON_HEAD)
-
-
-def exact_forward(head: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A forward of an LM head whose logits are float64, and so is what is made of them."""
-    own = head.forward
-
-    def in_float64(hidden_states: Tensor) -> Tensor:
-        weight: Any = head.weight
-        hidden = hidden_states.double()
-        logits = torch.cat([hidden @ w.double().T for w in weight.split(_NUM_WEIGHTS)], dim=-1)
-        bias: Any = head.bias
-        with_bias: Tensor = logits if bias is None else logits + bias.double()
-        return with_bias
-
-    def as_it_is(hidden_states: Tensor) -> Tensor:
-        logits: Tensor = own(hidden_states)
-        return logits.double()
-
-    return in_float64 if _is_linear(head) else as_it_is
-
-
-def _is_linear(head: nn.Module | None) -> bool:
-    return type(head) is nn.Linear and "forward" not in vars(head)
 
 
 def sample_rows(parts: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
-"""Which norms, MLPs and rotary embeddings of a model run as one function each while it trains.
+"""Which norms, MLPs, rotary embeddings and adapters run as one function each during training.
 
-Nothing is guessed by names: most models of transformers have these three word for word from Llama
-or Gemma, and what is compiled from the same words does the same.
+Nothing is guessed by names: most models of transformers have the first three word for word from
+Llama or Gemma, and what is compiled from the same words does the same. Adapters are those of PEFT's
+own LoRA class on a frozen linear layer.
 """
 
 import importlib
@@ -16,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import ACT2FN
 
 from hf_sft_plugin.training.compilation import is_compiled
+from hf_sft_plugin.training.fused_adapters import FusedLoRA, is_hooked, is_lora
 from hf_sft_plugin.training.layer_functions import GatedProduct, RMSNorm, Rotation
 from hf_sft_plugin.training.lm_head import replaced_forward
 from hf_sft_plugin.training.trainer_base import TrainerBase
@@ -27,7 +28,6 @@ from hf_sft_plugin.training.trainer_base import TrainerBase
 _ROTARY = "apply_rotary_pos_emb"
 # Each gives the same whenever it runs; anybody's own may draw random numbers, or count.
 _ACTIVATIONS = {each[0] if isinstance(each, tuple) else each for each in ACT2FN.values()}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class FusedLayers:
@@ -38,7 +38,7 @@ class FusedLayers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._counts = {"norms": 0, "gated MLPs": 0}
+        self._counts = {"norms": 0, "gated MLPs": 0, "LoRA layers": 0}
         self._has_rotary = False
         llama, gemma = (
             importlib.import_module(f"transformers.models.{name}.modeling_{name}")
@@ -50,6 +50,7 @@ class FusedLayers:
             ("norms", gemma.GemmaRMSNorm, ("forward", "_norm"), _gemma_norm),
             ("gated MLPs", llama.LlamaMLP, ("forward",), _gated_mlp),
         ]
+        lora = FusedLoRA()
         with ExitStack() as stack:
             for module in model.modules():
                 for name, known, methods, forward in forwards:
@@ -59,6 +60,9 @@ class FusedLayers:
                         fused = _FusedForward(module, forward)
                         stack.enter_context(replaced_forward(module, fused))
                         self._counts[name] += 1
+                if is_lora(module) and "forward" not in vars(module):
+                    stack.enter_context(replaced_forward(module, _FusedForward(module, lora)))
+                    self._counts["LoRA layers"] += 1
             for source in {type(module).__module__ for module in model.modules()}:
                 # Not every module that code was loaded from is registered.
                 code = sys.modules.get(source)
@@ -96,9 +100,12 @@ class _FusedForward:
     def __init__(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
         self._module, self._forward = module, forward
 
-    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        (hidden_states,) = (*args, *kwargs.values())
-        return self._forward(self._module, hidden_states)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        values = (*args, *kwargs.values())
+        if len(values) == 1:
+            return self._forward(self._module, *values)
+        # Adapters may be told more, such as which of them a row is for.
+        return type(self._module).forward(self._module, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The copy has no attributes yet, so this is the method of its class.
@@ -134,10 +141,6 @@ def _has_own_activation(module: nn.Module) -> bool:
     if type(activation) not in _ACTIVATIONS or "forward" in vars(activation):
         return True
     return getattr(activation, "inplace", False) or any(True for _ in activation.parameters())
-
-
-def _is_hooked(module: Any) -> bool:
-    return _has_any_global_hook() or any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 @contextmanager
@@ -185,7 +188,7 @@ def _gemma_norm(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _gated_mlp(self: Any, hidden_states: Tensor) -> Tensor:
-    if _is_hooked(self.act_fn):
+    if is_hooked(self.act_fn):
         # Hooks are to see the activation once, with its graph.
         own: Tensor = type(self).forward(self, hidden_states)
         return own

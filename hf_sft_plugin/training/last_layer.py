@@ -7,7 +7,7 @@ these modules run at trained positions only, and put zeros elsewhere, which noth
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import DistributedType
@@ -16,29 +16,23 @@ from torch.nn.functional import pad
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_sft_plugin.training.adapters import adapter_state
-from hf_sft_plugin.training.attention_probe import (
-    MODEL_ERRORS,
-    end_to_end,
-    largest_error,
-    probe_rows,
-    tolerance_of,
-)
+from hf_sft_plugin.training.attention_probe import end_to_end, probe_rows
 from hf_sft_plugin.training.compilation import is_compiled
 from hf_sft_plugin.training.fixed_shape import FixedShapeMixin
+from hf_sft_plugin.training.float64_run import (
+    MODEL_ERRORS,
+    TOLERANCE,
+    in_float64,
+    largest_error,
+)
 from hf_sft_plugin.training.lm_head import replaced_forward
 from hf_sft_plugin.training.response_batch import ResponseBatch
+from hf_sft_plugin.training.run_state import same_random_numbers
 
 # Children of a decoder layer that work on each position by itself, by their names in transformers.
 _PART_NAMES = ("q_proj", "o_proj", "mlp", "feed_forward")
 # Of the 19 tokens of the probe: some of each of its rows, not all of any.
 _PROBED = (2, 4, 6, 8, 11, 12, 13, 17)
-
-
-class PartCall(NamedTuple):
-    """One call of a part of the last layer, and the dtype that it answered with."""
-
-    part: nn.Module
-    dtype: torch.dtype
 
 
 class LastLayer:
@@ -88,7 +82,7 @@ class LastLayer:
     @contextmanager
     def running_at(
         self, places: Tensor, num_tokens: int, fill: float = 0.0, are_distinct: bool = True
-    ) -> Iterator[list[PartCall]]:
+    ) -> Iterator[list[nn.Module]]:
         """Runs the parts of the layer at some positions only, for a forward pass of one row.
 
         Args:
@@ -98,18 +92,18 @@ class LastLayer:
             are_distinct: Whether no position occurs twice.
 
         Returns:
-            What has run, which grows as the model runs.
+            The parts that have run; the list grows as the model runs.
         """
         source, target = (places, places) if are_distinct else _each_once(places, num_tokens)
         num_slots = num_tokens + (not are_distinct)
-        calls: list[PartCall] = []
+        calls: list[nn.Module] = []
 
         def run_at_places(part: nn.Module) -> Callable[..., Tensor]:
             own = part.forward
 
             def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
                 output: Tensor = own(hidden_states.index_select(1, source), *args, **kwargs)
-                calls.append(PartCall(part, output.dtype))
+                calls.append(part)
                 everywhere = output.new_full((1, num_slots, *output.shape[2:]), fill)
                 everywhere = everywhere.index_copy_(1, target, output)
                 return everywhere if are_distinct else everywhere.narrow(1, 0, num_tokens)
@@ -121,9 +115,9 @@ class LastLayer:
                 stack.enter_context(replaced_forward(part, run_at_places(part)))
             yield calls
 
-    def has_run_once(self, calls: list[PartCall]) -> bool:
+    def has_run_once(self, calls: list[nn.Module]) -> bool:
         """Whether each of the parts was called, and none twice."""
-        return sorted(id(call.part) for call in calls) == sorted(map(id, self._parts))
+        return sorted(map(id, calls)) == sorted(map(id, self._parts))
 
 
 def _find_parts(module: nn.Module) -> Iterator[nn.Module]:
@@ -148,18 +142,17 @@ def _each_once(places: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
 def find_problem(model: nn.Module, last_layer: LastLayer) -> str | None:
     """Why the last layer has to run everywhere; None where it need not.
 
-    A few tokens are run as ever, and with NaN in place of all that would be left out: whatever is
-    computed from it is NaN, so logits that are the same depend on none of it.
+    A few tokens run with NaN in place of all that would be left out: whatever is computed from it
+    is NaN, so finite logits depend on none of it. In float64 they have to be those of a run
+    everywhere, too. Random numbers come out as if nothing had run.
 
     Args:
         model: The model, unwrapped from Accelerate, with the attention of training.
         last_layer: Its last layer.
     """
     was_training = model.training
-    device = cast(Any, model).device
-    devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices, device_type=kind):
+        with torch.no_grad(), same_random_numbers(cast(Any, model).device):
             model.eval()
             # Dropout is only seen while training. That of other layers stays as it is.
             last_layer.train()
@@ -173,24 +166,31 @@ def find_problem(model: nn.Module, last_layer: LastLayer) -> str | None:
 def _run_probe(model: nn.Module, last_layer: LastLayer) -> str | None:
     unwrapped = cast(Any, model)
     device = unwrapped.device
-    batch = end_to_end(probe_rows(unwrapped.config.get_text_config().vocab_size, device))
+    rows = probe_rows(unwrapped.config.get_text_config().vocab_size, device)
+    batch = end_to_end(rows)
+    places = torch.tensor(_PROBED, device=device)
+
+    def run_at_places() -> Tensor:
+        with last_layer.running_at(places, batch["input_ids"].shape[1], fill=torch.nan) as calls:
+            logits: Tensor = model(**batch, use_cache=False).logits[0, places]
+        return logits if last_layer.has_run_once(calls) else logits[:0]
+
     before = _random_states(device)
     outputs = model(**batch, use_cache=False)
     if any(not torch.equal(*states) for states in zip(before, _random_states(device), strict=True)):
         return "it draws random numbers, as for dropout"
     if getattr(outputs, "aux_loss", None) is not None:
         return "the loss of its router counts every token"
-    places = torch.tensor(_PROBED, device=device)
-    with last_layer.running_at(places, batch["input_ids"].shape[1], fill=torch.nan) as calls:
-        found = model(**batch, use_cache=False).logits[0, places]
-    if not last_layer.has_run_once(calls):
+    found = run_at_places()
+    if not len(found):
         return "the model does not run each of its parts once"
     if not found.isfinite().all():
         return "other positions see more of it than keys and values"
-    dtype = min((call.dtype for call in calls), key=lambda dtype: torch.finfo(dtype).bits)
-    error, bound = largest_error(found, outputs.logits[0, places]), tolerance_of(dtype)
-    if not error <= bound:
-        return f"logits then differ by {error:.1e}, and {bound:.1e} is rounding"
+    with in_float64(model):
+        truth = model(**batch, use_cache=False).logits[0]
+        error = largest_error(run_at_places(), truth[places])
+    if not error <= TOLERANCE:
+        return f"logits then differ by {error:.1e}, and {TOLERANCE:.1e} is rounding"
     return None
 
 

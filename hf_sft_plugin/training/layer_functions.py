@@ -1,4 +1,4 @@
-"""Norm, gated product and rotary embedding of a decoder layer, each as one autograd function.
+"""Norm, gated product, rotary embedding and low-rank adapter, each as one autograd function.
 
 Written in single operations, as models have them, every intermediate result is a pass over memory
 and most are kept until the backward pass. These keep what they were given, and no more.
@@ -121,6 +121,61 @@ class Rotation(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         sin_first, sin_second = sin.chunk(2, dim=-1)
         return _rotate(grad, cos, sin_second, sin_first, -1).to(ctx.dtype), None, None
+
+
+class LoRALinear(torch.autograd.Function):
+    """A frozen linear layer with an adapter of low rank, `y = x W^T + b + s (x A^T) B^T`.
+
+    The formula is that of Hu et al. 2021, https://arxiv.org/abs/2106.09685. The scale multiplies
+    products of r numbers, and the two terms are added within the second product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        cast: Tensor,
+        weights: tuple[Tensor, Tensor | None, Tensor, Tensor],
+        scale: float,
+        a: Tensor,
+        b: Tensor,
+    ) -> Tensor:
+        """Multiplies in the dtype of `cast`.
+
+        Args:
+            ctx: Keeps `cast`, the weights and `(N, r)` numbers.
+            x: `(..., I)`.
+            cast: The same without a graph, in the dtype of the products.
+            weights: W `(O, I)`, the bias `(O,)`, A and B in that dtype.
+            scale: s.
+            a: `(r, I)`, A as it is trained.
+            b: `(O, r)`, B as it is trained.
+
+        Returns:
+            `(..., O)`, in the dtype of `cast`.
+        """
+        rows, (weight, bias, first, second) = cast.reshape(-1, cast.shape[-1]), weights
+        low = rows @ first.t()
+        output = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+        output.addmm_(low, second.t(), alpha=scale)
+        ctx.save_for_backward(rows, weight, first, second, low)
+        ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, (x.dtype, a.dtype, b.dtype)
+        return output.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """With `h = s g B`: `g W + h A` for x, `h^T x` for A and `s g^T (x A^T)` for B."""
+        refuse_second_derivative(_ALTERNATIVE)
+        rows, weight, first, second, low = ctx.saved_tensors
+        of_x, of_a, of_b = ctx.dtypes
+        grad = grad.reshape(-1, grad.shape[-1]).to(rows.dtype)
+        grad_low = (grad @ second).mul_(ctx.scale)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight).addmm_(grad_low, first).view(ctx.shape).to(of_x)
+        grad_a = (grad_low.t() @ rows).to(of_a)
+        grad_b = (grad.t() @ low).mul_(ctx.scale).to(of_b)
+        return grad_x, None, None, None, grad_a, grad_b
 
 
 def _rotate(

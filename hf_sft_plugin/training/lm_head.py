@@ -18,6 +18,7 @@ from hf_sft_plugin.loss.fused_head import HeadLoss, full_head_loss
 from hf_sft_plugin.loss.head import head_loss
 from hf_sft_plugin.loss.linear_head import is_plain_linear
 from hf_sft_plugin.loss.logit_tile import LogitTransform
+from hf_sft_plugin.loss.masked_loss import widest_float
 from hf_sft_plugin.loss.objective import LossObjective
 from hf_sft_plugin.loss.token_stats import TokenStats
 from hf_sft_plugin.training.adapters import adapter_state
@@ -28,6 +29,7 @@ from hf_sft_plugin.training.model_interface import (
     find_text_config,
     run_model,
 )
+from hf_sft_plugin.training.run_state import same_random_numbers
 from hf_sft_plugin.training.tied_gradient import shared_gradient
 
 logger = logging.getLogger(__name__)
@@ -164,7 +166,7 @@ class FusedHead:
                 transform=self.transform,
                 objective=objective,
                 forward=own_forward,
-                weight=handed_on[0] if handed_on else None,
+                weight=self._weight_of(handed_on),
             )
             answers.append(answer)
             if read is not None:
@@ -184,6 +186,12 @@ class FusedHead:
             for own, value in zip((answer.loss, losses[1]), returned, strict=True)
         )
         return ResponseResult(loss, answer.token_losses, answer.stats, aux_loss)
+
+    def _weight_of(self, handed_on: list[Tensor]) -> Tensor | None:
+        """What the embedding handed on, where the head has not been widened meanwhile."""
+        head: Any = self.lm_head
+        is_same = bool(handed_on) and handed_on[0].dtype == head.weight.dtype
+        return handed_on[0] if is_same else None
 
     @contextmanager
     def _collected_losses(self) -> Iterator[list[Any]]:
@@ -282,7 +290,8 @@ def find_transform(
 
     One row is run, with a head that answers with known values. Each transformation that the model's
     config can stand for is compared with what the model makes of them. The values are large and of
-    both signs: on logits near zero a soft cap changes nothing, and on zeros no scaling does.
+    both signs: on logits near zero a soft cap changes nothing, and on zeros no scaling does. They
+    are float64, so that rounding hides nothing, whatever the precision that the model trains in.
 
     Args:
         wrapped: The model as Accelerate prepared it.
@@ -303,7 +312,7 @@ def find_transform(
     def answer_with_known_values(hidden_states: Tensor, **told: Any) -> Tensor:
         # Of what a head is told about rows, a tile of positions would not know its part.
         are_told.extend(told)
-        # One position of the real head tells the size of the vocabulary, the dtype and the device.
+        # One position of the real head tells the size of the vocabulary and the device.
         planted.append(_known_logits(like=head(hidden_states[..., -1:, :], **told)))
         # A copy, because a model may scale its logits in place.
         return planted[-1].clone()
@@ -313,7 +322,9 @@ def find_transform(
         wrapped.eval()
         replaced = replaced_forward(lm_head, answer_with_known_values)
         # Compiling would take longer than the run, for a shape that does not come again.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), replaced:
+        device = next(wrapped.parameters()).device
+        eagerly = torch.compiler.set_stance("force_eager")
+        with torch.no_grad(), eagerly, replaced, same_random_numbers(device):
             logits = find_logits(run_model(wrapped, _first_row(inputs)))
     finally:
         wrapped.train(was_training)
@@ -346,7 +357,9 @@ def _first_row(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _known_logits(like: Tensor) -> Tensor:
     """Spread values of both signs, whose mean is not 0 so that a model which uses it is noticed."""
-    values = torch.linspace(-50, 70, like.shape[-1], dtype=like.dtype, device=like.device)
+    values = torch.linspace(
+        -50, 70, like.shape[-1], dtype=widest_float(like.device), device=like.device
+    )
     return values.expand_as(like)
 
 

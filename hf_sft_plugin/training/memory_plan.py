@@ -10,8 +10,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from hf_sft_plugin.training.adapters import find_checkpointing_problem
-from hf_sft_plugin.training.attention_probe import MODEL_ERRORS
 from hf_sft_plugin.training.available_memory import available_memory
+from hf_sft_plugin.training.float64_run import MODEL_ERRORS
 from hf_sft_plugin.training.memory import StepMemory, measure_step_memory
 from hf_sft_plugin.training.microbatch_plan import TokenBudget, can_regroup, row_extents
 from hf_sft_plugin.training.microbatches import MicrobatchesMixin, in_one_list

@@ -53,3 +53,21 @@ def widen_norms_and_routers(model: nn.Module) -> None:
 def widen() -> Callable[[nn.Module], None]:
     """See `widen_norms_and_routers`."""
     return widen_norms_and_routers
+
+
+def like_trained(model: Any) -> Any:
+    """Gives random weights what trained ones have: outlier features, large norms, peaked logits."""
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings().weight
+        for name, weight in model.named_parameters():
+            is_matrix = weight.dim() > 1 and weight is not embeddings
+            weight.mul_(6.0 if is_matrix else 3.0 if "norm" in name else 1.0)
+        embeddings.mul_(5.0)
+        embeddings[:, 3] *= 60.0
+    return model
+
+
+@pytest.fixture(scope="session")
+def trained_like() -> Callable[[Any], Any]:
+    """See `like_trained`."""
+    return like_trained

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sft_plugin.training.attention_probe import AttentionSwitch, find_problem
+from hf_sft_plugin.training.attention_probe import find_problem
+from hf_sft_plugin.training.attention_switch import AttentionSwitch
 
 Make = Callable[..., Any]
 

@@ -17,7 +17,6 @@ from hf_sft_plugin.training.forward_checks import (
     HEAD_CHECKS,
     check_documents,
     check_head,
-    exact_forward,
     find_documents,
     sample_rows,
 )
@@ -163,20 +162,6 @@ def test_an_adapter_on_the_head_is_held_to_its_own_logits(
     for each in found.values():
         assert each.value is not None
         assert each.value < 1e-6 < each.bound < 1e-3
-
-
-def test_exact_logits_of_a_linear_head_are_float64_products() -> None:
-    torch.manual_seed(0)
-    head = nn.Linear(5, 9000)
-    hidden = torch.randn(2, 3, 5)
-    exact, weight, bias = (t.detach().double() for t in (hidden, head.weight, head.bias))
-    found = exact_forward(head)(hidden)
-    assert found.dtype == torch.float64
-    # Each of two sums of 6 products is off by at most 6 roundings of the sum of their sizes.
-    bound = 2 * 6 * 2.0**-53 * (exact.abs() @ weight.abs().T + bias.abs())
-    assert ((found - (exact @ weight.T + bias)).abs() <= bound).all()
-    other = nn.Sequential(nn.Linear(5, 4))
-    assert torch.equal(exact_forward(other)(hidden), other(hidden).double())
 
 
 def test_a_sample_is_cut_around_the_first_trained_token() -> None:

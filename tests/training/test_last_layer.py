@@ -302,7 +302,7 @@ def hide_parts(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (mix_positions, "logits then differ by .*, and 1.0e-04 is rounding"),
+        (mix_positions, "logits then differ by .*, and 1.0e-06 is rounding"),
         (make_keys_of_queries, "the model does not run each of its parts once"),
         (show_others, "other positions see more of it than keys and values"),
         (hide_parts, "no layer with parts of known names was found"),
