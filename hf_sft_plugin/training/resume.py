@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -25,6 +25,9 @@ from hf_sft_plugin.training.prompt_sampler import SeededLengthSampler
 from hf_sft_plugin.training.trainer_base import TrainerBase
 
 logger = logging.getLogger(__name__)
+
+# A tensor where the optimizer is compiled or captured.
+Rate: TypeAlias = float | torch.Tensor
 
 # Passes over a stream that are done, and optimizer steps of the one that is not.
 _POSITION = "position"
@@ -142,6 +145,7 @@ class ResumeMixin(TrainerBase):
             super()._maybe_log_save_evaluate(*args, **kwargs)
         except _SavePutOffError:
             self._is_save_due, self.control.should_save = True, False
+        self._puts_off_saves = False
         if is_end_of_epoch:
             self._is_save_due = False
 
@@ -164,7 +168,8 @@ class ResumeMixin(TrainerBase):
         return super()._determine_best_metric(*args, **kwargs) or self._is_save_due
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self._puts_off_saves:
+        # A callback that calls this itself gets its checkpoint at once.
+        if self._puts_off_saves and self.control.should_save:
             raise _SavePutOffError
         if self.args.should_save:
             # It is written last, so without it what is about to be overwritten is not complete.
@@ -216,9 +221,7 @@ class ResumeMixin(TrainerBase):
         return self._order
 
 
-def follow_schedule(
-    scheduler: LambdaLR, base_lrs: Sequence[float]
-) -> tuple[list[float], list[float]]:
+def follow_schedule(scheduler: LambdaLR, base_lrs: Sequence[Rate]) -> tuple[list[Rate], list[Rate]]:
     """Has a scheduler go on as it was made, and not as that was from which it is restored.
 
     PyTorch restores the learning rates and works out new ones only after the next step. So a run
@@ -233,13 +236,14 @@ def follow_schedule(
         The learning rates as they were restored, and as they are now.
     """
     before = list(scheduler.get_last_lr())
-    rates = zip(base_lrs, scheduler.lr_lambdas, strict=True)
-    now = [base * multiplier(scheduler.last_epoch) for base, multiplier in rates]
-    if now == before:
-        return before, now
+    pairs = zip(base_lrs, scheduler.lr_lambdas, strict=True)
+    now: list[Rate] = [base * multiplier(scheduler.last_epoch) for base, multiplier in pairs]
     scheduler.load_state_dict({**scheduler.state_dict(), "base_lrs": base_lrs, "_last_lr": now})
-    for group, base, rate in zip(scheduler.optimizer.param_groups, base_lrs, now, strict=True):
+    groups = scheduler.optimizer.param_groups
+    for group, base, rate, old in zip(groups, base_lrs, now, before, strict=True):
         group["initial_lr"] = base
+        if rate == old:
+            continue
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(rate)
         else:
