@@ -36,7 +36,11 @@ _NUM_EXAMPLES = "examples of a stream"
 
 
 class _SavePutOffError(Exception):
-    """Leaves the end of a step where a checkpoint would be written before its epoch is over."""
+    """Leaves the end of a step before a checkpoint is written that has to wait.
+
+    What the end of an epoch logs and finds belongs into the checkpoint of its last step: a run that
+    is resumed there begins with the next epoch.
+    """
 
 
 class ResumeMixin(TrainerBase):

@@ -147,7 +147,7 @@ def test_predictions_for_such_batches_are_complete_at_the_end_of_an_epoch(
     assert shapes == [(5, 4)] * 3
 
 
-def test_responses_are_not_generated_for_batches_whose_rows_nobody_knows(
+def test_responses_are_not_generated_for_batches_whose_rows_are_unknown(
     model: Any, tokenizer: Any, make_config: Callable[..., MaskedSFTConfig]
 ) -> None:
     args = make_config(predict_with_generate=True)

@@ -21,7 +21,7 @@ Make = Callable[..., Any]
 # Of rows with as many trained tokens each, a mean of means is the mean.
 ROWS = [{"input_ids": [5 + n, 7, 9, 2], "response_mask": [0, 1, 1, 1]} for n in range(6)]
 STRATEGIES = ("no", "steps", "epoch", "best")
-# What the second, the fourth and other evaluations find; the best is neither first nor last.
+# What one evaluation after the other finds; the best is neither the first nor the last.
 SCORES = [0.2, 0.5, 0.3, 0.9, 0.4, 0.6, 0.1, 0.8, 0.7, 0.0]
 
 
