@@ -131,11 +131,8 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         self.responses: list[GeneratedResponse] = []
         metrics = args.generation_metrics if args.predict_with_generate else []
         self.generation_metrics = [load_metric(name) for name in metrics]
-        self._options = options = {
-            **args.data_options(),
-            "max_length": limit_length(tokenizer, model, args.max_length),
-            "stop_token_ids": self.stop_token_ids,
-        }
+        self._options = options = {**args.data_options(), "stop_token_ids": self.stop_token_ids}
+        options["max_length"] = limit_length(tokenizer, model, args.max_length)
         prepare = partial(self._prepare, tokenizer=tokenizer, args=args, options=options)
         self._recorder = RunRecorder(self.ledgers, self.describe_speed)
         super().__init__(
