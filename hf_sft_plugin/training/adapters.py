@@ -2,7 +2,18 @@
 
 from peft import PeftConfig, PeftMixedModel, PeftModel, PeftType, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments, enable_full_determinism, set_seed
+
+
+def seed_weights(args: TrainingArguments) -> None:
+    """Seeds random numbers as a `Trainer` does when it is made, which comes too late for weights.
+
+    Those of an adapter are drawn before, and those that a loaded model has in no file.
+    """
+    if args.full_determinism:
+        enable_full_determinism(args.seed)
+    else:
+        set_seed(args.seed)
 
 
 def add_adapter(

@@ -95,7 +95,8 @@ def examples_to_answer(
     dataset = rows_of_dataset(dataset)
     if dataset is None:
         raise ValueError(
-            "There are no rows to answer. Pass a dataset, or give the trainer an eval_dataset."
+            "There are no rows to answer. Pass a dataset, or give the trainer an eval_dataset. A "
+            "loader without a dataset has none but batches: set predict_with_generate to False."
         )
     if isinstance(dataset, Mapping):
         raise ValueError(

@@ -16,6 +16,7 @@ from hf_sft_plugin.training.repeats import (
     gather_in_order,
     gather_own_rows,
     num_own_rows,
+    outside_of_loaders,
     rows_of_dataset,
 )
 from hf_sft_plugin.training.response_batch import without_stale
@@ -79,7 +80,7 @@ class MaskedEvaluationMixin(TrainerBase):
             self.gather_function = self._gather_own_rows
         prefix = kwargs.get("metric_key_prefix", "eval")
         try:
-            with prediction_steps(self):
+            with prediction_steps(self), outside_of_loaders(self.accelerator):
                 output: EvalLoopOutput = super().evaluation_loop(
                     dataloader, description, *args, **kwargs
                 )
@@ -97,7 +98,8 @@ class MaskedEvaluationMixin(TrainerBase):
             )
         means = totals.means() | totals.aux_loss_mean()
         metrics = {**means, "perplexity": totals.perplexity(), **totals.counts()}
-        dataset = rows_of_dataset(dataloader.dataset)
+        # Any iterable of batches is a loader, too.
+        dataset = rows_of_dataset(getattr(dataloader, "dataset", None))
         metrics |= means_by_source(own, dataset, self._get_eval_sampler)
         metrics |= figures_by_mask(rows, self.eval_masks, metrics)
         prefixed = {f"{prefix}_{name}": value for name, value in metrics.items()}

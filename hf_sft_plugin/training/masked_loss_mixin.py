@@ -142,6 +142,7 @@ class MaskedLossMixin(
         """
         came = islice(epoch_iterator, num_batches)
         batches = [cut_repeats(batch, self.accelerator) for batch in came]
+        self.see_batches(num_batches - len(batches))
         counts = count_step(batches, self.loss_normalization, device)
         is_constant = self.loss_normalization == LossNormalization.CONSTANT
         is_shared = not is_constant or has_router_loss(self.model)

@@ -7,6 +7,7 @@ trained token, because a process may not do without a forward pass that the othe
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -201,6 +202,21 @@ def num_own_rows(batch: Mapping[str, Any], accelerator: Accelerator) -> int:
         return num_rows
     before = accelerator.process_index * num_rows
     return max(0, min(num_rows, loader.remainder - before))
+
+
+@contextmanager
+def outside_of_loaders(accelerator: Accelerator) -> Iterator[None]:
+    """Keeps the training data's loader from deciding which rows of other data are repeats.
+
+    Accelerate asks the innermost loader that it knows; an iterable of batches is none of those.
+    """
+    state = accelerator.gradient_state
+    around = state.dataloader_references
+    state.dataloader_references = [*around, None]
+    try:
+        yield
+    finally:
+        state.dataloader_references = around
 
 
 def cut_repeats(batch: Any, accelerator: Accelerator) -> Any:

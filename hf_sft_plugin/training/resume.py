@@ -1,11 +1,13 @@
 """Stopping and resuming: a resumed run is the run that was not stopped, to the last bit."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -22,10 +24,23 @@ from hf_sft_plugin.training.jit_checkpoint import save_between_steps
 from hf_sft_plugin.training.prompt_sampler import SeededLengthSampler
 from hf_sft_plugin.training.trainer_base import TrainerBase
 
+logger = logging.getLogger(__name__)
+
+# A tensor where the optimizer is compiled or captured.
+Rate: TypeAlias = float | torch.Tensor
+
 # Passes over a stream that are done, and optimizer steps of the one that is not.
 _POSITION = "position"
 # What became of the rows of a stream so far, the same on every process.
 _NUM_EXAMPLES = "examples of a stream"
+
+
+class _SavePutOffError(Exception):
+    """Leaves the end of a step before a checkpoint is written that has to wait.
+
+    What the end of an epoch logs and finds belongs into the checkpoint of its last step: a run that
+    is resumed there begins with the next epoch.
+    """
 
 
 class ResumeMixin(TrainerBase):
@@ -35,7 +50,10 @@ class ResumeMixin(TrainerBase):
     _steps_per_epoch: int = 0
     _epoch: int = 0
     _first_step_of_epoch: int = 0
-    _is_save_put_off: bool = False
+    _last_step: int = 0
+    _is_pass_over: bool = False
+    _puts_off_saves: bool = False
+    _is_save_due: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -91,6 +109,8 @@ class ResumeMixin(TrainerBase):
         loader, self._epoch = kwargs["train_dataloader"], kwargs["epoch"]
         if kwargs["epoch"] != kwargs["epochs_trained"]:
             self._first_step_of_epoch = self.state.global_step
+        self._last_step, self._is_pass_over = self.state.global_step, False
+        self._puts_off_saves = self._is_save_due = False
         _set_epoch(loader, self._epoch)
         super()._run_epoch(*args, **kwargs)
 
@@ -120,18 +140,41 @@ class ResumeMixin(TrainerBase):
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        # What is logged at the end of an epoch has to be in the checkpoint of its last step: a run
-        # that is resumed there begins with the next epoch.
-        is_last = self.control.should_training_stop or self.control.should_epoch_stop
-        is_last = is_last or self.state.epoch == self._epoch + 1
-        puts_off = self.control.should_save and is_last and not self._is_save_put_off
-        self._is_save_put_off = puts_off
-        if puts_off:
-            self.control.should_save = False
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        self.control.should_save |= puts_off
+        # The Trainer calls this at the end of every step, and at the end of an epoch once more.
+        is_end_of_epoch = self.state.global_step == self._last_step
+        self._last_step = self.state.global_step
+        self._puts_off_saves = not is_end_of_epoch and self._is_last_step()
+        self.control.should_save |= self._is_save_due
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except _SavePutOffError:
+            self._is_save_due, self.control.should_save = True, False
+        self._puts_off_saves = False
+        if is_end_of_epoch:
+            self._is_save_due = False
+
+    def see_batches(self, num_missing: int) -> None:
+        """Notes whether the batches of a step are the last of a pass, which no stream says before.
+
+        Args:
+            num_missing: How many fewer came than were asked for.
+        """
+        self._is_pass_over = num_missing > 0 or self.accelerator.gradient_state.end_of_dataloader
+
+    def _is_last_step(self) -> bool:
+        """Whether a run that is resumed after this step does nothing more in this epoch."""
+        is_end = self.state.epoch == self._epoch + 1 or self._is_pass_over
+        is_broken_off = self.control.should_epoch_stop
+        return is_end or is_broken_off or self.state.global_step >= self.state.max_steps
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        # A save that was put off is due, whatever another evaluation of the same weights says.
+        return super()._determine_best_metric(*args, **kwargs) or self._is_save_due
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # A callback that calls this itself gets its checkpoint at once.
+        if self._puts_off_saves and self.control.should_save:
+            raise _SavePutOffError
         if self.args.should_save:
             # It is written last, so without it what is about to be overwritten is not complete.
             folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -139,9 +182,29 @@ class ResumeMixin(TrainerBase):
             path.unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        asked = list(getattr(self.lr_scheduler, "base_lrs", []))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        # Other schedulers have a state of their own, or do not depend on the number of steps.
+        if checkpoint is None or type(self.lr_scheduler) is not LambdaLR:
+            return
+        before, now = follow_schedule(self.lr_scheduler, asked)
+        if before != now and self.accelerator.is_main_process:
+            logger.warning(
+                "%s: after step %s the learning rate is %.3g, as the settings of this run say; by "
+                "those of the checkpoint it was %.3g. Another max_steps or num_train_epochs, "
+                "warm-up, schedule or learning_rate makes such a difference.",
+                checkpoint,
+                f"{self.state.global_step:,}",
+                max(now),
+                max(before),
+            )
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         position = self._epoch, self.state.global_step - self._first_step_of_epoch
+        if self._is_pass_over:
+            position = self._epoch + 1, 0
         order = {**self._describe_order(), _POSITION: position}
         if isinstance(preparer := getattr(self.train_dataset, "preparer", None), StreamPreparer):
             order[_NUM_EXAMPLES] = preparer.num_examples
@@ -160,6 +223,36 @@ class ResumeMixin(TrainerBase):
         if self._order is None:
             self._order = describe_order(self, self._train_batch_size, self._steps_per_epoch)
         return self._order
+
+
+def follow_schedule(scheduler: LambdaLR, base_lrs: Sequence[Rate]) -> tuple[list[Rate], list[Rate]]:
+    """Has a scheduler go on as it was made, and not as that was from which it is restored.
+
+    PyTorch restores the learning rates and works out new ones only after the next step. So a run
+    that goes on for more steps than it began with would take one at the end of the old schedule,
+    where the learning rate often is 0.
+
+    Args:
+        scheduler: Restored from a checkpoint, like its optimizer.
+        base_lrs: What it multiplied before it was restored, for each group of parameters.
+
+    Returns:
+        The learning rates as they were restored, and as they are now.
+    """
+    before = list(scheduler.get_last_lr())
+    pairs = zip(base_lrs, scheduler.lr_lambdas, strict=True)
+    now: list[Rate] = [base * multiplier(scheduler.last_epoch) for base, multiplier in pairs]
+    scheduler.load_state_dict({**scheduler.state_dict(), "base_lrs": base_lrs, "_last_lr": now})
+    groups = scheduler.optimizer.param_groups
+    for group, base, rate, old in zip(groups, base_lrs, now, before, strict=True):
+        group["initial_lr"] = base
+        if rate == old:
+            continue
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    return before, now
 
 
 def _set_epoch(loader: Any, epoch: int) -> None:

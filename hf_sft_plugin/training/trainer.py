@@ -23,7 +23,7 @@ from hf_sft_plugin.data.row_files import read_chat_template, rows_to_dataset
 from hf_sft_plugin.data.shards import ShardDataset, check_lengths, check_tokenizer
 from hf_sft_plugin.data.streaming import prepare_stream
 from hf_sft_plugin.loss.masked_loss import LossNormalization
-from hf_sft_plugin.training.adapters import add_adapter
+from hf_sft_plugin.training.adapters import add_adapter, seed_weights
 from hf_sft_plugin.training.allocator import keep_freed_memory
 from hf_sft_plugin.training.callbacks import RunRecorder
 from hf_sft_plugin.training.config import MaskedSFTConfig
@@ -121,6 +121,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             )
         train_dataset = _choose_split(train_dataset)
         template = _check_settings(args, eval_dataset)
+        seed_weights(args)
         model = load_model(model, args.model_init_kwargs, peft_config)
         tokenizer = load_tokenizer(processing_class, model, args.stop_token, template)
         model = add_adapter(model, peft_config, is_trained=train_dataset is not None)
@@ -130,11 +131,8 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         self.responses: list[GeneratedResponse] = []
         metrics = args.generation_metrics if args.predict_with_generate else []
         self.generation_metrics = [load_metric(name) for name in metrics]
-        self._options = options = {
-            **args.data_options(),
-            "max_length": limit_length(tokenizer, model, args.max_length),
-            "stop_token_ids": self.stop_token_ids,
-        }
+        self._options = options = {**args.data_options(), "stop_token_ids": self.stop_token_ids}
+        options["max_length"] = limit_length(tokenizer, model, args.max_length)
         prepare = partial(self._prepare, tokenizer=tokenizer, args=args, options=options)
         self._recorder = RunRecorder(self.ledgers, self.describe_speed)
         super().__init__(
@@ -204,7 +202,8 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         if not self.args.predict_with_generate:
             return super().evaluation_loop(dataloader, description, *args, **kwargs)
         # First, so that rows which cannot be answered do not cost an evaluation.
-        examples = self._examples_to_answer(dataloader.dataset, self.args.generation_num_rows)
+        dataset = getattr(dataloader, "dataset", None)
+        examples = self._examples_to_answer(dataset, self.args.generation_num_rows)
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         self.responses = self._answer(examples)
         prefix = kwargs.get("metric_key_prefix", "eval")

@@ -16,13 +16,15 @@ CASES: dict[str, dict[str, Any]] = {
     "prompts": {"group_by_prompt": True},
     "packing": {"packing": True, "max_length": 32, "per_device_train_batch_size": 1},
     "stream": {"num_shards": 1, "dropout": 0.2},
+    "epochs": {"dropout": 0.2, "save_strategy": "epoch", "logging_strategy": "epoch"},
+    "stream by epochs": {"num_shards": 1, "save_strategy": "epoch", "logging_strategy": "epoch"},
     "stream in shards": {"num_shards": 2},
     # Rows come 64 at a time, so 64 of 80 are not tokenized again.
     "long stream": {"num_shards": 1, "num_rows": 160, "per_device_train_batch_size": 8},
 }
 # In the middle of a window of the log, at the end of an epoch, and in the next one.
 NO_SAVE = {"save_strategy": "no"}
-STEPS = {"dropout": (3, 4, 5), "stream": (4, 5)}
+STEPS = {"dropout": (3, 4, 5), "stream": (4, 5), "epochs": (4,), "stream by epochs": (4,)}
 
 
 @pytest.fixture(scope="module")

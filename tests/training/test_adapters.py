@@ -1,5 +1,6 @@
 """Adapters: added once, trainable, and never on top of another."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
+from transformers import Trainer
 
+from hf_sft_plugin import MaskedSFTTrainer
 from hf_sft_plugin.training.adapters import adapter_state, add_adapter, find_row_dependence
 
 
@@ -172,3 +175,58 @@ def test_an_adapter_that_is_not_active_does_not_count(model: Any) -> None:
     assert find_row_dependence(adapted) is None
     adapted.set_adapter("invoked")
     assert find_row_dependence(adapted) is not None
+
+
+def weights_of(trainer: Any) -> dict[str, torch.Tensor]:
+    return {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+
+
+def are_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    assert first.keys() == second.keys()
+    return all(torch.equal(weight, second[name]) for name, weight in first.items())
+
+
+def test_the_seed_decides_on_the_first_weights_of_an_adapter(
+    model_factory: Any, tokenizer: Any, make_config: Any
+) -> None:
+    def make(seed: int, caller: int, **settings: Any) -> dict[str, torch.Tensor]:
+        model = model_factory()
+        torch.manual_seed(caller)
+        args = make_config(seed=seed, **settings)
+        config = lora(init_lora_weights=False)
+        return weights_of(
+            MaskedSFTTrainer(model, args, processing_class=tokenizer, peft_config=config)
+        )
+
+    first = make(3, caller=1)
+    assert are_equal(make(3, caller=2), first)
+    assert not are_equal(make(4, caller=1), first)
+
+
+def test_the_seed_decides_on_weights_that_a_loaded_model_has_in_no_file(
+    model: Any, tokenizer: Any, make_config: Any, tmp_path: Path
+) -> None:
+    model.config.tie_word_embeddings = False
+    state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    model.save_pretrained(tmp_path / "headless", state_dict=state)
+
+    def make(seed: int, caller: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(caller)
+        args = make_config(seed=seed)
+        return weights_of(
+            MaskedSFTTrainer(str(tmp_path / "headless"), args, processing_class=tokenizer)
+        )
+
+    first = make(3, caller=1)
+    assert are_equal(make(3, caller=2), first)
+    assert not are_equal(make(4, caller=1), first)
+
+
+def test_random_numbers_after_the_constructor_are_those_after_any_trainer(
+    model_factory: Any, tokenizer: Any, make_config: Any
+) -> None:
+    args = make_config(seed=3)
+    Trainer(model_factory(), args, processing_class=tokenizer)
+    expected = torch.rand(3)
+    MaskedSFTTrainer(model_factory(), args, processing_class=tokenizer, peft_config=lora())
+    assert torch.equal(torch.rand(3), expected)

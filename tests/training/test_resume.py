@@ -135,6 +135,11 @@ def make_shuffled(num_shards: int = 1) -> Any:
     return make_stream(num_shards).shuffle(seed=1, buffer_size=5)
 
 
+def make_even_stream() -> Any:
+    """No row is left over at the end of the last step."""
+    return Dataset.from_list(make_rows(12)).to_iterable_dataset()
+
+
 # Steps to resume from, and settings. Steps 4 and 8 end an epoch, and 10 all.
 CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "dropout": ((3, 4, 6, 10), {"model": DROPOUT}),
@@ -157,6 +162,30 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
         {"make": partial(make_shuffled, num_shards=2), "dataloader_num_workers": 2},
     ),
     "log of epochs": ((4, 8), {"max_steps": -1, "num_train_epochs": 2, **EPOCHS}),
+    "checkpoints of epochs": (
+        (4, 8),
+        {"save_strategy": "epoch", "model": DROPOUT, **EPOCHS, "metric_for_best_model": "loss"},
+    ),
+    "checkpoints of the best": (
+        (4,),
+        {
+            "save_strategy": "best",
+            "eval_strategy": "steps",
+            "eval_steps": 4,
+            "metric_for_best_model": "loss",
+            "logging_strategy": "epoch",
+            "model": DROPOUT,
+        },
+    ),
+    "stream by epochs": (
+        (4, 8, 10),
+        {"make": make_stream, "save_strategy": "epoch", "model": DROPOUT, **EPOCHS},
+    ),
+    "stream, log of epochs": ((3, 4), {"make": make_stream, "model": DROPOUT, **EPOCHS}),
+    "even stream, log of epochs": (
+        (3,),
+        {"make": make_even_stream, "model": DROPOUT, **EPOCHS},
+    ),
     "evaluation": (
         (3,),
         {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "model": DROPOUT},
@@ -272,3 +301,68 @@ def test_other_rows_or_another_order_are_refused_unless_the_epoch_begins_anew(
     assert sorted(row for step in anew.steps.values() for part in step for row in part) == sorted(
         row["input_ids"] for row in edited
     )
+
+
+def rates_of(trainer: Any) -> list[float]:
+    """The learning rate of every step."""
+    logs = trainer.state.log_history
+    return [log["learning_rate"] for log in logs if "learning_rate" in log]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "num_warmup"), [("linear", 0), ("cosine", 0), ("linear", 2), ("polynomial", 2)]
+)
+def test_a_run_that_is_made_longer_goes_on_with_the_longer_schedule(
+    schedule: str, num_warmup: int, train: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"logging_steps": 1, "lr_scheduler_type": schedule, "warmup_steps": num_warmup}
+    short = train("short", max_steps=4, **settings)
+    whole = train("whole", max_steps=7, **settings)
+    caplog.clear()
+    for step in (4, 3):
+        checkpoint = f"{short.args.output_dir}/checkpoint-{step}"
+        longer = train("longer", checkpoint, max_steps=7, **settings)
+        assert rates_of(longer)[step:] == rates_of(whole)[step:]
+        assert min(rates_of(longer)[step:]) > 0
+        assert longer.lr_scheduler.state_dict() == whole.lr_scheduler.state_dict()
+        warned = [
+            record.message for record in caplog.records if "learning rate is" in record.message
+        ]
+        assert len(warned) == 1
+        assert checkpoint in warned[0]
+        caplog.clear()
+
+
+@pytest.mark.parametrize("schedule", ["constant", "constant_with_warmup", "inverse_sqrt"])
+def test_a_longer_run_of_a_schedule_without_an_end_is_the_longer_run(
+    schedule: str, train: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"lr_scheduler_type": schedule, "warmup_steps": 2, "logging_steps": 1}
+    short = train("short", max_steps=4, **settings)
+    whole = train("whole", max_steps=7, **settings)
+    longer = train("longer", f"{short.args.output_dir}/checkpoint-4", max_steps=7, **settings)
+    assert_same(weights_of(longer), weights_of(whole), "weights")
+    assert rates_of(longer) == rates_of(whole)
+    assert not any("learning rate is" in record.message for record in caplog.records)
+
+
+def test_a_run_goes_on_with_the_learning_rate_that_is_asked_for(
+    train: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"logging_steps": 1, "max_steps": 4}
+    whole = train("whole", **settings)
+    checkpoint = f"{whole.args.output_dir}/checkpoint-2"
+    other = train("other", checkpoint, learning_rate=4e-3, **settings)
+    assert rates_of(other)[2:] == pytest.approx([2e-3, 1e-3], rel=1e-12)
+    assert "is 0.002" in caplog.text
+    assert "it was 0.005" in caplog.text
+
+
+def test_more_epochs_go_on_with_the_longer_schedule(train: Make) -> None:
+    settings = {"logging_steps": 1, "max_steps": -1, "save_strategy": "epoch"}
+    short = train("short", num_train_epochs=1, **settings)
+    whole = train("whole", num_train_epochs=2, **settings)
+    checkpoint = f"{short.args.output_dir}/checkpoint-4"
+    longer = train("longer", checkpoint, num_train_epochs=2, **settings)
+    assert rates_of(longer)[4:] == rates_of(whole)[4:]
+    assert longer.steps == {n: rows for n, rows in whole.steps.items() if n > 4}
