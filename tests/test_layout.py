@@ -86,7 +86,7 @@ def test_the_tested_versions_are_exact_and_the_others_are_minimums() -> None:
     required = config["options"]["install_requires"].split()
     assert tested == [
         "torch==2.13.0",
-        "transformers==5.23.0",
+        "transformers==5.24.0",
         "accelerate==1.15.0",
         "datasets==5.2.0",
         "peft==0.21.2",
