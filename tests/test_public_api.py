@@ -58,6 +58,7 @@ SIGNATURES = {
     "is_shard_set": "folder",
     "verify_shards": "folder",
     "verify_training": "trainer, *, stop_on_failure=True",
+    "visible_lines": "text",
     "VerificationCheck": "name, value, bound, note, remedy=''",
     "VerificationError": "checks",
     "write_preview_page": "path, rows, *, diff=None, show_ids=False, title='What is trained'",
