@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from hf_sft_plugin.training.verification import VerificationError, verify_training
     from hf_sft_plugin.types import IGNORE_INDEX, DataOptions, RowError, visible_lines
 
+__version__ = "0.1.0"
+
 __all__ = [
     "IGNORE_INDEX",
     "DataCollatorForPromptResponse",

@@ -25,10 +25,10 @@ SIGNATURES = {
     "return_response_mask=True, stop_token_ids=None, **options",
     "GeneratedResponse": "prompt, response, reference, num_tokens=0, is_stopped=False",
     "MaskedLossMixin": "*args, **kwargs",
-    "MaskedSFTTrainer": "model, args=None, data_collator=None, train_dataset=None, "
+    "MaskedSFTTrainer": "model=None, args=None, data_collator=None, train_dataset=None, "
     "eval_dataset=None, processing_class=None, peft_config=None, compute_metrics=None, "
     "callbacks=(), optimizers=(None, None), optimizer_cls_and_kwargs=None, "
-    "preprocess_logits_for_metrics=None",
+    "preprocess_logits_for_metrics=None, model_init=None, **others",
     "RowError": "row, problem, reason",
     "ShardDataset": "folder, split='train', block_size=None, use_loss_mask=True",
     "check_shard_destination": "folder, *, overwrite",

@@ -3,13 +3,14 @@
 import copy
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
 from transformers import TrainingArguments
 
 from hf_sft_plugin.loss.masked_loss import LossNormalization
 from hf_sft_plugin.loss.objective import LossObjective, LossType
+from hf_sft_plugin.training.foreign_arguments import refuse_config_arguments
 from hf_sft_plugin.training.speed_options import SpeedOptions
 from hf_sft_plugin.types import DataOptions, TrainOn
 
@@ -167,6 +168,11 @@ class MaskedSFTConfig(DataOptions, SpeedOptions, TrainingArguments):
 
     # Strings that may be JSON on the command line, as `TrainingArguments` wants them listed.
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "MaskedSFTConfig":
+        """Answers those who bring the settings of another trainer."""
+        refuse_config_arguments(kwargs, [each.name for each in fields(cls) if each.init])
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Checks our own settings, then lets both parents check theirs."""

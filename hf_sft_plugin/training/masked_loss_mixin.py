@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.trainer_utils import TrainOutput
 
 from hf_sft_plugin.loss.masked_loss import LossNormalization
 from hf_sft_plugin.loss.objective import LossObjective
@@ -109,7 +110,7 @@ class MaskedLossMixin(
         self._head = HeadChooser()
         self._attention = AttentionChooser()
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `Trainer`; the counts begin at 0, or where the checkpoint stopped."""
         # A subclass has them as attributes, which nobody has looked at.
         check_switches(self)

@@ -1,0 +1,110 @@
+"""What a trainer is given: the rows it trains and evaluates on, and a model or what makes one."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import pyarrow as pa
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from transformers import PreTrainedModel, set_seed
+from transformers.trainer_utils import number_of_arguments
+
+from hf_sft_plugin.data.arguments import refuse_name, require_row
+from hf_sft_plugin.data.packing import PackedDataset
+from hf_sft_plugin.data.prepare import name_in_errors
+from hf_sft_plugin.data.row_files import rows_to_dataset
+from hf_sft_plugin.data.shards import ShardDataset
+from hf_sft_plugin.training.config import MaskedSFTConfig
+from hf_sft_plugin.training.evaluation import refuse_stream
+
+logger = logging.getLogger(__name__)
+
+AnyModel: TypeAlias = PreTrainedModel | PeftModel
+AnyDataset: TypeAlias = (
+    Dataset
+    | IterableDataset
+    | ShardDataset
+    | PackedDataset
+    | torch.utils.data.Dataset[Any]
+    | list[dict[str, Any]]
+)
+
+
+def model_of(
+    model: str | AnyModel | None,
+    model_init: Callable[..., Any] | None,
+    args: MaskedSFTConfig,
+    optimizers: tuple[Any, Any],
+) -> Any:
+    """The model that was given, or the first one that `model_init` makes, of the run's seed.
+
+    Raises:
+        ValueError: If there is neither or both, or an optimizer, which would be of another model.
+    """
+    if (model is None) == (model_init is None):
+        raise ValueError(
+            f"{'Neither model nor' if model is None else 'Both model and'} model_init were given. "
+            "Give a model (loaded, or its name), or model_init, a function that makes a new one "
+            "for each training."
+        )
+    if model_init is None:
+        return model
+    if optimizers != (None, None):
+        raise ValueError(
+            "optimizers were given together with model_init, which makes a new model for each "
+            "training, whose weights they would not hold. Give optimizer_cls_and_kwargs instead."
+        )
+    set_seed(args.seed)
+    return call_model_init(model_init, None)
+
+
+def call_model_init(model_init: Callable[..., Any], trial: Any) -> Any:
+    """What `model_init` makes; it may take the trial of a search for hyperparameters."""
+    return model_init(trial) if number_of_arguments(model_init) == 1 else model_init()
+
+
+def as_dataset(rows: list[Any], name: str) -> Dataset:
+    """A list of rows as a dataset, whose columns have one type each."""
+    for index, row in enumerate(rows):
+        require_row(row, f"Row {index} of the {name} data")
+    try:
+        return Dataset.from_list(rows)
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
+        # Arrow does not say which row it was.
+        return rows_to_dataset(rows, f"The {name} data")
+
+
+def choose_split(dataset: Any) -> Any:
+    """The dataset to train on: of several the one called `train`, or the only one."""
+    refuse_name(dataset, "train_dataset")
+    if not isinstance(dataset, Mapping):
+        return dataset
+    names = list(dataset)
+    if "train" not in dataset and len(dataset) != 1:
+        raise ValueError(
+            f"train_dataset holds {', '.join(map(str, names)) or 'no dataset'}, but one is trained "
+            "on, and none of them is called 'train'. Take one split, such as "
+            f"dataset[{next(iter(names), 'train')!r}], or join them with "
+            "datasets.concatenate_datasets. Only eval_dataset takes several by name."
+        )
+    chosen = "train" if "train" in dataset else names[0]
+    if len(names) > 1:
+        logger.warning(
+            "train_dataset holds %s. Only %r is trained on; what is to be evaluated on is given as "
+            "eval_dataset.",
+            ", ".join(map(str, names)),
+            chosen,
+        )
+    return dataset[chosen]
+
+
+def check_evaluation(args: MaskedSFTConfig, eval_dataset: object) -> None:
+    """Raises on names, and on streams for which responses would have to be generated in a run."""
+    refuse_name(eval_dataset, "eval_dataset")
+    if args.predict_with_generate and eval_dataset is not None:
+        sets = eval_dataset if isinstance(eval_dataset, Mapping) else {None: eval_dataset}
+        for name, dataset in sets.items():
+            with name_in_errors("eval" if name is None else f"eval_{name}"):
+                refuse_stream(dataset)
