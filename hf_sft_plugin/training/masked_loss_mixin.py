@@ -36,6 +36,7 @@ from hf_sft_plugin.training.metrics import Totals, WindowedTotals, row_totals
 from hf_sft_plugin.training.microbatches import remember_tensors
 from hf_sft_plugin.training.packed_rows import refuse_documents, refuse_padded_documents
 from hf_sft_plugin.training.prediction import LogitReader
+from hf_sft_plugin.training.process_group import end_group_at_exit
 from hf_sft_plugin.training.repeats import cut_repeats, without_repeats
 from hf_sft_plugin.training.response_batch import (
     ResponseBatch,
@@ -96,6 +97,7 @@ class MaskedLossMixin(
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_inexact_settings(self)
+        end_group_at_exit(self)
         # It would wait for the device each time. Losses that are not finite are counted instead.
         self.args.logging_nan_inf_filter = False
         compile_for_all_sizes(self.accelerator)
