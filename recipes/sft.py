@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import cpu_threads  # noqa: F401  # before torch is loaded
 import evaluate
 from arguments import named_flags, nearest, parse_arguments
 from datasets import Dataset
@@ -387,8 +388,7 @@ def print_results(trainer: MaskedSFTTrainer, num_samples: int) -> None:
         step = max(len(trainer.responses) // num_samples, 1)
         for response in trainer.responses[::step][:num_samples]:
             same = response.response.strip() == response.reference.strip()
-            told = (response.prompt, response.response, response.reference)
-            texts = (visible_lines(" ".join(text.split())) for text in told)
+            texts = (visible_lines(" ".join(text.split())) for text in response[:3])
             table.add_row(*texts, "yes" if same else "no")
         console.print(table)
     folder = visible_lines(str(Path(str(trainer.args.output_dir))))

@@ -33,7 +33,6 @@ from hf_sft_plugin.training.evaluation import (
     load_metric,
     with_whole_reference,
 )
-from hf_sft_plugin.training.foreign_arguments import refuse_trainer_arguments
 from hf_sft_plugin.training.loading import limit_length, load_model, load_tokenizer, stop_tokens
 from hf_sft_plugin.training.masked_loss_mixin import MaskedLossMixin
 from hf_sft_plugin.training.packed_rows import check_packed_rows, pack_training_rows
@@ -44,7 +43,8 @@ from hf_sft_plugin.training.trainer_arguments import (
     call_model_init,
     check_evaluation,
     choose_split,
-    model_of,
+    load_first_model,
+    settings_of,
 )
 from hf_sft_plugin.types import TokenizedExample
 
@@ -120,17 +120,10 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         model_init: Callable[..., str | AnyModel] | None = None,
         **others: Never,
     ) -> None:
-        refuse_trainer_arguments(others, MaskedSFTConfig.__dataclass_fields__)
-        args = MaskedSFTConfig() if args is None else args
-        if not isinstance(args, MaskedSFTConfig):
-            raise ValueError(
-                f"args is a {type(args).__name__}; MaskedSFTTrainer needs a MaskedSFTConfig, which "
-                "takes the same arguments and some more."
-            )
+        args = settings_of(args, others)
         train_dataset = choose_split(train_dataset)
         check_evaluation(args, eval_dataset)
-        found = model_of(model, model_init, args, optimizers)
-        model = load_model(found, args.model_init_kwargs, peft_config)
+        model = load_first_model(model, model_init, args, peft_config, optimizers)
         tokenizer = load_tokenizer(processing_class, model, args.stop_token)
         model = add_adapter(model, peft_config, is_trained=train_dataset is not None)
         self.stop_token_ids = stop_tokens(model, tokenizer, args.stop_token)
@@ -163,9 +156,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         if model_init is not None:
-            # Any, because a PeftModel does for the Trainer, whatever its types say.
-            make_model: Any = partial(self._make_model, model_init, peft_config)
-            self.model_init = make_model
+            self.model_init = cast(Any, partial(self._make_model, model_init, peft_config))
         self.loss_normalization = LossNormalization(args.loss_normalization)
         self.normalize_constant = args.normalize_constant or 1.0
         self.objective = args.objective()

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import number_of_arguments
 
@@ -18,6 +18,8 @@ from hf_sft_plugin.data.row_files import rows_to_dataset
 from hf_sft_plugin.data.shards import ShardDataset
 from hf_sft_plugin.training.config import MaskedSFTConfig
 from hf_sft_plugin.training.evaluation import refuse_stream
+from hf_sft_plugin.training.foreign_arguments import refuse_trainer_arguments
+from hf_sft_plugin.training.loading import load_model
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +34,34 @@ AnyDataset: TypeAlias = (
 )
 
 
-def model_of(
+def settings_of(args: MaskedSFTConfig | None, others: Mapping[str, Any]) -> MaskedSFTConfig:
+    """The settings, or the defaults.
+
+    Args:
+        args: As in `MaskedSFTTrainer`.
+        others: Arguments by names that it does not take.
+
+    Raises:
+        TypeError: If there are others; says what does the same here.
+        ValueError: If they are the settings of another trainer.
+    """
+    refuse_trainer_arguments(others, MaskedSFTConfig.__dataclass_fields__)
+    args = MaskedSFTConfig() if args is None else args
+    if not isinstance(args, MaskedSFTConfig):
+        raise ValueError(
+            f"args is a {type(args).__name__}; MaskedSFTTrainer needs a MaskedSFTConfig, which "
+            "takes the same arguments and some more."
+        )
+    return args
+
+
+def load_first_model(
     model: str | AnyModel | None,
     model_init: Callable[..., Any] | None,
     args: MaskedSFTConfig,
+    peft_config: PeftConfig | None,
     optimizers: tuple[Any, Any],
-) -> Any:
+) -> AnyModel:
     """The model that was given, or the first one that `model_init` makes, of the run's seed.
 
     Raises:
@@ -49,15 +73,16 @@ def model_of(
             "Give a model (loaded, or its name), or model_init, a function that makes a new one "
             "for each training."
         )
-    if model_init is None:
-        return model
-    if optimizers != (None, None):
+    if model_init is not None and optimizers != (None, None):
         raise ValueError(
             "optimizers were given together with model_init, which makes a new model for each "
             "training, whose weights they would not hold. Give optimizer_cls_and_kwargs instead."
         )
-    set_seed(args.seed)
-    return call_model_init(model_init, None)
+    if model_init is not None:
+        set_seed(args.seed)
+        model = call_model_init(model_init, None)
+    assert model is not None, "one of the two was given"
+    return load_model(model, args.model_init_kwargs, peft_config)
 
 
 def call_model_init(model_init: Callable[..., Any], trial: Any) -> Any:

@@ -22,7 +22,7 @@ TAKES: Any = MaskedSFTTrainer
         ("dataset_text_field", r"rename_column\(name, 'text'\)"),
         ("max_seq_length", "max_length"),
         ("packing", r"MaskedSFTConfig\(packing=\.\.\.\)"),
-        ("peft_configs", r"'peft_configs'\. "),
+        ("zzz", r"help\(MaskedSFTConfig\)"),
     ],
 )
 def test_an_argument_of_another_trainer_is_answered(
