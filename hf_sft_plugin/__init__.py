@@ -49,7 +49,9 @@ if TYPE_CHECKING:
     from hf_sft_plugin.training.masked_loss_mixin import MaskedLossMixin
     from hf_sft_plugin.training.trainer import MaskedSFTTrainer
     from hf_sft_plugin.training.verification import VerificationError, verify_training
-    from hf_sft_plugin.types import IGNORE_INDEX, DataOptions, RowError
+    from hf_sft_plugin.types import IGNORE_INDEX, DataOptions, RowError, visible_lines
+
+__version__ = "0.1.0"
 
 __all__ = [
     "IGNORE_INDEX",
@@ -102,6 +104,7 @@ __all__ = [
     "tokenize_prompt_and_output",
     "verify_shards",
     "verify_training",
+    "visible_lines",
     "write_preview_page",
     "write_shards",
 ]
@@ -137,7 +140,7 @@ _NAMES_OF_MODULES = {
     "training.masked_loss_mixin": ("MaskedLossMixin",),
     "training.trainer": ("MaskedSFTTrainer",),
     "training.verification": ("VerificationError", "verify_training"),
-    "types": ("IGNORE_INDEX", "DataOptions", "RowError"),
+    "types": ("IGNORE_INDEX", "DataOptions", "RowError", "visible_lines"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF_MODULES.items() for name in names}
 

@@ -23,7 +23,7 @@ from hf_sft_plugin.data.shard_set import is_shard_set
 from hf_sft_plugin.data.shards import ShardDataset, verify_shards
 from hf_sft_plugin.reporting.report import REPORT_FOLDER, write_report
 from hf_sft_plugin.reporting.run_log import METRICS_FILE
-from hf_sft_plugin.types import DataOptions
+from hf_sft_plugin.types import DataOptions, visible, visible_lines
 
 
 @dataclass
@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _COMMANDS[arguments.command][1](given[1:])
     except (OSError, ValueError) as error:
         # Whatever is wrong with settings or data is said there; a traceback would only hide it.
-        raise SystemExit(f"hf-sft {arguments.command}: {error}") from None
+        message = visible_lines(f"hf-sft {arguments.command}: {error}")
+        raise SystemExit(message) from None
 
 
 def preview(argv: Sequence[str]) -> None:
@@ -127,7 +128,7 @@ def verify(argv: Sequence[str]) -> None:
         description="Checks every file of a folder of shards, and prints what they hold.",
     )
     parser.add_argument("folder", help="folder that hf-sft prepare wrote")
-    print(verify_shards(parser.parse_args(list(argv)).folder))
+    print(visible_lines(str(verify_shards(parser.parse_args(list(argv)).folder))))
 
 
 def report(argv: Sequence[str]) -> None:
@@ -144,7 +145,7 @@ def report(argv: Sequence[str]) -> None:
     if not (folder / METRICS_FILE).is_file():
         raise ValueError(f"There is no {METRICS_FILE} in '{folder}', so it is no folder of a run.")
     for path in write_report(folder):
-        print(path)
+        print(visible(str(path)))
 
 
 def _load_setup(row_args: RowArguments, options: DataOptions) -> TokenizationSetup:

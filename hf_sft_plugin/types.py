@@ -11,12 +11,50 @@ prediction made at `t`. `loss.token_stats.shift_labels` is the one place that ch
 """
 
 import json
+import unicodedata
 from collections.abc import MutableSequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 # The label of a position that carries no loss: the value Hugging Face models and torch share.
 IGNORE_INDEX = -100
+
+
+def visible(text: str) -> str:
+    r"""Writes what cannot be seen, or would act on the reader's screen, so that it can be read.
+
+    Examples:
+        >>> ascii(visible("a\x1b[31m b\u202e"))
+        "'a\\u241b[31m b<U+202E>'"
+    """
+    return "".join(map(_visible_character, text))
+
+
+@cache
+def _visible_character(character: str) -> str:
+    if character == "\n":
+        return "\u21b5\n"
+    if character == "\t":
+        return "\u2192\t"
+    if ord(character) < 32 or ord(character) == 127:
+        # The pictures of control characters stand in the same order.
+        return chr(0x2400 + ord(character)) if ord(character) < 32 else "\u2421"
+    # Joiners hold emoji and some scripts together.
+    is_hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return (
+        f"<U+{ord(character):04X}>" if is_hidden and character not in "\u200c\u200d" else character
+    )
+
+
+def visible_lines(text: str) -> str:
+    r"""Text from data, names or errors as lines for a terminal: shown, but never obeyed.
+
+    Examples:
+        >>> ascii(visible_lines("a\x1b[31m\nb"))
+        "'a\\u241b[31m\\nb'"
+    """
+    return "\n".join(map(visible, text.split("\n")))
 
 
 class RowError(ValueError):
@@ -33,7 +71,8 @@ class RowError(ValueError):
     """
 
     def __init__(self, row: int, problem: str, reason: str) -> None:
-        super().__init__(f"Row {row}: {problem}")
+        # It may quote what the row says, and end up in a terminal.
+        super().__init__(visible_lines(f"Row {row}: {problem}"))
         self.row = row
         self.problem = problem
         self.reason = reason

@@ -9,6 +9,7 @@ import torch
 # defaults of its functions would hold that group for good, and with it the threads of gloo.
 import torch.distributed.nn.functional
 from accelerate import PartialState
+from cpu_threads import count_usable_cores
 from datasets import disable_progress_bars
 
 from hf_sft_plugin import MaskedSFTConfig
@@ -17,7 +18,7 @@ from hf_sft_plugin import MaskedSFTConfig
 def use_all_cores(args: MaskedSFTConfig, num_threads: int | None) -> None:
     """Lets a machine without an accelerator use its cores."""
     if args.device.type == "cpu":
-        available = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        available = count_usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(num_threads or max(available, 1))
 
 

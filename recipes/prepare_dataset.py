@@ -6,7 +6,7 @@
 import logging
 import sys
 
-from hf_sft_plugin import parse_prepare_arguments, prepare_files
+from hf_sft_plugin import parse_prepare_arguments, prepare_files, visible_lines
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
         prepare_files(files, options)
     except (ValueError, OSError) as error:
         # What is wrong with settings, rows or files is said there; a traceback would only hide it.
-        raise SystemExit(f"prepare_dataset.py: {error}") from None
+        raise SystemExit(visible_lines(f"prepare_dataset.py: {error}")) from None
 
 
 if __name__ == "__main__":

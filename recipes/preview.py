@@ -31,6 +31,7 @@ from hf_sft_plugin import (
     make_tokenization_setup,
     read_chat_template,
     show_preview,
+    visible_lines,
 )
 
 _TOKENIZER_SETTINGS = (
@@ -63,7 +64,7 @@ def main() -> None:
         show_preview(rows, setup, arguments, against=against)
     except (OSError, ValueError) as error:
         # Whatever is wrong with settings or data is said there; a traceback would only hide it.
-        raise SystemExit(f"preview.py: {error}") from None
+        raise SystemExit(visible_lines(f"preview.py: {error}")) from None
 
 
 def load_tokenizer(

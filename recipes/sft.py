@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import cpu_threads  # noqa: F401  # before torch is loaded
 import evaluate
 from arguments import named_flags, nearest, parse_arguments
 from datasets import Dataset
@@ -35,6 +36,7 @@ from hf_sft_plugin import (
     MaskedSFTConfig,
     MaskedSFTTrainer,
     ShardDataset,
+    visible_lines,
 )
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -105,13 +107,13 @@ def train() -> None:
         trainer = make_trainer(model_args, data_args, args)
     except ValueError as error:
         # Whatever is wrong with settings or data is said there; a traceback would only hide it.
-        raise SystemExit(f"sft.py: {error}") from None
+        raise SystemExit(visible_lines(f"sft.py: {error}")) from None
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except ValueError as error:
         if not is_explained(error):
             raise
-        raise SystemExit(f"sft.py: {error}") from None
+        raise SystemExit(visible_lines(f"sft.py: {error}")) from None
     if trainer.state.global_step < trainer.state.max_steps:
         # SIGTERM leaves little time, and a model that is not finished is not to be published.
         return
@@ -353,7 +355,7 @@ def lora_config(model_args: ModelArguments) -> LoraConfig | None:
 
 def print_results(trainer: MaskedSFTTrainer, num_samples: int) -> None:
     """Shows the evaluation before and after, some answers, and where everything is."""
-    console = Console()
+    console = Console(markup=False, emoji=False)  # rows and models write text, not markup
     evaluations = [record for record in trainer.state.log_history if "eval_loss" in record]
     if evaluations:
         table = Table(title="Held-out rows", title_justify="left")
@@ -376,11 +378,10 @@ def print_results(trainer: MaskedSFTTrainer, num_samples: int) -> None:
         step = max(len(trainer.responses) // num_samples, 1)
         for response in trainer.responses[::step][:num_samples]:
             same = response.response.strip() == response.reference.strip()
-            told = (response.prompt, response.response, response.reference)
-            texts = (" ".join(text.split()) for text in told)
+            texts = (visible_lines(" ".join(text.split())) for text in response[:3])
             table.add_row(*texts, "yes" if same else "no")
         console.print(table)
-    folder = Path(str(trainer.args.output_dir))
+    folder = visible_lines(str(Path(str(trainer.args.output_dir))))
     console.print(f"Model, tokenizer, model card, report/ and metrics.jsonl are in {folder}/")
 
 

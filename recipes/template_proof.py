@@ -11,6 +11,7 @@ from datasets import Dataset
 from jinja2.exceptions import TemplateError
 from quickstart import train_tokenizer
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin import preview_rows
@@ -129,5 +130,7 @@ def proof_table(proofs: Sequence[TemplateProof]) -> Table:
     for column in ("template", *conversations(), "leaks"):
         table.add_column(column, overflow="fold")
     for proof in proofs:
-        table.add_row(proof.name, *proof.results.values(), str(proof.num_leaks))
+        cells = (proof.name, *proof.results.values(), str(proof.num_leaks))
+        # As text, or rich would take brackets in it for its markup.
+        table.add_row(*map(Text, cells))
     return table

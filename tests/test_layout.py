@@ -2,10 +2,13 @@
 
 import ast
 import configparser
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import hf_sft_plugin
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hf_sft_plugin"
@@ -79,6 +82,21 @@ def test_recipes_use_only_what_the_package_offers_at_its_top(path: Path) -> None
     assert not [module for module in modules if module.startswith("hf_sft_plugin.")]
 
 
+def test_type_checkers_find_an_editable_installation() -> None:
+    """Setuptools installs it as a path then; without it as a finder, which runs in Python only."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    assert config["options"]["package_dir"].split() == ["=", "."]
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_the_version_stands_in_one_place() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    assert config["metadata"]["version"] == "attr: hf_sft_plugin.__version__"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", hf_sft_plugin.__version__)
+
+
 def test_the_tested_versions_are_exact_and_the_others_are_minimums() -> None:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg", encoding="utf-8")
@@ -86,7 +104,7 @@ def test_the_tested_versions_are_exact_and_the_others_are_minimums() -> None:
     required = config["options"]["install_requires"].split()
     assert tested == [
         "torch==2.13.0",
-        "transformers==5.23.0",
+        "transformers==5.24.0",
         "accelerate==1.15.0",
         "datasets==5.2.0",
         "peft==0.21.2",

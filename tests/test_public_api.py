@@ -25,10 +25,10 @@ SIGNATURES = {
     "return_response_mask=True, stop_token_ids=None, **options",
     "GeneratedResponse": "prompt, response, reference, num_tokens=0, is_stopped=False",
     "MaskedLossMixin": "*args, **kwargs",
-    "MaskedSFTTrainer": "model, args=None, data_collator=None, train_dataset=None, "
+    "MaskedSFTTrainer": "model=None, args=None, data_collator=None, train_dataset=None, "
     "eval_dataset=None, processing_class=None, peft_config=None, compute_metrics=None, "
     "callbacks=(), optimizers=(None, None), optimizer_cls_and_kwargs=None, "
-    "preprocess_logits_for_metrics=None",
+    "preprocess_logits_for_metrics=None, model_init=None, **others",
     "RowError": "row, problem, reason",
     "ShardDataset": "folder, split='train', block_size=None, use_loss_mask=True",
     "check_shard_destination": "folder, *, overwrite",
@@ -58,6 +58,7 @@ SIGNATURES = {
     "is_shard_set": "folder",
     "verify_shards": "folder",
     "verify_training": "trainer, *, stop_on_failure=True",
+    "visible_lines": "text",
     "VerificationCheck": "name, value, bound, note, remedy=''",
     "VerificationError": "checks",
     "write_preview_page": "path, rows, *, diff=None, show_ids=False, title='What is trained'",
@@ -137,6 +138,8 @@ CONFIG_FIELDS = {
     "remove_unused_columns": False,
     "logging_nan_inf_filter": False,
     "logging_steps": 10,
+    "activation_checkpointing": None,
+    "activation_checkpointing_kwargs": None,
 }
 
 TRAIN_KEYS = {"loss", "token_entropy", "token_accuracy", "num_response_tokens", "num_tokens"}
@@ -175,6 +178,8 @@ def test_the_own_fields_of_the_config_are_these() -> None:
         for field in dataclasses.fields(MaskedSFTConfig)
         if field.name not in inherited or inherited[field.name] != default(field)
     }
+    # From transformers 5.24 on it has these as well.
+    own |= {name: None for name in inherited if name.startswith("activation_checkpointing")}
     assert own == CONFIG_FIELDS
 
 

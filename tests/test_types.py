@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from hf_sft_plugin import IGNORE_INDEX, RowError
-from hf_sft_plugin.types import Conversation, DataOptions, Segment, Turn
+from hf_sft_plugin import IGNORE_INDEX, RowError, visible_lines
+from hf_sft_plugin.types import Conversation, DataOptions, Segment, Turn, visible
+
+FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
 
 
 def test_the_ignored_label_is_the_one_that_torch_ignores() -> None:
@@ -116,3 +118,30 @@ def test_a_part_counts_once_unless_it_says_otherwise() -> None:
     assert Turn({}, train=True).weight == 1.0
     assert Turn({}, train=True).weighted == ()
     assert Conversation().tools is None
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\nb", "a\u21b5\nb"),
+        ("a\tb", "a\u2192\tb"),
+        ("\x1b[31m\x07\x00\x7f\r", "\u241b[31m\u2407\u2400\u2421\u240d"),
+        ("\x9b31m", "<U+009B>31m"),
+        ("\u202e\u2066\u2028\ufeff", "<U+202E><U+2066><U+2028><U+FEFF>"),
+        ("\ud83d", "<U+D83D>"),
+        (FAMILY, FAMILY),
+        ("[red]x[/red]", "[red]x[/red]"),
+    ],
+)
+def test_what_cannot_be_seen_or_would_act_is_written_out(text: str, shown: str) -> None:
+    assert visible(text) == shown
+
+
+def test_lines_stay_lines_where_text_is_made_visible() -> None:
+    assert visible_lines("a\x1b[31m\nb\u202e\n") == "a\u241b[31m\nb<U+202E>\n"
+
+
+def test_an_error_that_quotes_a_row_cannot_act_on_the_terminal() -> None:
+    error = RowError(2, "its role is '\x1b[2J'.", "unknown role")
+    assert str(error) == "Row 2: its role is '\u241b[2J'."
+    assert error.problem == "its role is '\x1b[2J'."

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_sft_plugin.data.row_tokenizer import RowOutcome
+from hf_sft_plugin.types import visible_lines
 
 _NUM_NAMED_ROWS = 5
 
@@ -179,7 +180,8 @@ class Ledger:
             f"        {self.trained_share:.1%} of the tokens read are trained; longest row "
             f"{self.longest:,}, {limit}"
         )
-        return "\n".join([*lines, *self._mask_lines(), *self._column_lines()])
+        # Names of columns and control tokens come from the data.
+        return visible_lines("\n".join([*lines, *self._mask_lines(), *self._column_lines()]))
 
     def _mask_lines(self) -> list[str]:
         if not self.num_examples:

@@ -15,7 +15,7 @@ from hf_sft_plugin.data.prepare import name_in_errors, prepare_dataset
 from hf_sft_plugin.data.row_files import read_chat_template, read_splits
 from hf_sft_plugin.data.shard_writer import check_shard_destination, write_shards
 from hf_sft_plugin.data.shards import verify_shards
-from hf_sft_plugin.types import DataOptions
+from hf_sft_plugin.types import DataOptions, visible, visible_lines
 
 _DESCRIPTION = """Turns rows into token and mask files that are mapped into memory when they are
 trained on, however large they are: ShardDataset(out_dir) is the dataset to give to a trainer.
@@ -193,7 +193,7 @@ def prepare_files(files: PrepareArguments, options: DataOptions) -> None:
             to be checked are damaged.
     """
     if files.verify is not None:
-        print(f"{verify_shards(files.verify)}\nEvery file is as it was written.")
+        print(visible_lines(f"{verify_shards(files.verify)}\nEvery file is as it was written."))
         return
     assert files.out_dir is not None, "the arguments were parsed"
     check_shard_destination(files.out_dir, overwrite=files.overwrite)
@@ -211,7 +211,7 @@ def prepare_files(files: PrepareArguments, options: DataOptions) -> None:
                 num_proc=files.num_proc,
                 **dataclasses.asdict(options),
             )
-        print(f"--- {name}\n{ledgers[name]}")
+        print(f"--- {visible(name)}\n{ledgers[name]}")
     written = write_shards(
         files.out_dir,
         splits,
@@ -220,7 +220,7 @@ def prepare_files(files: PrepareArguments, options: DataOptions) -> None:
         max_tokens_per_shard=files.max_tokens_per_shard,
         overwrite=files.overwrite,
     )
-    print(f"--- written\n{written}")
+    print(f"--- written\n{visible_lines(str(written))}")
 
 
 def _read_all(files: PrepareArguments) -> dict[str, Dataset]:

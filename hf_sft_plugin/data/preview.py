@@ -4,10 +4,8 @@ import heapq
 import json
 import runpy
 import sys
-import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from itertools import groupby, islice
 from typing import Any, Literal, TypeAlias
 
@@ -236,32 +234,6 @@ def preview_outcome(
         source=str(source) if isinstance(source, str | int) else None,
         raw=json.dumps(dict(row), ensure_ascii=False, default=str)[:_RAW_LENGTH],
         remarks=tuple(remarks_of(outcome)),
-    )
-
-
-def visible(text: str) -> str:
-    r"""Writes what cannot be seen, or would act on the reader's screen, so that it can be read.
-
-    Examples:
-        >>> ascii(visible("a\x1b[31m b\u202e"))
-        "'a\\u241b[31m b<U+202E>'"
-    """
-    return "".join(map(_visible_character, text))
-
-
-@cache
-def _visible_character(character: str) -> str:
-    if character == "\n":
-        return "\u21b5\n"
-    if character == "\t":
-        return "\u2192\t"
-    if ord(character) < 32 or ord(character) == 127:
-        # The pictures of control characters stand in the same order.
-        return chr(0x2400 + ord(character)) if ord(character) < 32 else "\u2421"
-    # Joiners hold emoji and some scripts together.
-    is_hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
-    return (
-        f"<U+{ord(character):04X}>" if is_hidden and character not in "\u200c\u200d" else character
     )
 
 

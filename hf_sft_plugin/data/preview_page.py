@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from hf_sft_plugin.data.preview import Piece, PreviewedExample, PreviewedRow, SpanNote, visible
+from hf_sft_plugin.data.preview import Piece, PreviewedExample, PreviewedRow, SpanNote
 from hf_sft_plugin.data.preview_diff import Diff, RowChange
+from hf_sft_plugin.types import visible
 
 MAX_ROWS = 2000
 

@@ -18,12 +18,11 @@ from hf_sft_plugin.data.preview import (
     Rows,
     TokenizationSetup,
     preview_rows,
-    visible,
 )
 from hf_sft_plugin.data.preview_diff import Diff, RowChange, diff_rows
 from hf_sft_plugin.data.preview_page import write_preview_page
 from hf_sft_plugin.data.truncation import max_row_length
-from hf_sft_plugin.types import DataOptions
+from hf_sft_plugin.types import DataOptions, visible
 
 _NUM_SHOWN = 5
 _NUM_SHOWN_IN_PAGE = 500
@@ -162,7 +161,8 @@ def show_preview(
     if arguments.html:
         path = Path(arguments.html)
         write_preview_page(path, rows, diff=diff, show_ids=arguments.ids)
-        console.print(Text(f"{len(rows):,} rows are in {path}", "bold"), soft_wrap=True)
+        where = f"{len(rows):,} rows are in {visible(str(path))}"
+        console.print(Text(where, "bold"), soft_wrap=True)
 
 
 def print_rows(rows: Sequence[PreviewedRow], console: Console, *, show_ids: bool = False) -> None:

@@ -1,12 +1,15 @@
 """The model card: what was trained, on what, and what was measured."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from hf_sft_plugin.types import visible, visible_lines
 
 # By the end of the log key: in between stands the name of the set where there are several.
 _EVAL_NAMES = {
@@ -94,7 +97,7 @@ def write_model_card(output_dir: Path, facts: CardFacts, plots: Sequence[Path] =
 def _body(facts: CardFacts, plots: Sequence[Path], output_dir: Path) -> str:
     base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
     sections = [
-        f"# {facts.model_name}\n",
+        f"# {visible(facts.model_name)}\n",
         "Fine-tuned with hf_sft_plugin from "
         + (base if facts.base_model else "a model without a name")
         + ". The loss was taken over response tokens only.\n",
@@ -104,7 +107,10 @@ def _body(facts: CardFacts, plots: Sequence[Path], output_dir: Path) -> str:
         relative = plot.relative_to(output_dir).as_posix()
         sections.append(f"![{plot.stem.replace('_', ' ')}]({relative})\n")
     if facts.ledger:
-        sections.append(f"## Training data\n\n```\n{facts.ledger}\n```\n")
+        ledger = visible_lines(facts.ledger)
+        # Longer than any in the names of columns, so that it ends where it should.
+        fence = max(["```", *(f"{found}`" for found in re.findall("`{3,}", ledger))], key=len)
+        sections.append(f"## Training data\n\n{fence}\n{ledger}\n{fence}\n")
     sections.append("## Settings\n\n" + _table(("setting", "value"), facts.settings.items()))
     sections.append("## Versions\n\n" + _table(("library", "version"), facts.versions.items()))
     return "\n".join(section for section in sections if section)
@@ -142,5 +148,11 @@ def _figure(value: float | None) -> str:
 
 def _table(header: Sequence[str], rows: Any) -> str:
     lines = [f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
-    lines += [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]
+    lines += [f"| {' | '.join(_in_line(cell) for cell in row)} |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def _in_line(value: Any) -> str:
+    """A name or figure as Markdown that shows it, whatever stands in it."""
+    text = visible(str(value)).replace("\n", " ")
+    return re.sub(r"([\\`\[\]<>|])", r"\\\1", text)

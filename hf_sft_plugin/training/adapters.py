@@ -1,5 +1,7 @@
 """LoRA and other PEFT adapters, put on a model before it is trained."""
 
+import warnings
+
 from peft import PeftConfig, PeftMixedModel, PeftModel, PeftType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments, enable_full_determinism, set_seed
@@ -47,7 +49,10 @@ def add_adapter(
                 "around it. Leave peft_config out to train the adapter that is there, or merge it "
                 "first with model.merge_and_unload()."
             )
-        model = get_peft_model(model, peft_config)
+        with warnings.catch_warnings():
+            # PEFT asks transformers 5.24 by the old name; nobody who trains can help it.
+            warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated")
+            model = get_peft_model(model, peft_config)
     if is_trained and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "No parameter of the model requires a gradient, so nothing would be trained. A loaded "
@@ -89,13 +94,13 @@ def find_checkpointing_problem(model: nn.Module | None) -> str | None:
         if config.peft_type in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE):
             return (
                 "Gradient checkpointing leaves out the keys and values that the adapter puts "
-                "before every row. Set gradient_checkpointing to false, or train an adapter that "
-                "puts virtual tokens there, as prompt tuning does."
+                "before every row. Set activation_checkpointing (gradient_checkpointing) to false, "
+                "or train an adapter that puts virtual tokens there, as prompt tuning does."
             )
         if getattr(config, "alora_invocation_tokens", None) is not None:
             return (
                 "Under gradient checkpointing PEFT runs an adapter with invocation tokens for "
                 "nothing but training, and neither evaluation nor a trial of the model could go "
-                "between. Set gradient_checkpointing to false."
+                "between. Set activation_checkpointing (gradient_checkpointing) to false."
             )
     return None

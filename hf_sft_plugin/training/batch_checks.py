@@ -7,11 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from hf_sft_plugin.data.preview import visible
 from hf_sft_plugin.training.checks import VerificationCheck, not_run
 from hf_sft_plugin.training.first_step import FirstStep
 from hf_sft_plugin.training.loading import stop_tokens
-from hf_sft_plugin.types import IGNORE_INDEX
+from hf_sft_plugin.types import IGNORE_INDEX, visible
 
 BATCH_CHECKS = ("labels", "stop tokens")
 _NUM_CHARACTERS = 60

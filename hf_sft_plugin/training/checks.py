@@ -12,6 +12,7 @@ from rich.text import Text
 from torch import nn
 
 from hf_sft_plugin.training.float64_run import MODEL_ERRORS
+from hf_sft_plugin.types import visible_lines
 
 _OF_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
@@ -57,7 +58,7 @@ def run_checks(
     try:
         checks = check()
     except MODEL_ERRORS as error:
-        return [not_run(name, f"{type(error).__name__}: {error}") for name in names]
+        return [not_run(name, visible_lines(f"{type(error).__name__}: {error}")) for name in names]
     assert [each.name for each in checks] == list(names), "processes compare them by name"
     return checks
 

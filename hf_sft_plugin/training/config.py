@@ -3,13 +3,14 @@
 import copy
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
 from transformers import TrainingArguments
 
 from hf_sft_plugin.loss.masked_loss import LossNormalization
 from hf_sft_plugin.loss.objective import LossObjective, LossType
+from hf_sft_plugin.training.foreign_arguments import refuse_config_arguments
 from hf_sft_plugin.training.speed_options import SpeedOptions
 from hf_sft_plugin.types import DataOptions, TrainOn
 
@@ -154,9 +155,32 @@ class MaskedSFTConfig(DataOptions, SpeedOptions, TrainingArguments):
         default=10,
         metadata={"help": "Log every this many steps; below 1, this share of all steps."},
     )
+    # Before transformers 5.24 these have their old names alone, gradient_checkpointing(_kwargs).
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether activations are worked out again in the backward pass instead of "
+            "kept, which takes less memory and more time. The older name is "
+            "gradient_checkpointing.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "How: every_n_layers, offload (transformers 5.24), and arguments of "
+            "torch.utils.checkpoint.checkpoint, as JSON."
+        },
+    )
 
     # Strings that may be JSON on the command line, as `TrainingArguments` wants them listed.
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "MaskedSFTConfig":
+        """Answers those who bring the settings of another trainer."""
+        refuse_config_arguments(kwargs, [each.name for each in fields(cls) if each.init])
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Checks our own settings, then lets both parents check theirs."""
@@ -199,7 +223,10 @@ class MaskedSFTConfig(DataOptions, SpeedOptions, TrainingArguments):
         self._check_model_init_kwargs()
         DataOptions.__post_init__(self)
         given = self.accelerator_config
+        self._name_checkpointing_twice()
         TrainingArguments.__post_init__(self)
+        # Now it is no longer JSON.
+        self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         accelerator_config: Any = self.accelerator_config
         if accelerator_config.dispatch_batches is None:
             # Batches of a stream differ in length, so one process cannot cut them up for all.
@@ -249,6 +276,15 @@ class MaskedSFTConfig(DataOptions, SpeedOptions, TrainingArguments):
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the Hub token out of every pickle: `training_args.bin` is pushed to the Hub."""
         return {**self.__dict__, "hub_token": None}
+
+    def _name_checkpointing_twice(self) -> None:
+        """Gives both names the same value, so that every transformers finds it and none warns."""
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = bool(self.gradient_checkpointing)
+        if self.activation_checkpointing_kwargs is None:
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        self.gradient_checkpointing = self.activation_checkpointing
+        self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs
 
     def _check_packing(self) -> None:
         if not self.packing:

@@ -16,7 +16,9 @@ def refuse_inexact_settings(trainer: Trainer) -> None:
         ValueError: If there is one; says what to use instead.
     """
     num_started = int(os.environ.get("WORLD_SIZE", "1"))
-    is_checkpointed = bool(trainer.args.gradient_checkpointing)
+    # The second is the name before transformers 5.24.
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    is_checkpointed = any(getattr(trainer.args, name, None) for name in names)
     adapter_problem = find_checkpointing_problem(trainer.model) if is_checkpointed else None
     conflicts: Sequence[tuple[bool, str]] = (
         (adapter_problem is not None, str(adapter_problem)),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.trainer_utils import TrainOutput
 
 from hf_sft_plugin.loss.masked_loss import LossNormalization
 from hf_sft_plugin.loss.objective import LossObjective
@@ -37,6 +38,7 @@ from hf_sft_plugin.training.microbatches import remember_tensors
 from hf_sft_plugin.training.model_interface import find_logits
 from hf_sft_plugin.training.packed_rows import refuse_documents, refuse_padded_documents
 from hf_sft_plugin.training.prediction import LogitReader
+from hf_sft_plugin.training.process_group import end_group_at_exit
 from hf_sft_plugin.training.repeats import cut_repeats, without_repeats
 from hf_sft_plugin.training.response_batch import (
     ResponseBatch,
@@ -98,6 +100,7 @@ class MaskedLossMixin(
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_inexact_settings(self)
+        end_group_at_exit(self)
         # It would wait for the device each time. Losses that are not finite are counted instead.
         self.args.logging_nan_inf_filter = False
         compile_for_all_sizes(self.accelerator)
@@ -112,7 +115,7 @@ class MaskedLossMixin(
         self._head = HeadChooser()
         self._attention = AttentionChooser()
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `Trainer`; the counts begin at 0, or where the checkpoint stopped."""
         # A subclass has them as attributes, which nobody has looked at.
         check_switches(self)

@@ -67,7 +67,7 @@ class MemoryPlanMixin(MicrobatchesMixin):
                 logger.warning(
                     "auto_gradient_checkpointing has no effect with pad_to_multiple_of, which has "
                     "batches run as they come, so that nothing is estimated. Leave one of the two "
-                    "out, or set gradient_checkpointing to true."
+                    "out, or set activation_checkpointing to true."
                 )
         if is_sharded or is_fixed or self.args.auto_find_batch_size:
             # Nor is one that a checkpoint brought along.
@@ -158,9 +158,10 @@ class MemoryPlanMixin(MicrobatchesMixin):
         if self.auto_gradient_checkpointing and self._is_switched_on is None:
             self._is_switched_on = is_short and can_switch
         if self._is_switched_on and can_switch:
-            # The model could be a PeftModel, which hands on what it does not know.
-            own: Any = model
-            own.gradient_checkpointing_enable({"use_reentrant": False})
+            # The second is the name before transformers 5.24.
+            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+            enable: Any = next(getattr(model, name) for name in names if hasattr(model, name))
+            enable({"use_reentrant": False})
             memory = replace(measure_step_memory(model, run, self.optimizer), forward_limit=limit)
         self._step_memory = memory
         needed = memory.of_pass([longest])

@@ -13,11 +13,12 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from hf_sft_plugin.data.ledger import Ledger
+from hf_sft_plugin.types import visible_lines
 
 
 def print_summary(*args: Any) -> None:
     """Prints the table; the arguments are those of `summarize_run`."""
-    Console().print(summarize_run(*args))
+    Console(markup=False, emoji=False).print(summarize_run(*args))
 
 
 def summarize_run(
@@ -50,7 +51,6 @@ def summarize_run(
         + " trained",
     )
     if ledger is not None:
-        # As text, or rich would take brackets in it for its markup.
         table.add_row("data", Text(str(ledger)))
     num_processes = PartialState().num_processes
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
@@ -68,8 +68,9 @@ def summarize_run(
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     table.add_row("device", f"{device}, weights {dtype}, mixed precision {args.mixed_precision}")
     for name, line in (speed or {}).items():
-        table.add_row(name, Text(line))
-    table.add_row("output", Text(str(args.output_dir)))
+        table.add_row(name, Text(visible_lines(line)))
+    # As text, or rich would take brackets in it for its markup.
+    table.add_row("output", Text(visible_lines(str(args.output_dir))))
     return table
 
 

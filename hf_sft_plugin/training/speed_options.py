@@ -135,5 +135,5 @@ class SpeedOptions:
             raise ValueError(
                 "auto_gradient_checkpointing is set, but nothing is estimated, because "
                 f"max_tokens_per_microbatch is {self.max_tokens_per_microbatch!r}. Set that to "
-                "'auto', or gradient_checkpointing to true."
+                "'auto', or activation_checkpointing to true."
             )

@@ -1,25 +1,22 @@
 """The trainer: rows and a model in, a fine-tuned model and an exact account of it out."""
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, Never, cast
 
-import pyarrow as pa
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
-from hf_sft_plugin.data.arguments import refuse_name, require_row
 from hf_sft_plugin.data.collator import DataCollatorForPromptResponse
 from hf_sft_plugin.data.eval_masks import missing_column, needs_column
 from hf_sft_plugin.data.ledger import Ledger
 from hf_sft_plugin.data.packing import PackedDataset
 from hf_sft_plugin.data.prepare import name_in_errors, prepare_dataset
-from hf_sft_plugin.data.row_files import read_chat_template, rows_to_dataset
 from hf_sft_plugin.data.shards import ShardDataset, check_lengths, check_tokenizer
 from hf_sft_plugin.data.streaming import prepare_stream
 from hf_sft_plugin.loss.masked_loss import LossNormalization
@@ -34,17 +31,22 @@ from hf_sft_plugin.training.evaluation import (
     generation_figures,
     judge,
     load_metric,
-    refuse_stream,
     with_whole_reference,
 )
 from hf_sft_plugin.training.loading import limit_length, load_model, load_tokenizer, stop_tokens
 from hf_sft_plugin.training.masked_loss_mixin import MaskedLossMixin
 from hf_sft_plugin.training.packed_rows import check_packed_rows, pack_training_rows
+from hf_sft_plugin.training.trainer_arguments import (
+    AnyDataset,
+    AnyModel,
+    as_dataset,
+    call_model_init,
+    check_settings,
+    choose_split,
+    load_first_model,
+    settings_of,
+)
 from hf_sft_plugin.types import TokenizedExample
-
-logger = logging.getLogger(__name__)
-
-AnyDataset: TypeAlias = Dataset | IterableDataset
 
 # Attributes of `MaskedLossMixin` that have the values of the settings of the same name.
 _SETTINGS_OF_THE_MIXIN = (
@@ -70,7 +72,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
     `report/` with curves, `data_ledger_*.json` and a model card.
 
     Args:
-        model: A model, a `PeftModel`, or a name or path.
+        model: A model, a `PeftModel`, or a name or path; None with `model_init`.
         args: Settings; None takes the defaults.
         data_collator: None takes `DataCollatorForPromptResponse`.
         train_dataset: Raw or prepared rows; see `prepare_dataset`. Of a `DatasetDict` the split
@@ -84,6 +86,8 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         optimizers: As in `Trainer`.
         optimizer_cls_and_kwargs: As in `Trainer`.
         preprocess_logits_for_metrics: As in `Trainer`.
+        model_init: As in `Trainer`: makes the model anew, of the run's seed, for each training.
+        others: Nothing; what other trainers take is refused with what does the same here.
 
     Attributes:
         ledgers: Accounts of the prepared datasets by name: `train`, `eval` or `eval_<name>`.
@@ -93,6 +97,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
 
     Raises:
         ValueError: If model, tokenizer, data and settings do not fit each other; before any step.
+        TypeError: If there is an argument that it does not take.
         RowError: If one row is the cause.
     """
 
@@ -100,7 +105,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | AnyModel | None = None,
         args: MaskedSFTConfig | None = None,
         data_collator: Callable[..., Any] | None = None,
         train_dataset: AnyDataset | Mapping[str, AnyDataset] | None = None,
@@ -112,17 +117,14 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        model_init: Callable[..., str | AnyModel] | None = None,
+        **others: Never,
     ) -> None:
-        args = MaskedSFTConfig() if args is None else args
-        if not isinstance(args, MaskedSFTConfig):
-            raise ValueError(
-                f"args is a {type(args).__name__}; MaskedSFTTrainer needs a MaskedSFTConfig, which "
-                "takes the same arguments and some more."
-            )
-        train_dataset = _choose_split(train_dataset)
-        template = _check_settings(args, eval_dataset)
+        args = settings_of(args, others)
+        train_dataset = choose_split(train_dataset)
+        template = check_settings(args, eval_dataset)
         seed_weights(args)
-        model = load_model(model, args.model_init_kwargs, peft_config)
+        model = load_first_model(model, model_init, args, peft_config, optimizers)
         tokenizer = load_tokenizer(processing_class, model, args.stop_token, template)
         model = add_adapter(model, peft_config, is_trained=train_dataset is not None)
         self.stop_token_ids = stop_tokens(model, tokenizer, args.stop_token)
@@ -151,6 +153,8 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        if model_init is not None:
+            self.model_init = cast(Any, partial(self._make_model, model_init, peft_config))
         self.loss_normalization = LossNormalization(args.loss_normalization)
         self.normalize_constant = args.normalize_constant or 1.0
         self.objective = args.objective()
@@ -180,7 +184,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         """As in `MemoryPlanMixin`: the ledger knows, unless the rows are a stream."""
         return self.ledgers["train"].longest if "train" in self.ledgers else None
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `MaskedLossMixin`; on a CPU the process keeps the memory that it frees."""
         if self.args.keep_freed_memory and self.args.device.type == "cpu":
             keep_freed_memory()
@@ -262,6 +266,13 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         packing = {"packing": str(rows)} if isinstance(rows, PackedDataset) else {}
         return {**super().describe_speed(), **packing}
 
+    def _make_model(
+        self, model_init: Callable[..., Any], peft_config: PeftConfig | None, trial: Any
+    ) -> AnyModel:
+        """A new model for a new training, like the one of the constructor."""
+        found = call_model_init(model_init, trial)
+        return add_adapter(load_model(found, self.args.model_init_kwargs, peft_config), peft_config)
+
     def _examples_to_answer(self, rows: Any, num_rows: int | None) -> list[TokenizedExample]:
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
         return examples_to_answer(rows, num_rows, tokenizer, **self._options)
@@ -311,7 +322,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
                 raise missing_column(eval_masks, f"The rows of the {name} data, which are shards,")
             self._check_shards(name, dataset, tokenizer, options)
         if isinstance(dataset, list):
-            dataset = _as_dataset(dataset, name)
+            dataset = as_dataset(dataset, name)
         if not isinstance(dataset, Dataset):
             return dataset
         with args.main_process_first(desc=f"preparing the {name} data"), name_in_errors(name):
@@ -346,53 +357,3 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
             ledger = Ledger.from_record(dataset.ledger, dataset.certificate)
             if ledger is not None:
                 self.ledgers[name] = ledger
-
-
-def _as_dataset(rows: list[Any], name: str) -> Dataset:
-    """A list of rows as a dataset, whose columns have one type each."""
-    for index, row in enumerate(rows):
-        require_row(row, f"Row {index} of the {name} data")
-    try:
-        return Dataset.from_list(rows)
-    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
-        # Arrow does not say which row it was.
-        return rows_to_dataset(rows, f"The {name} data")
-
-
-def _choose_split(dataset: Any) -> Any:
-    """The dataset to train on: of several the one called `train`, or the only one."""
-    refuse_name(dataset, "train_dataset")
-    if not isinstance(dataset, Mapping):
-        return dataset
-    names = list(dataset)
-    if "train" not in dataset and len(dataset) != 1:
-        raise ValueError(
-            f"train_dataset holds {', '.join(map(str, names)) or 'no dataset'}, but one is trained "
-            "on, and none of them is called 'train'. Take one split, such as "
-            f"dataset[{next(iter(names), 'train')!r}], or join them with "
-            "datasets.concatenate_datasets. Only eval_dataset takes several by name."
-        )
-    chosen = "train" if "train" in dataset else names[0]
-    if len(names) > 1:
-        logger.warning(
-            "train_dataset holds %s. Only %r is trained on; what is to be evaluated on is given as "
-            "eval_dataset.",
-            ", ".join(map(str, names)),
-            chosen,
-        )
-    return dataset[chosen]
-
-
-def _check_settings(args: MaskedSFTConfig, eval_dataset: object) -> str | None:
-    """The chat template of a file, if one is named, before a model is loaded.
-
-    Raises on names, and on streams for which responses would have to be generated in a run.
-    """
-    refuse_name(eval_dataset, "eval_dataset")
-    if args.predict_with_generate and eval_dataset is not None:
-        sets = eval_dataset if isinstance(eval_dataset, Mapping) else {None: eval_dataset}
-        for name, dataset in sets.items():
-            with name_in_errors("eval" if name is None else f"eval_{name}"):
-                refuse_stream(dataset)
-    path = args.chat_template_path
-    return None if path is None else read_chat_template(path)

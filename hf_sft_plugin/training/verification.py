@@ -148,7 +148,7 @@ def _in_seconds(seconds: float) -> str:
 
 def _print(trainer: Trainer, checks: Sequence[VerificationCheck], caption: str) -> None:
     if trainer.is_world_process_zero():
-        Console().print(checks_table(checks, caption))
+        Console(markup=False, emoji=False).print(checks_table(checks, caption))
 
 
 def _stop_on_failure(checks: list[VerificationCheck]) -> None:

@@ -19,7 +19,6 @@ from hf_sft_plugin.data.preview import (
     preview_outcome,
     preview_rows,
     split_pieces,
-    visible,
 )
 from hf_sft_plugin.data.row_tokenizer import RowOutcome
 from hf_sft_plugin.data.tokenization import tokenize_example
@@ -299,23 +298,6 @@ def test_the_stop_tokens_of_a_setup_are_those_of_the_run(
     assert TokenizationSetup(tokenizer, stop_token_ids=[0, 1]).stops == {0, 1}
     options = DataOptions(stop_token="<|endoftext|>")
     assert TokenizationSetup(tokenizer, options, stop_token_ids=[1]).stops == {0}
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("a\nb", "a\u21b5\nb"),
-        ("a\tb", "a\u2192\tb"),
-        ("\x1b[31m\x07\x00\x7f\r", "\u241b[31m\u2407\u2400\u2421\u240d"),
-        ("\x9b31m", "<U+009B>31m"),
-        ("\u202e\u2066\u2028\ufeff", "<U+202E><U+2066><U+2028><U+FEFF>"),
-        ("\ud83d", "<U+D83D>"),
-        (FAMILY, FAMILY),
-        ("[red]x[/red]", "[red]x[/red]"),
-    ],
-)
-def test_what_cannot_be_seen_or_would_act_is_written_out(text: str, shown: str) -> None:
-    assert visible(text) == shown
 
 
 # Both modules are loaded already, of which runpy warns.

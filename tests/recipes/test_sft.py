@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from peft import PeftModel
 from quickstart import WORDS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_sft_plugin import MaskedSFTConfig, prepare_dataset, write_shards
+from hf_sft_plugin import GeneratedResponse, MaskedSFTConfig, prepare_dataset, write_shards
 
 ROWS = [{"prompt": f"Say {number}", "response": f"{number}!"} for number in range(12)]
 TINY_MODEL = json.dumps(
@@ -392,3 +393,18 @@ def test_an_untrained_model_learns_from_shards_with_their_tokenizer(
     log = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
     # Steps of 8 blocks, in which the first token is not predicted.
     assert [line["num_response_tokens"] for line in log if "loss" in line] == [24, 48]
+
+
+def test_what_rows_and_models_say_is_shown_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    answers = [
+        GeneratedResponse("[INST] Say it [/INST]", "[bold]it :smile:", "[/INST]\x1b[2J\u202e"),
+        GeneratedResponse("Ask\x9b31m", "[red]a\n[/red]", "b\x07"),
+    ]
+    args = SimpleNamespace(output_dir="out/[/INST]\x1b[0m")
+    state = SimpleNamespace(log_history=[])
+    trainer: Any = SimpleNamespace(args=args, state=state, responses=answers, eval_dataset=[])
+    sft.print_results(trainer, num_samples=2)
+    shown = capsys.readouterr().out
+    for text in ("[INST]", "[/INST]", "[bold]it :smile:", "[red]a [/red]", "Ask<U+009B>31m"):
+        assert text in shown
+    assert not set(shown) & set("\x1b\x9b\x07\u202e")

@@ -194,6 +194,17 @@ def test_no_name_breaks_the_front_matter(name: str, tmp_path: Path) -> None:
     assert f"# {name}\n" in card.text
 
 
+def test_names_from_data_break_neither_tables_nor_fences_nor_terminals(tmp_path: Path) -> None:
+    ledger = "columns messages: ```\n# Heading\x1b[2J"
+    key = "eval_a|b<script>\n\u202e_loss"
+    body = write(tmp_path, after={"eval_loss": 1.0, key: 2.0}, ledger=ledger).text
+    (line,) = [line for line in body.splitlines() if "script" in line]
+    assert line.startswith("| Loss (nats per response token), a\\|b\\<script\\>")
+    assert line.endswith("\\<U+202E\\> | - | 2.0000 |")
+    assert "\n````\ncolumns messages: ```\n# Heading\u241b[2J\n````\n" in body
+    assert "\x1b" not in body
+
+
 def test_a_second_card_replaces_the_first(tmp_path: Path) -> None:
     write(tmp_path, model_name="first")
     write(tmp_path, model_name="second")

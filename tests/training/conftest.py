@@ -18,6 +18,14 @@ def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr("hf_sft_plugin.training.callbacks.write_report", lambda folder: [])
 
 
+@pytest.fixture
+def any_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets transformers add adapters by itself: 5.24 asks for a newer PEFT than there is."""
+    monkeypatch.setattr(
+        "transformers.integrations.peft.check_peft_version", lambda min_version: None
+    )
+
+
 class InFloat64(TorchFunctionMode):
     """Norms and routers work in float64 too.
 

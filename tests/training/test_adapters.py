@@ -81,6 +81,7 @@ def test_an_adapter_that_is_there_goes_on_being_trained(model: Any) -> None:
     assert trained(adapted) == names
 
 
+@pytest.mark.usefixtures("any_peft")
 @pytest.mark.parametrize(
     "adapt", [lambda model: get_peft_model(model, lora()), with_native_adapter], ids=["peft", "own"]
 )
@@ -143,6 +144,7 @@ def test_the_state_of_adapters_changes_when_one_comes_goes_or_is_switched(model:
     ]
 
 
+@pytest.mark.usefixtures("any_peft")
 def test_an_adapter_that_transformers_added_itself_is_seen(model: Any) -> None:
     before = adapter_state(model)
     assert adapter_state(with_native_adapter(model)) != before

@@ -51,7 +51,11 @@ OWN_DEFAULTS = {
     "remove_unused_columns": False,
     "logging_nan_inf_filter": False,
     "logging_steps": 10,
+    "activation_checkpointing": None,
+    "activation_checkpointing_kwargs": None,
 }
+# None until the settings are checked: the older name may say more.
+CHECKED_DEFAULTS = {**OWN_DEFAULTS, "activation_checkpointing": False}
 DATA_DEFAULTS = {
     "max_length": None,
     "overflow": "keep_start",
@@ -196,7 +200,7 @@ def parse(*arguments: str) -> MaskedSFTConfig:
 
 def test_no_argument_at_all_gives_the_defaults() -> None:
     config = parse()
-    for name, default in (OWN_DEFAULTS | DATA_DEFAULTS).items():
+    for name, default in (CHECKED_DEFAULTS | DATA_DEFAULTS).items():
         assert getattr(config, name) == default
 
 
@@ -283,7 +287,7 @@ def test_the_settings_become_json_without_secrets_and_come_back(make_config: Mak
         model_init_kwargs='{"dtype": "bfloat16"}',
     )
     settings = json.loads(config.to_json_string())
-    expected = OWN_DEFAULTS | {
+    expected = CHECKED_DEFAULTS | {
         "loss_normalization": "example",
         "model_init_kwargs": {"dtype": "bfloat16"},
         "stop_token": "<|im_end|>",
@@ -408,3 +412,26 @@ def test_tags_are_a_list_of_names(make_config: Make) -> None:
     assert make_config(model_tags=["chess"]).model_tags == ["chess"]
     with pytest.raises(ValueError, match=r"model_tags is 'chess'; give a list .* \['chess'\]"):
         make_config(model_tags="chess")
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_checkpointing_goes_by_both_of_its_names(name: str, make_config: Make) -> None:
+    config = make_config(**{name: True, f"{name}_kwargs": '{"use_reentrant": false}'})
+    copied = copy.deepcopy(dataclasses.replace(config, logging_steps=3))
+    switched_off = dataclasses.replace(config, activation_checkpointing=False)
+    for each, is_on in ((config, True), (copied, True), (switched_off, False)):
+        assert (each.activation_checkpointing, each.gradient_checkpointing) == (is_on, is_on)
+        assert each.activation_checkpointing_kwargs == {"use_reentrant": False}
+        assert each.gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+@pytest.mark.parametrize(("flags", "is_on"), [((), True), (("true",), True), (("false",), False)])
+def test_checkpointing_is_a_flag_by_both_of_its_names(
+    name: str, flags: tuple[str, ...], is_on: bool
+) -> None:
+    (config,) = HfArgumentParser(MaskedSFTConfig).parse_args_into_dataclasses(
+        ["--output_dir", "out", "--use_cpu", "true", f"--{name}", *flags]
+    )
+    assert config.activation_checkpointing is config.gradient_checkpointing is is_on

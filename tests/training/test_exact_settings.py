@@ -115,5 +115,5 @@ def test_adapters_that_gradient_checkpointing_would_leave_out_are_refused(
     if message is None:
         MaskedTrainer(model=adapted, args=args)
         return
-    with pytest.raises(ValueError, match=f"{message}.* Set gradient_checkpointing to false"):
+    with pytest.raises(ValueError, match=f"{message}.* Set activation_checkpointing .* to false"):
         MaskedTrainer(model=adapted, args=args)

@@ -79,6 +79,7 @@ def test_little_memory_makes_small_micro_batches_and_a_warning(
     assert "gradient_checkpointing to true" in warning
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 @pytest.mark.parametrize("is_adapter", [False, True], ids=["full", "lora"])
 def test_gradient_checkpointing_is_switched_on_where_memory_is_short_and_it_was_asked_for(
     is_adapter: bool, train: Train, monkeypatch: pytest.MonkeyPatch, caplog: Any

@@ -457,6 +457,7 @@ def wrap_native(model: Any) -> Any:
     return model
 
 
+@pytest.mark.usefixtures("any_peft")
 @pytest.mark.parametrize("wrap", [wrap_mixed, wrap_native, lambda m: PeftModel(m, lora())])
 def test_adapters_that_are_there_already_train_as_their_rows_alone(
     wrap: Callable[[Any], Any], model_factory: Make, check: Make

@@ -11,7 +11,7 @@ from rich.table import Table
 from run_examples import LEDGER, with_lora
 from transformers import TrainerState
 
-from hf_sft_plugin import MaskedSFTConfig
+from hf_sft_plugin import Ledger, MaskedSFTConfig
 from hf_sft_plugin.training.run_summary import print_summary, summarize_run
 
 Make = Callable[..., MaskedSFTConfig]
@@ -53,6 +53,15 @@ def test_the_summary_tells_how_much_an_adapter_trains(model: Any, make_config: M
         f"Qwen3ForCausalLM with an adapter: {NUM_PARAMETERS + num_trained:,} parameters, "
         f"{num_trained:,} of them trained" in text
     )
+
+
+def test_names_from_data_cannot_act_on_the_terminal(model: Any, make_config: Make) -> None:
+    ledger = Ledger(num_rows=1, columns="text: [/x]\x1b[2J", unused_columns=["\u202e"])
+    args = make_config(output_dir="[/b]\x07")
+    text = render(summarize_run(args, STATE, model, ledger, {"head": "\x9b[/c]"}))
+    for shown in ("text: [/x]\u241b[2J", "not used: <U+202E>", "[/b]\u2407", "<U+009B>[/c]"):
+        assert shown in text
+    assert not set(text) & set("\x1b\x07\x9b\u202e")
 
 
 def test_the_summary_says_what_spares_time(model: Any, make_config: Make) -> None:
