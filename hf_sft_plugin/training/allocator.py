@@ -3,10 +3,15 @@
 import ctypes
 import os
 import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 # Options of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _MAX_INT = 2**31 - 1
+# Holes in the heap that a tensor may go into.
+_LARGEST_HOLE, _SMALLEST_HOLE = 2**30, 2**16
+_is_kept = False
 
 
 def keep_freed_memory() -> bool:
@@ -20,10 +25,71 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether it took effect; False where the C library is not glibc.
     """
+    global _is_kept
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, _MAX_INT))
+    _is_kept = bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, _MAX_INT))
+    return _is_kept
+
+
+class _MallocInfo(ctypes.Structure):
+    """What `mallinfo2` of glibc's malloc.h returns."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
+    ]
+
+
+def freed_memory() -> int:
+    """Bytes of blocks that were freed and are kept; 0 where the C library does not say."""
+    if platform.libc_ver()[0] != "glibc":
+        return 0
+    # It came with glibc 2.33.
+    ask = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if ask is None:
+        return 0
+    ask.restype = _MallocInfo
+    return int(ask().fordblks)
+
+
+@contextmanager
+def without_holes() -> Iterator[Callable[[], int]]:
+    """Fills the holes in the heap for a while, so that whatever is taken makes it grow.
+
+    Does nothing unless freed memory is kept, for else large tensors are no part of the heap.
+
+    Yields:
+        Says by how many bytes the heap has grown, gaps included.
+    """
+    if not _is_kept:
+        yield lambda: 0
+        return
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+    libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+    libc.sbrk.argtypes = [ctypes.c_ssize_t]
+    fillings: list[int] = []
+    size, left = _LARGEST_HOLE, freed_memory()
+    # A block for which the heap had to grow goes back to the system at once.
+    libc.mallopt(_M_TRIM_THRESHOLD, 0)
+    while size >= _SMALLEST_HOLE:
+        end = libc.sbrk(0)
+        block = libc.malloc(size) if size <= left else None
+        if block is None or libc.sbrk(0) != end:
+            libc.free(block)
+            size //= 2
+        else:
+            fillings.append(block)
+            left -= size
+    libc.mallopt(_M_TRIM_THRESHOLD, _MAX_INT)
+    start = libc.sbrk(0)
+    try:
+        yield lambda: int(libc.sbrk(0) - start)
+    finally:
+        for block in fillings:
+            libc.free(block)
 
 
 def allocator_hint(device_type: str) -> str | None:

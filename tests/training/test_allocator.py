@@ -28,7 +28,36 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has this setting")
+# By how much the heap grows for 32 MiB where there is a hole of 64 MiB, once that is filled.
+FILL_HOLES = """
+import runpy, sys
+module = runpy.run_path(sys.argv[1])
+assert module["keep_freed_memory"]()
+blocks = [bytearray(b"x") * 2**26, bytearray(b"x") * 2**20]
+del blocks[0]
+assert 2**26 <= module["freed_memory"]() < 2**27
+with module["without_holes"]() as growth:
+    assert growth() == 0
+    blocks.append(bytearray(2**25))
+    print(growth())
+assert 2**26 <= module["freed_memory"]() < 2**27
+blocks.append(bytearray(2**25))
+assert module["freed_memory"]() < 2**26
+"""
+ONLY_GLIBC = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="only glibc has this setting"
+)
+
+
+@ONLY_GLIBC
+def test_what_is_taken_without_holes_makes_the_heap_grow() -> None:
+    command = [sys.executable, "-c", FILL_HOLES, str(allocator.__file__)]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert 2**25 <= int(answer.stdout) < 2**25 + 2**20
+
+
+@ONLY_GLIBC
 def test_memory_is_taken_from_the_system_once() -> None:
     faults = {
         mode: int(
