@@ -89,7 +89,7 @@ def take_part(name: str, setup: Setup, folder: str, stopwatch: Stopwatch) -> Non
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     adapter = LoraConfig(task_type="CAUSAL_LM", r=_LORA_RANK, target_modules="all-linear")
-    steps = _StepTimes()
+    watch = _Watch()
     with tempfile.TemporaryDirectory() as output_dir:
         args = MaskedSFTConfig(
             output_dir=output_dir,
@@ -109,13 +109,13 @@ def take_part(name: str, setup: Setup, folder: str, stopwatch: Stopwatch) -> Non
             train_dataset=make_rows(setup, tokenizer.chat_template is not None),
             processing_class=tokenizer,
             peft_config=adapter if setup.lora else None,
-            callbacks=[steps],
+            callbacks=[watch],
         )
+        watch.trainer = trainer
         stopwatch.begin()
         trainer.train()
-        lines = trainer.describe_speed()
-        found = Decision(lines, trainer.memory_estimate, peak_memory(), steps.seconds[1:])
-        stopwatch.end(found)
+        found = watch.lines, trainer.memory_estimate, peak_memory(), watch.seconds[1:]
+        stopwatch.end(Decision(*found))
 
 
 def make_rows(setup: Setup, has_template: bool) -> Dataset:
@@ -138,11 +138,14 @@ def make_rows(setup: Setup, has_template: bool) -> Dataset:
     return Dataset.from_dict({"messages": chats})
 
 
-class _StepTimes(TrainerCallback):
-    """Keeps the seconds of each step."""
+class _Watch(TrainerCallback):
+    """Keeps what was decided, which is known while training lasts, and the seconds of each step."""
+
+    trainer: MaskedSFTTrainer
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.lines: dict[str, str] = {}
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Starts the watch."""
@@ -151,6 +154,7 @@ class _StepTimes(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Reads it."""
         self.seconds.append(time.perf_counter() - self._start)
+        self.lines = self.trainer.describe_speed()
 
 
 def decisions_result(setup: Setup, model: str, measured: Measured) -> Result:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _MAX_INT = 2**31 - 1
 # Holes in the heap that a tensor may go into.
-_LARGEST_HOLE, _SMALLEST_HOLE = 2**30, 2**16
+_LARGEST_HOLE, _SMALLEST_HOLE = 2**30, 2**12
 _is_kept = False
 
 
@@ -36,10 +36,9 @@ def keep_freed_memory() -> bool:
 class _MallocInfo(ctypes.Structure):
     """What `mallinfo2` of glibc's malloc.h returns."""
 
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
-    ]
+    # All that comes before is there for its place.
+    _fields_ = [*((f"other_{n}", ctypes.c_size_t) for n in range(8)), ("fordblks", ctypes.c_size_t)]
+    _fields_ += [("keepcost", ctypes.c_size_t)]
 
 
 def freed_memory() -> int:

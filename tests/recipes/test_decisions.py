@@ -1,13 +1,15 @@
 """What auto decides is shown for each precision, beside the memory that was said and measured."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import decisions
 import pytest
 from decisions import Decision, decisions_result, make_rows, measure_decisions
-from turns import ContestantEnded
+from turns import ContestantEnded, take_turns
 from workload import Setup
 
 SETUP = Setup("", None, 4, 1, 1, "", 1)
@@ -68,26 +70,34 @@ def test_rows_are_chats_where_there_is_a_template() -> None:
     assert (plain.column_names, len(plain)) == (["prompt", "response"], 4)
 
 
-def check_rows(measured: decisions.Measured) -> None:
-    assert all(found is not None for found in measured.values())
-    for found in filter(None, measured.values()):
-        assert {"attention", "head", "layers", "memory"} <= found.lines.keys()
-        assert found.estimate == pytest.approx(found.peak, rel=0.25)
+def check(setup: Setup, folder: Path) -> Decision:
+    """One case in a process of its own."""
+    found: Decision = take_turns(["case"], 1, decisions.take_part, setup, str(folder))["case"][0]
+    assert {"attention", "head", "layers", "memory"} <= found.lines.keys()
+    assert len(found.wall) == 1
+    assert found.estimate == pytest.approx(found.peak, rel=0.25)
+    return found
+
+
+@pytest.fixture
+def short_rows(tmp_path: Path) -> str:
+    path = tmp_path / "rows.jsonl"
+    row = json.dumps({"question": "what is this", "answer": "the answer to this question"})
+    path.write_text(f"{row}\n" * 4, encoding="utf-8")
+    return str(path)
 
 
 def test_a_small_model_is_shown(
-    model_factory: Callable[..., Any], tokenizer: Any, tmp_path: Path
+    model_factory: Callable[..., Any], tokenizer: Any, short_rows: str, tmp_path: Path
 ) -> None:
     model_factory().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    check_rows(measure_decisions(SETUP, str(tmp_path), ["bf16 autocast"]))
+    found = check(replace(SETUP, rows=short_rows, precision="bf16 autocast"), tmp_path)
+    assert found.lines["head"] == "3 products over response rows"
 
 
 @pytest.mark.trained
-def test_a_trained_model_is_shown(trained_model_folder: Path) -> None:
-    setup = Setup("", None, 2, 1, 1, "bf16 weights", 1)
-    (found,) = decisions.take_turns(
-        ["bf16 weights"], 1, decisions.take_part, setup, str(trained_model_folder)
-    )["bf16 weights"]
-    check_rows({("bf16 weights", "full"): found})
+def test_a_trained_model_is_shown(trained_model_folder: Path, short_rows: str) -> None:
+    setup = replace(SETUP, rows=short_rows, precision="bf16 weights", lora=True)
+    found = check(setup, trained_model_folder)
     assert "61 norms, 30 gated MLPs" in found.lines["layers"]
