@@ -157,7 +157,7 @@ def test_no_row_is_longer_than_the_model_has_positions(model_factory: Callable[.
         return model(torch.ones(num_rows, length, dtype=torch.long), use_cache=False).logits.sum()
 
     assert measure_step_memory(model, run, None).kept.per_token > 0
-    assert lengths == [20, 20, 20, 40, 40]
+    assert lengths == [20, 20, 20, 40, 40, 40]
 
 
 def test_a_model_that_runs_layers_again_in_the_reentrant_way_is_measured(
