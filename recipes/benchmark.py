@@ -30,7 +30,7 @@ import torch
 from contestants import CONTESTANTS, OTHERS, default_contestants, why_impossible
 from datasets import disable_progress_bars
 from decisions import PRECISIONS as MODEL_PRECISIONS
-from decisions import decisions_result, default_model, measure_decisions
+from decisions import decisions_result, measure_decisions
 from heads import HEADS, PRECISIONS, HeadSetup, head_result, measure_heads
 from preparation import measure_preparation, preparation_result
 from profiles import measure_profiles, profile_result
@@ -40,6 +40,7 @@ from scaling import run_scaling
 from step_memory import measure_memory, memory_result
 from steps import make_step_rows, measure_steps, step_result
 from template_proof import proof_table, prove_templates
+from trained_model import trained_model_folder
 from training_runs import make_run_rows, measure_runs, run_result
 from workload import SHAPES, WORDS, Setup
 
@@ -202,7 +203,7 @@ def _add_models(commands: Any) -> None:
     models = _add_command(commands, "models", purpose)
     # Every case is a process of its own that loads the model.
     models.set_defaults(repetitions=1)
-    models.add_argument("--model", default=default_model(), help="folder or Hub name")
+    models.add_argument("--model", default=str(trained_model_folder()), help="folder or Hub name")
     models.add_argument("--rows", help="rows with a question and an answer; none: rows made up")
     models.add_argument("--batch_size", type=int, default=8, help="rows of a step")
     models.add_argument(

@@ -1,6 +1,5 @@
 """Shows what `auto` decides for a trained model in each precision, and what a step takes."""
 
-import os
 import statistics
 import tempfile
 import time
@@ -51,14 +50,6 @@ class Decision:
 
 # By precision and what is trained; None where it ended before its end.
 Measured = dict[tuple[str, str], Decision | None]
-
-
-def default_model() -> str:
-    """The folder of the trained model that the tests have, unless the environment names another."""
-    named = os.environ.get("HF_SFT_TRAINED_MODEL")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    folder = Path(named or cache / "hf_sft_plugin" / "smollm2-135m-instruct")
-    return str(folder.expanduser())
 
 
 def measure_decisions(setup: Setup, model: str, precisions: Sequence[str]) -> Measured:

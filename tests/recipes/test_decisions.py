@@ -97,7 +97,7 @@ def test_a_small_model_is_shown(
 
 
 @pytest.mark.trained
-def test_a_trained_model_is_shown(trained_model_folder: Path, short_rows: str) -> None:
+def test_a_trained_model_is_shown(trained_model_path: str, short_rows: str) -> None:
     setup = replace(SETUP, rows=short_rows, precision="bf16 weights", lora=True)
-    found = check(setup, trained_model_folder)
+    found = check(setup, Path(trained_model_path))
     assert "61 norms, 30 gated MLPs" in found.lines["layers"]

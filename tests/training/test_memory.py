@@ -117,9 +117,9 @@ def test_the_estimate_is_within_a_quarter_of_what_the_process_takes(case: str) -
 @pytest.mark.trained
 @pytest.mark.parametrize("case", TRAINED_CASES)
 def test_the_estimate_of_a_trained_model_is_within_a_quarter_of_what_the_process_takes(
-    case: str, trained_model_folder: Path
+    case: str, trained_model_path: str
 ) -> None:
-    (found,) = measure([{"model": str(trained_model_folder), **TRAINED_CASES[case]}])
+    (found,) = measure([{"model": trained_model_path, **TRAINED_CASES[case]}])
     assert found["estimate"] == pytest.approx(found["peak"], rel=0.25), found
 
 
