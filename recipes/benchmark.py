@@ -8,12 +8,14 @@
     python recipes/benchmark.py head
     python recipes/benchmark.py prepare --rows train.jsonl
     python recipes/benchmark.py processes --counts 1 2 --rows train.jsonl
+    python recipes/benchmark.py models --model FOLDER --rows train.jsonl
     python recipes/benchmark.py masks
 
 Every contestant trains the same model on the same rows in the same order, each in a process of its
 own. They take turns, one optimizer step (of `train`: some of them) at a time, so that whatever
-disturbs the machine disturbs all of them; in `memory` one runs after the other. The others need the
-extra `bench`: pip install "hf_sft_plugin[bench]". Charts need matplotlib, the extra `report`.
+disturbs the machine disturbs all of them; in `memory` and `models` one runs after the other. The
+others need the extra `bench`: pip install "hf_sft_plugin[bench]". Charts need matplotlib, the extra
+`report`.
 """
 
 import argparse
@@ -27,6 +29,8 @@ from typing import Any
 import torch
 from contestants import CONTESTANTS, OTHERS, default_contestants, why_impossible
 from datasets import disable_progress_bars
+from decisions import PRECISIONS as MODEL_PRECISIONS
+from decisions import decisions_result, measure_decisions
 from heads import HEADS, PRECISIONS, HeadSetup, head_result, measure_heads
 from preparation import measure_preparation, preparation_result
 from profiles import measure_profiles, profile_result
@@ -36,6 +40,7 @@ from scaling import run_scaling
 from step_memory import measure_memory, memory_result
 from steps import make_step_rows, measure_steps, step_result
 from template_proof import proof_table, prove_templates
+from trained_model import trained_model_folder
 from training_runs import make_run_rows, measure_runs, run_result
 from workload import SHAPES, WORDS, Setup
 
@@ -49,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = vars(parser.parse_args(argv))
     command = options.pop("command")
     # A file or pipe has no width of its own, and the default would cut the columns.
-    console = Console(width=max(Console().width, 100 if command == "step" else 180))
+    console = Console(width=max(Console().width, 100 if command in ("step", "models") else 180))
     disable_progress_bars()
     if command == "masks":
         folder = options["templates"] or Path(str(importlib.resources.files("trl"))) / _TEMPLATES
@@ -169,6 +174,7 @@ def _add_other_commands(commands: Any) -> None:
     prepare.add_argument("--rows", help="rows with a question and an answer; none: rows made up")
     prepare.add_argument("--num_proc", type=int, help="processes of each; none: one")
     _add_processes(commands)
+    _add_models(commands)
     masks = commands.add_parser(
         "masks",
         help="the proof of the masks over real chat templates",
@@ -190,6 +196,24 @@ def _add_processes(commands: Any) -> None:
     )
     processes.add_argument("--steps_per_turn", type=int, default=4, help="steps of a turn")
     processes.add_argument("--threads", type=int, default=1, help="CPU threads of each process")
+
+
+def _add_models(commands: Any) -> None:
+    purpose = "what auto decides for a trained model in each precision; memory said and measured"
+    models = _add_command(commands, "models", purpose)
+    # Every case is a process of its own that loads the model.
+    models.set_defaults(repetitions=1)
+    models.add_argument("--model", default=str(trained_model_folder()), help="folder or Hub name")
+    models.add_argument("--rows", help="rows with a question and an answer; none: rows made up")
+    models.add_argument("--batch_size", type=int, default=8, help="rows of a step")
+    models.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=MODEL_PRECISIONS,
+        default=list(MODEL_PRECISIONS),
+        help="dtype of the weights; autocast: float32, with products in bf16",
+    )
+    models.add_argument("--threads", type=int, default=_num_cpus(), help="CPU threads of each")
 
 
 def _num_cpus() -> int:
@@ -240,6 +264,12 @@ def _run_processes(options: dict[str, Any]) -> list[Result]:
     return [run_scaling(Setup(accumulation=1, precision="float32", **options), counts)]
 
 
+def _run_models(options: dict[str, Any]) -> list[Result]:
+    model, precisions = options.pop("model"), options.pop("precisions")
+    setup = Setup(shape=model, accumulation=1, precision="", **options)
+    return [decisions_result(setup, model, measure_decisions(setup, model, precisions))]
+
+
 _TRAINING = ("step", "train", "memory", "profile")
 _COMMANDS = {
     "step": _run_step,
@@ -249,6 +279,7 @@ _COMMANDS = {
     "head": _run_head,
     "prepare": _run_prepare,
     "processes": _run_processes,
+    "models": _run_models,
 }
 
 

@@ -1,10 +1,12 @@
-"""How much memory a process may still take."""
+"""How much memory a process has, and how much it may still take."""
 
 import os
 from pathlib import Path
 
 import psutil
 import torch
+
+from hf_sft_plugin.training.allocator import freed_memory
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
@@ -34,6 +36,16 @@ def available_memory(device: torch.device) -> int:
     limit = cgroup_memory()
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return (free if limit is None else min(free, limit)) // num_processes
+
+
+def held_memory(device: torch.device) -> int:
+    """Bytes that this process holds on a device, without those that wait for tensors to come.
+
+    On a CPU that is the process with its libraries; on a CUDA device tensors alone.
+    """
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss - freed_memory()
 
 
 def cgroup_memory(root: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> int | None:

@@ -1,28 +1,31 @@
 """How much memory a training step needs: measured on a few tokens, worked out for any number.
 
-What a forward pass keeps for the backward pass is counted on the model itself, on rows of a handful
-of tokens. It is a constant, and for every row a share of its length and one of its square (where
-attention weights are held); three rows' worth of forward passes tell all three. Counted are the
-bytes of tensors. An allocator needs more: that of glibc, which leaves gaps that nothing fits into,
-up to twice as much where tensors differ in size.
+A pass keeps and holds tensors, whose bytes are counted on the model itself, forward and backward,
+on rows of a handful of tokens. They are a constant, and for every row a share of its length and one
+of its square (where attention weights are held); three shapes tell all three. What the process
+holds beside the model is measured as well. The heap of a CPU takes more than its tensors; see
+`heap_share`.
 """
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hf_sft_plugin.training.allocator import heap_share
+from hf_sft_plugin.training.available_memory import held_memory
 from hf_sft_plugin.training.model_interface import find_text_config
+from hf_sft_plugin.training.run_state import same_random_numbers
 
-# Gradients that a backward pass holds at a time, as a share of what one layer keeps.
-_BACKWARD_SHARE = 0.3
 # Numbers per trained parameter that optimizers keep, by their class; any other is taken for Adam.
 _NUM_STATES = {"sgd": 0.0, "adafactor": 0.01, "adagrad": 1.0, "rmsprop": 1.0, "lion": 1.0}
 
@@ -71,7 +74,7 @@ class Growth:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What a training step needs, in bytes.
+    """What a process needs for a training step, in bytes.
 
     Attributes:
         weights: Parameters and buffers of the model, whether trained or not.
@@ -79,9 +82,11 @@ class StepMemory:
         optimizer: States of the optimizer.
         kept: What a forward pass keeps for the backward pass, the head's gradients included.
         forward: What it holds beyond that at its highest point.
-        layer: What one layer keeps, or would keep without gradient checkpointing.
+        backward: The same of the backward pass, without the gradients that are ready.
         is_checkpointed: Whether layers run again in the backward pass.
         forward_limit: `forward` grows no further, because the head works in tiles; None: it does.
+        process: What is there beside the model: the libraries.
+        gaps: Bytes that the allocator takes for each byte of a pass.
     """
 
     weights: int
@@ -89,14 +94,16 @@ class StepMemory:
     optimizer: int
     kept: Growth
     forward: Growth
-    layer: Growth
+    backward: Growth
     is_checkpointed: bool
     forward_limit: int | None = None
+    process: int = 0
+    gaps: float = 1.0
 
     @property
     def static(self) -> int:
-        """What is there whatever runs: weights, gradients and states."""
-        return self.weights + self.gradients + self.optimizer
+        """What is there whatever runs: the process, weights, gradients and states."""
+        return self.process + self.weights + self.gradients + self.optimizer
 
     def of_pass(self, lengths: Sequence[int]) -> float:
         """One forward and backward pass at its highest point, beyond what is static.
@@ -107,20 +114,23 @@ class StepMemory:
         forward = self.forward(lengths)
         if self.forward_limit is not None:
             forward = min(forward, self.forward.constant + self.forward_limit)
-        share = _BACKWARD_SHARE + self.is_checkpointed
-        return self.kept(lengths) + max(forward, share * self.layer.of_rows(lengths))
+        return self.gaps * (self.kept(lengths) + max(forward, self.backward(lengths)))
 
-    def peak(self, microbatches: Sequence[Sequence[int]]) -> float:
-        """The highest point of an optimizer step.
+    def of_passes(self, microbatches: Sequence[Sequence[int]]) -> float:
+        """The largest of the micro-batches of a step, beyond what is static.
 
         Args:
             microbatches: The lengths of the rows of each.
         """
-        highest = max((self.of_pass(lengths) for lengths in microbatches), default=0.0)
-        if len(microbatches) > 1:
-            return self.static + highest
-        # Gradients come as what was kept goes; what the head made of its own comes on top.
-        return self.weights + self.optimizer + max(highest, self.gradients + self.kept.constant)
+        return max((self.of_pass(lengths) for lengths in microbatches), default=0.0)
+
+    def peak(self, microbatches: Sequence[Sequence[int]]) -> float:
+        """The highest point of an optimizer step.
+
+        Gradients count although those of a single micro-batch come as its activations go: an
+        allocator rarely has a use for one in the place of the other.
+        """
+        return self.static + self.of_passes(microbatches)
 
     def max_tokens(self, num_bytes: float, longest: int) -> int:
         """The largest power of two of tokens whose pass fits; at least 1.
@@ -138,11 +148,17 @@ class StepMemory:
 
 
 class _LiveMemory(TorchDispatchMode):
-    """Counts the bytes of tensors that come into being while it is on, as long as they live."""
+    """Counts the bytes of tensors that come into being while it is on, as long as they live.
+
+    Attributes:
+        now: Bytes that live.
+        done: Those of gradients that are ready, which do not count for the peak.
+        peak: The most that lived at a time.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.done = self.peak = 0
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -154,12 +170,26 @@ class _LiveMemory(TorchDispatchMode):
                 storage = leaf.untyped_storage()
                 self._sizes[_key(leaf)] = storage.nbytes()
                 self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
+                self.peak = max(self.peak, self.now - self.done)
                 weakref.finalize(storage, self._forget, _key(leaf))
         return result
 
     def _forget(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
+
+    def run_backward(self, loss: Tensor, trained: Sequence[Tensor]) -> None:
+        """Works out the gradients of a loss and drops them."""
+
+        def count(grad: Tensor) -> None:
+            self.done += grad.nbytes
+
+        handles = [parameter.register_hook(count) for parameter in trained]
+        try:
+            # Unlike `backward` it runs nothing that others do once a gradient is there.
+            torch.autograd.grad(loss, trained, allow_unused=True)
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _is_plain(leaf: object) -> bool:
@@ -172,7 +202,7 @@ def _key(tensor: Tensor) -> int:
 
 def measure_step_memory(
     model: nn.Module,
-    run: Callable[[int, int], Any],
+    run: Callable[[int, int], Tensor],
     optimizer: torch.optim.Optimizer | None,
 ) -> StepMemory:
     """Measures what a training step of a model needs; leaves the model as it was.
@@ -181,62 +211,63 @@ def measure_step_memory(
 
     Args:
         model: Unwrapped from Accelerate, so that no process waits for another.
-        run: Makes so many rows of so many tokens, runs the forward pass and returns what
-            holds its graph.
+        run: Makes so many rows of so many tokens, runs the forward pass and returns the loss.
         optimizer: As Accelerate prepared it, or not.
     """
     weights = {_key(t): t for t in (*model.parameters(), *model.buffers())}.values()
     trained = [p for p in model.parameters() if p.requires_grad]
     config = find_text_config(model)
-    # Where nobody says how many there are, one layer may keep as much as all.
-    num_layers = getattr(config, "num_hidden_layers", 1)
     # So few that it takes no time; yet on an accelerator enough that kernels are the usual ones.
     length = 32 if trained[0].device.type == "cpu" else 128
     # A row of twice the length has to have positions, too.
-    length = min(length, getattr(config, "max_position_embeddings", 2 * length) // 2)
-    is_checkpointed = any(map(_is_checkpointed, model.modules()))
-    with _undisturbed(model):
+    most = getattr(config, "max_position_embeddings", 2 * length)
+    length = min(length, most // 2)
+    num_weights = sum(tensor.untyped_storage().nbytes() for tensor in weights)
+    with _undisturbed(model), _not_reentrant(model):
         # What is made once and stays is no part of it.
         run(1, length)
-        kept, forward = _measure(run, length)
-        whole = kept
-        if is_checkpointed:
-            with _without_checkpointing(model):
-                whole, _ = _measure(run, length)
+        kept, forward, backward = _measure(run, trained, length)
+        process = held_memory(trained[0].device)
+    has_states = optimizer is not None and bool(optimizer.state)
+    states = round(sum(p.numel() * _state_size(p, optimizer) for p in trained))
+    present = num_weights + (states if has_states else 0)
     return StepMemory(
-        weights=sum(tensor.untyped_storage().nbytes() for tensor in weights),
+        weights=num_weights,
         gradients=sum(p.numel() * p.element_size() for p in trained),
-        optimizer=round(sum(p.numel() * _state_size(p, optimizer) for p in trained)),
+        optimizer=states,
         kept=kept,
         forward=forward,
-        layer=Growth(0.0, whole.per_token / num_layers, whole.per_square / num_layers),
-        is_checkpointed=is_checkpointed,
+        backward=backward,
+        is_checkpointed=any(map(_is_checkpointed, model.modules())),
+        process=max(0, process - present),
+        gaps=heap_share() if trained[0].device.type == "cpu" else 1.0,
     )
 
 
-def _measure(run: Callable[[int, int], Any], length: int) -> tuple[Growth, Growth]:
-    """What a forward pass keeps, and what it holds beyond that at its highest point."""
-    kept, beyond = [], []
+def _measure(
+    run: Callable[[int, int], Tensor], trained: Sequence[Tensor], length: int
+) -> tuple[Growth, Growth, Growth]:
+    """What a forward pass keeps, and what it and a backward pass hold beyond that at most."""
+    kept, forward, backward = [], [], []
     for shape in ((1, length), (2, length), (1, 2 * length)):
         with _LiveMemory() as live:
-            result = run(*shape)
+            loss = run(*shape)
             kept.append(live.now)
-            beyond.append(live.peak - live.now)
-            del result
-    return Growth.fit(length, *kept), Growth.fit(length, *beyond)
+            forward.append(live.peak - live.now)
+            live.peak = live.now
+            live.run_backward(loss, trained)
+            backward.append(live.peak - kept[-1])
+            del loss
+    return Growth.fit(length, *kept), Growth.fit(length, *forward), Growth.fit(length, *backward)
 
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     was_training = model.training
-    # The random numbers of other accelerators are not touched.
-    device = next(model.parameters()).device
-    devices = [] if device.type == "cpu" else [device]
-    kind = "cuda" if device.type == "cpu" else device.type
     model.train()
     try:
         with (
-            torch.random.fork_rng(devices, device_type=kind),
+            same_random_numbers(next(model.parameters()).device),
             torch.compiler.set_stance("force_eager"),
             torch.enable_grad(),
         ):
@@ -250,15 +281,20 @@ def _is_checkpointed(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _without_checkpointing(model: nn.Module) -> Iterator[None]:
+def _not_reentrant(model: nn.Module) -> Iterator[None]:
+    """Has gradient checkpointing run in the way that `torch.autograd.grad` can go through.
+
+    What is kept is the same in both.
+    """
     layers: list[Any] = [module for module in model.modules() if _is_checkpointed(module)]
+    own = [layer._gradient_checkpointing_func for layer in layers]
     for layer in layers:
-        layer.gradient_checkpointing = False
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.gradient_checkpointing = True
+        for layer, function in zip(layers, own, strict=True):
+            layer._gradient_checkpointing_func = function
 
 
 def _state_size(parameter: Tensor, optimizer: torch.optim.Optimizer | None) -> float:

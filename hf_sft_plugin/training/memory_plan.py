@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from hf_sft_plugin.training.adapters import find_checkpointing_problem
-from hf_sft_plugin.training.available_memory import available_memory
+from hf_sft_plugin.training.available_memory import available_memory, held_memory
 from hf_sft_plugin.training.float64_run import MODEL_ERRORS
 from hf_sft_plugin.training.memory import StepMemory, measure_step_memory
 from hf_sft_plugin.training.microbatch_plan import TokenBudget, can_regroup, row_extents
@@ -32,9 +32,11 @@ class MemoryPlanMixin(MicrobatchesMixin):
 
     Attributes:
         auto_gradient_checkpointing: See `MaskedSFTConfig`.
+        memory_estimate: Bytes that the first step was estimated to need; None where it was not.
     """
 
     auto_gradient_checkpointing: bool = False
+    memory_estimate: float | None = None
     _budget: TokenBudget | None = None
     _step_memory: StepMemory | None = None
     _memory_line: str | None = None
@@ -100,6 +102,7 @@ class MemoryPlanMixin(MicrobatchesMixin):
     def forget_memory(self) -> None:
         """Has the next step be the first."""
         self._budget = self._step_memory = self._memory_line = self._is_switched_on = None
+        self.memory_estimate = None
         self._is_memory_planned = False
 
     def longest_row(self) -> int | None:
@@ -123,13 +126,17 @@ class MemoryPlanMixin(MicrobatchesMixin):
         for part in parts:
             lengths, extents = row_extents([part])
             rows.append([max(extents)] * len(extents) if is_padded else lengths)
-        needed = memory.peak(rows)
-        whole = memory.weights + available_memory(self.args.device)
+        device = self.args.device
+        whole = held_memory(device) + available_memory(device)
+        self.memory_estimate = memory.peak(rows)
         num_trained = sum(int((part["labels"] != IGNORE_INDEX).sum()) for part in parts)
         self._memory_line = (
-            f"{_gigabytes(needed)} of {_gigabytes(whole)} GB needed for {sum(map(sum, rows)):,} "
-            f"tokens, {num_trained:,} of them trained, in {len(parts)} "
-            f"micro-batch{'es' if len(parts) > 1 else ''}; gradient "
+            f"{_gigabytes(self.memory_estimate)} of {_gigabytes(whole)} GB needed for "
+            f"{sum(map(sum, rows)):,} tokens, {num_trained:,} of them trained, in {len(parts)} "
+            f"micro-batch{'es' if len(parts) > 1 else ''}: weights {_gigabytes(memory.weights)}, "
+            f"gradients and optimizer {_gigabytes(memory.gradients + memory.optimizer)}, "
+            f"activations {_gigabytes(memory.of_passes(rows))}, "
+            f"process {_gigabytes(memory.process)}; gradient "
             f"checkpointing {'on' if memory.is_checkpointed else 'off'}"
         )
 
@@ -140,10 +147,13 @@ class MemoryPlanMixin(MicrobatchesMixin):
         model = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
         share = sum(int((b["labels"] != IGNORE_INDEX).sum()) for b in batches) / sum(lengths)
 
-        def run(num_rows: int, length: int) -> Any:
+        def run(num_rows: int, length: int) -> Tensor:
             rows = _imitate(batches[0], num_rows, length, share)
             with self.compute_loss_context_manager():
-                return self.probe_loss(model, rows)
+                result, _ = self.probe_loss(model, rows)
+            loss: Tensor = result.loss
+            # As in training, gradients go through the router's loss as well.
+            return loss if result.aux_loss is None else loss + result.aux_loss.to(loss.device)
 
         memory = measure_step_memory(model, run, self.optimizer)
         # The weights are there already, and after a checkpoint was read so are the states.

@@ -1,7 +1,8 @@
 """What a test of memory runs in a process of its own: `memory_worker.py CASES`.
 
-Trains small models for two steps each and prints for each, as JSON, what its steps were estimated
-to need and what the process took at its highest point, both in bytes.
+Trains models for two steps each and prints for each, as JSON, in bytes: what the process held
+before it, what its steps were estimated to need, how much of that beside the model, and what the
+process took at its highest point.
 """
 
 import gc
@@ -47,19 +48,29 @@ class Peaks(TrainerCallback):
 
 
 class Estimating(MaskedSFTTrainer):
-    """Keeps the estimate of its steps."""
-
-    estimate: float
+    """Keeps the estimate of its last step."""
 
     def describe_memory(self, batches: Any, is_padded: bool) -> None:
         parts = [p for b in batches for p in (b if isinstance(b, Microbatches) else [b])]
         lengths = [part["attention_mask"].sum(-1).tolist() for part in parts]
         assert self._step_memory is not None
-        self.estimate = self._step_memory.peak(lengths)
+        process = self._step_memory.process
+        self.found = {"estimate": self._step_memory.peak(lengths), "process": process}
         super().describe_memory(batches, is_padded)
 
 
-def measure(model: dict[str, Any], settings: dict[str, Any], is_lora: bool) -> None:
+def make_model(model: dict[str, Any] | str, dtype: str) -> Any:
+    """One of random weights, or the one in a folder."""
+    if isinstance(model, str):
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    fields = {"max_position_embeddings": 512, "eos_token_id": 1, "pad_token_id": 0, **model}
+    config = AutoConfig.for_model(fields.pop("model_type"), bos_token_id=None, **fields)
+    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+
+
+def measure(
+    model: dict[str, Any] | str, settings: dict[str, Any], is_lora: bool, dtype: str = "float32"
+) -> None:
     words = {"a": 0, "b": 1, **{str(number): number for number in range(2, 1000)}}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="a")),
@@ -72,12 +83,10 @@ def measure(model: dict[str, Any], settings: dict[str, Any], is_lora: bool) -> N
     rows[:, 0] = torch.arange(2, 66)
     gc.collect()
     before = memory("VmRSS")
-    fields = {"max_position_embeddings": 512, "eos_token_id": 1, "pad_token_id": 0, **model}
-    config = AutoConfig.for_model(fields.pop("model_type"), bos_token_id=None, **fields)
     peaks = Peaks()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Estimating(
-            AutoModelForCausalLM.from_config(config),
+            make_model(model, dtype),
             MaskedSFTConfig(
                 output_dir=folder,
                 use_cpu=True,
@@ -85,18 +94,17 @@ def measure(model: dict[str, Any], settings: dict[str, Any], is_lora: bool) -> N
                 save_strategy="no",
                 disable_tqdm=True,
                 max_steps=2,
-                keep_freed_memory=False,
                 **settings,
             ),
             train_dataset=Dataset.from_dict(
                 {"input_ids": rows.tolist(), "response_mask": [mask] * 64}
             ),
             processing_class=tokenizer,
-            peft_config=LoraConfig(target_modules="all-linear") if is_lora else None,
+            peft_config=LoraConfig(r=16, target_modules="all-linear") if is_lora else None,
             callbacks=[peaks],
         )
         trainer.train()
-    print(json.dumps({"estimate": trainer.estimate, "peak": peaks.found[-1] - before}))
+    print(json.dumps({"before": before, **trainer.found, "peak": peaks.found[-1]}))
 
 
 def main(cases: list[dict[str, Any]]) -> None:

@@ -28,7 +28,35 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has this setting")
+# What is freed and kept before and after a block takes its place.
+FREE = """
+import runpy, sys
+module = runpy.run_path(sys.argv[1])
+share = module["heap_share"]()
+assert module["keep_freed_memory"]()
+assert module["heap_share"]() > share == 1.0
+blocks = [bytearray(b"x") * 2**26, bytearray(b"x") * 2**20]
+del blocks[0]
+print(module["freed_memory"]())
+blocks.append(bytearray(2**25))
+print(module["freed_memory"]())
+"""
+ONLY_GLIBC = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="only glibc has this setting"
+)
+
+
+@ONLY_GLIBC
+def test_memory_that_was_freed_and_kept_is_known() -> None:
+    command = [sys.executable, "-c", FREE, str(allocator.__file__)]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    before, after = map(int, answer.stdout.split())
+    assert 2**26 <= before < 2**27
+    assert after < 2**26
+
+
+@ONLY_GLIBC
 def test_memory_is_taken_from_the_system_once() -> None:
     faults = {
         mode: int(
