@@ -121,7 +121,10 @@ def _add_command(commands: Any, name: str, purpose: str) -> argparse.ArgumentPar
 
 def _add_training_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--shape", choices=SHAPES, default="smollm2-135m", help="size of the model"
+        "--shape", choices=SHAPES, default="smollm2-135m", help="size of an untrained model"
+    )
+    command.add_argument(
+        "--model", help="folder or Hub name of a trained model, with its tokenizer"
     )
     command.add_argument("--rows", help="rows with a question and an answer; none: rows made up")
     command.add_argument(
@@ -266,7 +269,7 @@ def _run_processes(options: dict[str, Any]) -> list[Result]:
 
 def _run_models(options: dict[str, Any]) -> list[Result]:
     model, precisions = options.pop("model"), options.pop("precisions")
-    setup = Setup(shape=model, accumulation=1, precision="", **options)
+    setup = Setup(shape="", model=model, accumulation=1, precision="", **options)
     return [decisions_result(setup, model, measure_decisions(setup, model, precisions))]
 
 

@@ -1,4 +1,4 @@
-"""What everyone in a benchmark trains: the same untrained model on the same rows."""
+"""What everyone in a benchmark trains: the same model on the same rows."""
 
 import random
 from collections.abc import Sequence
@@ -6,11 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, load_dataset
 from measuring import device_name
 from peft import LoraConfig, get_peft_model
 from quickstart import CHAT_TEMPLATE, build_model, train_tokenizer
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 from hf_sft_plugin import prepare_dataset
 
@@ -98,6 +104,7 @@ class Setup:
         lora: Whether an adapter on all linear layers but the head is trained instead of the model.
         steps_per_turn: Optimizer steps of a turn.
         memory_limit: GiB that a process may take; None lets it take all there are.
+        model: Folder or Hub name of a trained model; None makes an untrained one of this shape.
     """
 
     shape: str
@@ -112,6 +119,7 @@ class Setup:
     lora: bool = False
     steps_per_turn: int = 1
     memory_limit: float | None = None
+    model: str | None = None
 
     @property
     def step_size(self) -> int:
@@ -126,7 +134,7 @@ class Rows:
     Attributes:
         raw: With the columns `prompt` and `completion`, both lists of messages.
         tokenized: With the columns `input_ids` and `response_mask`.
-        tokenizer: Has learnt its merges from them.
+        tokenizer: That of the trained model, or one that has learnt its merges from the rows.
     """
 
     raw: Dataset
@@ -135,10 +143,17 @@ class Rows:
 
 
 def make_model(setup: Setup, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The untrained model, with its adapter if there is one: the same weights for everyone."""
+    """The model, with its adapter if there is one: the same weights for everyone."""
     set_seed(0)
-    fields = {"model_type": "qwen3", "tie_word_embeddings": True, "max_position_embeddings": 4096}
-    model = build_model({**fields, **SHAPES[setup.shape]}, tokenizer)
+    if setup.model is None:
+        fields = {
+            "model_type": "qwen3",
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 4096,
+        }
+        model = build_model({**fields, **SHAPES[setup.shape]}, tokenizer)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(setup.model, dtype=torch.float32)
     if not setup.lora:
         return model
     adapter = LoraConfig(
@@ -163,8 +178,11 @@ def make_rows(setup: Setup, num_rows: int, keeps_all: bool = False) -> Rows:
     chosen = [found[row % len(found)] for row in range(count)]
     questions, answers = ([row[column] for row in chosen] for column in ("question", "answer"))
     questions = [questions[row - row % setup.responses_per_prompt] for row in range(count)]
-    tokenizer = train_tokenizer([*questions, *answers], vocab_size=8192)
-    tokenizer.chat_template = _TEMPLATE
+    if setup.model is None:
+        tokenizer = train_tokenizer([*questions, *answers], vocab_size=8192)
+        tokenizer.chat_template = _TEMPLATE
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(setup.model)
     raw = Dataset.from_dict(
         {
             "prompt": [[{"role": "user", "content": text}] for text in questions],
@@ -209,8 +227,9 @@ def describe(setup: Setup, lengths: Sequence[int]) -> str:
     source = made_up if setup.rows is None else Path(setup.rows).name
     padding = padding_share(lengths, setup.batch_size)
     trained = f"LoRA r={_LORA_RANK}" if setup.lora else "all weights"
+    model = setup.shape if setup.model is None else Path(setup.model).name
     return (
         f"{setup.accumulation} x {setup.batch_size} rows ({source}, "
-        f"{setup.responses_per_prompt} per prompt, {padding:.0%} padding), {setup.shape}, "
+        f"{setup.responses_per_prompt} per prompt, {padding:.0%} padding), {model}, "
         f"{trained}, {setup.precision}, {device_name(setup.threads)}"
     )

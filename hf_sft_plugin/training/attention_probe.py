@@ -13,7 +13,7 @@ They run in a padded batch and end to end.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -156,7 +156,7 @@ def find_problem(
     """
     was_training = wrapped.training
     wrapped.eval()
-    device = cast(Any, model).device
+    device = next(model.parameters()).device
     try:
         # Compiling would take longer than the probe, for shapes that do not come again.
         eagerly = torch.compiler.set_stance("force_eager")
@@ -182,7 +182,8 @@ class _Runs:
         self._wrapped, self._switch = wrapped, switch
         self._model = cast(Any, model)
         self._config = self._model.config.get_text_config()
-        self._rows = probe_rows(self._config.vocab_size, self._model.device)
+        device = next(model.parameters()).device
+        self._rows = probe_rows(self._config.vocab_size, device)
 
     def problem(self) -> str | None:
         """Why rows have to be padded."""
@@ -195,7 +196,7 @@ class _Runs:
             if problem is not None:
                 return problem
         inputs = end_to_end(self._rows)
-        places = torch.arange(sum(_LENGTHS), device=self._model.device)
+        places = torch.arange(sum(_LENGTHS), device=self._rows[0].device)
         leak = "tokens of one row reach another, as in recurrent or convolutional layers"
         return self._compare(
             _Probe(self._rows, inputs, places, _DISTURBED, leak, "without padding")
@@ -288,9 +289,10 @@ class _Runs:
 
     def _logits(self, inputs: Mapping[str, Any], implementation: str | None = None) -> Tensor:
         """`(T, V)`, of a single row."""
-        is_set = self._switch is not None and implementation is not None
-        set_or_not = self._switch.set_to(implementation) if is_set else nullcontext()
-        with set_or_not:
+        is_set: AbstractContextManager[None] = nullcontext()
+        if self._switch is not None and implementation is not None:
+            is_set = self._switch.set_to(implementation)
+        with is_set:
             logits: Tensor = self._wrapped(**inputs, use_cache=False).logits[0]
         return logits
 

@@ -152,7 +152,7 @@ def find_problem(model: nn.Module, last_layer: LastLayer) -> str | None:
     """
     was_training = model.training
     try:
-        with torch.no_grad(), same_random_numbers(cast(Any, model).device):
+        with torch.no_grad(), same_random_numbers(next(model.parameters()).device):
             model.eval()
             # Dropout is only seen while training. That of other layers stays as it is.
             last_layer.train()
@@ -165,7 +165,7 @@ def find_problem(model: nn.Module, last_layer: LastLayer) -> str | None:
 
 def _run_probe(model: nn.Module, last_layer: LastLayer) -> str | None:
     unwrapped = cast(Any, model)
-    device = unwrapped.device
+    device = next(model.parameters()).device
     rows = probe_rows(unwrapped.config.get_text_config().vocab_size, device)
     batch = end_to_end(rows)
     places = torch.tensor(_PROBED, device=device)

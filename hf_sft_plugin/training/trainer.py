@@ -20,7 +20,7 @@ from hf_sft_plugin.data.prepare import name_in_errors, prepare_dataset
 from hf_sft_plugin.data.shards import ShardDataset, check_lengths, check_tokenizer
 from hf_sft_plugin.data.streaming import prepare_stream
 from hf_sft_plugin.loss.masked_loss import LossNormalization
-from hf_sft_plugin.training.adapters import add_adapter, seed_weights
+from hf_sft_plugin.training.adapters import add_adapter
 from hf_sft_plugin.training.allocator import keep_freed_memory
 from hf_sft_plugin.training.callbacks import RunRecorder
 from hf_sft_plugin.training.config import MaskedSFTConfig
@@ -33,17 +33,16 @@ from hf_sft_plugin.training.evaluation import (
     load_metric,
     with_whole_reference,
 )
-from hf_sft_plugin.training.loading import limit_length, load_model, load_tokenizer, stop_tokens
+from hf_sft_plugin.training.loading import limit_length, load_tokenizer, stop_tokens
 from hf_sft_plugin.training.masked_loss_mixin import MaskedLossMixin
 from hf_sft_plugin.training.packed_rows import check_packed_rows, pack_training_rows
 from hf_sft_plugin.training.trainer_arguments import (
     AnyDataset,
     AnyModel,
     as_dataset,
-    call_model_init,
     check_settings,
     choose_split,
-    load_first_model,
+    load_a_model,
     settings_of,
 )
 from hf_sft_plugin.types import TokenizedExample
@@ -123,8 +122,7 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         args = settings_of(args, others)
         train_dataset = choose_split(train_dataset)
         template = check_settings(args, eval_dataset)
-        seed_weights(args)
-        model = load_first_model(model, model_init, args, peft_config, optimizers)
+        model = load_a_model(model, model_init, args, peft_config, optimizers)
         tokenizer = load_tokenizer(processing_class, model, args.stop_token, template)
         model = add_adapter(model, peft_config, is_trained=train_dataset is not None)
         self.stop_token_ids = stop_tokens(model, tokenizer, args.stop_token)
@@ -270,8 +268,8 @@ class MaskedSFTTrainer(MaskedLossMixin, Trainer):
         self, model_init: Callable[..., Any], peft_config: PeftConfig | None, trial: Any
     ) -> AnyModel:
         """A new model for a new training, like the one of the constructor."""
-        found = call_model_init(model_init, trial)
-        return add_adapter(load_model(found, self.args.model_init_kwargs, peft_config), peft_config)
+        model = load_a_model(None, model_init, self.args, peft_config, trial=trial)
+        return add_adapter(model, peft_config)
 
     def _examples_to_answer(self, rows: Any, num_rows: int | None) -> list[TokenizedExample]:
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)

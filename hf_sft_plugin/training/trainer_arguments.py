@@ -16,6 +16,7 @@ from hf_sft_plugin.data.packing import PackedDataset
 from hf_sft_plugin.data.prepare import name_in_errors
 from hf_sft_plugin.data.row_files import read_chat_template, rows_to_dataset
 from hf_sft_plugin.data.shards import ShardDataset
+from hf_sft_plugin.training.adapters import seed_weights
 from hf_sft_plugin.training.config import MaskedSFTConfig
 from hf_sft_plugin.training.evaluation import refuse_stream
 from hf_sft_plugin.training.foreign_arguments import refuse_trainer_arguments
@@ -55,14 +56,17 @@ def settings_of(args: MaskedSFTConfig | None, others: Mapping[str, Any]) -> Mask
     return args
 
 
-def load_first_model(
+def load_a_model(
     model: str | AnyModel | None,
     model_init: Callable[..., Any] | None,
     args: MaskedSFTConfig,
     peft_config: PeftConfig | None,
-    optimizers: tuple[Any, Any],
+    optimizers: tuple[Any, Any] = (None, None),
+    trial: Any = None,
 ) -> AnyModel:
-    """The model that was given, or the first one that `model_init` makes, of the run's seed.
+    """The model that was given, or one that `model_init` makes with the seed of the run.
+
+    Afterwards random numbers begin anew with that seed, for the weights of an adapter.
 
     Raises:
         ValueError: If there is neither or both, or an optimizer, which would be of another model.
@@ -78,15 +82,14 @@ def load_first_model(
             "optimizers were given together with model_init, which makes a new model for each "
             "training, whose weights they would not hold. Give optimizer_cls_and_kwargs instead."
         )
+    seed_weights(args)
     if model_init is not None:
-        model = call_model_init(model_init, None)
+        # It may take the trial of a search for hyperparameters.
+        model = model_init(trial) if number_of_arguments(model_init) == 1 else model_init()
     assert model is not None, "one of the two was given"
-    return load_model(model, args.model_init_kwargs, peft_config)
-
-
-def call_model_init(model_init: Callable[..., Any], trial: Any) -> Any:
-    """What `model_init` makes; it may take the trial of a search for hyperparameters."""
-    return model_init(trial) if number_of_arguments(model_init) == 1 else model_init()
+    loaded = load_model(model, args.model_init_kwargs, peft_config)
+    seed_weights(args)
+    return loaded
 
 
 def as_dataset(rows: list[Any], name: str) -> Dataset:

@@ -101,8 +101,13 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def assert_equal_runs(found: Run, expected: Run, bound: float) -> None:
-    assert found.log == pytest.approx(expected.log, rel=bound, abs=bound)
-    assert found.evaluation == pytest.approx(expected.evaluation, rel=bound, abs=bound)
+    for ours, theirs in ((found.log, expected.log), (found.evaluation, expected.evaluation)):
+        # Routers work in float32, whatever the dtype of the model.
+        bounds = {name: max(bound, 1e-6) if "aux_loss" in name else bound for name in theirs}
+        assert ours == {
+            name: pytest.approx(value, rel=bounds[name], abs=bounds[name])
+            for name, value in theirs.items()
+        }
     assert found.gradients.keys() == expected.gradients.keys()
     is_gemma = "gemma" in expected.trainer.model.config.model_type
     # Gemma sums the gradients of its norms in float32, whatever the dtype of the model.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
     PreTrainedTokenizerBase,
@@ -30,13 +30,11 @@ from hf_sft_plugin import (
 pytestmark = pytest.mark.trained
 
 QUESTIONS = {
-    "Ana has 3 boxes of 12 pens and gives away 5 pens. How many are left?": "3 x 12 - 5 = 31.",
     "What is the capital of France?": "The capital of France is Paris.",
     "Name a fruit.": "Apple",
-    "Translate 'good morning' into Spanish.": "Buenos dias.",
 }
 STEP = {
-    "per_device_train_batch_size": 4,
+    "per_device_train_batch_size": 2,
     "prompt_format": "chat",
     # Leaves the model as it is.
     "optim": "sgd",
@@ -48,6 +46,8 @@ STEP = {
     "save_strategy": "no",
     "use_cpu": True,
     "disable_tqdm": True,
+    # Nothing has to be measured first.
+    "max_tokens_per_microbatch": 4096,
 }
 # A tenth more than plain training's error is within chance.
 SLACK = 1.1
@@ -144,8 +144,7 @@ def test_it_errs_no_more_than_the_plain_trainers(precision: str, case: Case) -> 
     allowed = SLACK * case.of_plain(**settings)
     found = {
         "without padding": case.of_ours(**settings),
-        "padded": case.of_ours(padding_free="off", **settings),
         "packed": case.of_ours(packing=True, max_length=256, **settings),
     }
-    print(precision, isinstance(case.model, PeftModel), allowed / SLACK, found)
+    print(f"{allowed / SLACK:.1e} is the plain Trainer's, {found}")
     assert all(error <= allowed for error in found.values()), (found, allowed)
