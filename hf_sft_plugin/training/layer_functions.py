@@ -156,8 +156,12 @@ class LoRALinear(torch.autograd.Function):
         """
         rows, (weight, bias, first, second) = cast.reshape(-1, cast.shape[-1]), weights
         low = rows @ first.t()
-        output = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
-        output.addmm_(low, second.t(), alpha=scale)
+        # The small term comes first, so that the large one and the sum are rounded once together.
+        if bias is None:
+            output = (low @ second.t()).mul_(scale)
+        else:
+            output = torch.addmm(bias, low, second.t(), alpha=scale)
+        output.addmm_(rows, weight.t())
         ctx.save_for_backward(rows, weight, first, second, low)
         ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, (x.dtype, a.dtype, b.dtype)
         return output.view(*x.shape[:-1], -1)
@@ -172,7 +176,7 @@ class LoRALinear(torch.autograd.Function):
         grad_low = (grad @ second).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).addmm_(grad_low, first).view(ctx.shape).to(of_x)
+            grad_x = (grad_low @ first).addmm_(grad, weight).view(ctx.shape).to(of_x)
         grad_a = (grad_low.t() @ rows).to(of_a)
         grad_b = (grad.t() @ low).mul_(ctx.scale).to(of_b)
         return grad_x, None, None, None, grad_a, grad_b

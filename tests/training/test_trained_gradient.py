@@ -106,8 +106,9 @@ class Case:
     def error(self, trainer_class: Any, **arguments: Any) -> float:
         """How far the gradient of a training is from float64."""
         gradient = Gradient()
-        trainer_class(model=self.model, callbacks=[gradient], **arguments).train()
-        self.model.zero_grad()
+        # A copy, because Accelerate prepares a model once, for one precision.
+        model = copy.deepcopy(self.model)
+        trainer_class(model=model, callbacks=[gradient], **arguments).train()
         difference = torch.linalg.vector_norm(gradient.value - self.truth)
         return float(difference / torch.linalg.vector_norm(self.truth))
 
