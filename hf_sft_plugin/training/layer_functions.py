@@ -127,7 +127,7 @@ class LoRALinear(torch.autograd.Function):
     """A frozen linear layer with an adapter of low rank, `y = x W^T + b + s (x A^T) B^T`.
 
     The formula is that of Hu et al. 2021, https://arxiv.org/abs/2106.09685. The scale multiplies
-    products of r numbers, and the two terms are added within the second product.
+    products of r numbers, and the second product adds to the first.
     """
 
     @staticmethod
@@ -157,10 +157,11 @@ class LoRALinear(torch.autograd.Function):
         rows, (weight, bias, first, second) = cast.reshape(-1, cast.shape[-1]), weights
         low = rows @ first.t()
         # The small term comes first, so that the large one and the sum are rounded once together.
+        scaled = low * scale
         if bias is None:
-            output = (low @ second.t()).mul_(scale)
+            output = scaled @ second.t()
         else:
-            output = torch.addmm(bias, low, second.t(), alpha=scale)
+            output = torch.addmm(bias, scaled, second.t())
         output.addmm_(rows, weight.t())
         ctx.save_for_backward(rows, weight, first, second, low)
         ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, (x.dtype, a.dtype, b.dtype)
