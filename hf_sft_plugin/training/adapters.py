@@ -50,7 +50,7 @@ def add_adapter(
                 "first with model.merge_and_unload()."
             )
         with warnings.catch_warnings():
-            # PEFT asks transformers 5.24 by the old name; nobody who trains can help it.
+            # PEFT asks transformers 5.24 by the old name.
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated")
             model = get_peft_model(model, peft_config)
     if is_trained and not any(parameter.requires_grad for parameter in model.parameters()):

@@ -179,7 +179,10 @@ class MaskedSFTConfig(DataOptions, SpeedOptions, TrainingArguments):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "MaskedSFTConfig":
         """Answers those who bring the settings of another trainer."""
-        refuse_config_arguments(kwargs, [each.name for each in fields(cls) if each.init])
+        owner = next(each for each in cls.__mro__ if "__init__" in vars(each))
+        # A subclass may have a constructor with other arguments.
+        if "__dataclass_params__" in vars(owner):
+            refuse_config_arguments(kwargs, [each.name for each in fields(cls) if each.init])
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

@@ -41,7 +41,7 @@ class DocumentNoise:
         if not module.training:
             return output
         lengths, (width, size) = find_lengths(self._inputs), output.shape[1:]
-        # Whoever embeds other tokens within a forward pass has no documents there.
+        # A model may embed other tokens within a forward pass; these have no documents.
         if lengths is None or len(lengths) != len(output) or lengths.shape[1] not in (1, width):
             lengths = torch.full((1, 1), width, device=output.device)
         largest = module.neftune_noise_alpha * (lengths.unsqueeze(-1) * size).rsqrt()

@@ -1,7 +1,7 @@
-"""A model in float64 for a while: the truth that its faster and less precise ways are held to.
+"""A model in float64 for a while: the truth by which its other ways of running are judged.
 
-Its weights are widened one decoder layer at a time, so the whole model is never held twice. What a
-model casts to another dtype itself, as norms do, stays as it is: it does so in all of its ways.
+Its weights are widened one decoder layer at a time, so the whole model is never held twice. Norms,
+routers and softmax, which models cast to float32, are in float64 as well.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,12 +11,21 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 # What a model may raise that is run in a way it was not made for.
-MODEL_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+MODEL_ERRORS = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 # Largest relative difference between the float64 logits of a token in two ways of running it.
-# Rounding stays below 1e-12; norms and routers of many models round to float32 on the way.
+# Rounding stays below 1e-12.
 TOLERANCE = 1e-6
 
 
@@ -48,7 +57,7 @@ def in_float64(model: nn.Module, dtype: torch.dtype = torch.float64) -> Iterator
 
 @contextmanager
 def _experts_one_by_one(model: nn.Module) -> Iterator[None]:
-    """Their grouped products know no float64."""
+    """Runs experts one after another, because grouped products know no float64."""
     configs = {id(config): config for m in model.modules() if (config := _config_of(m)) is not None}
     own = [(config, config._experts_implementation_internal) for config in configs.values()]
     for config, _ in own:
@@ -76,6 +85,28 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
         yield from _parts(child)
 
 
+class _NoNarrowing(TorchFunctionMode):
+    """Has code that asks for float32, or a narrower dtype, get a wider one.
+
+    Args:
+        dtype: The wider one.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            return args[0].to(torch.promote_types(args[0].dtype, self._dtype))
+        named = {name: self._widen(value) for name, value in (kwargs or {}).items()}
+        return func(*map(self._widen, args), **named)
+
+    def _widen(self, value: Any) -> Any:
+        is_floating = isinstance(value, torch.dtype) and value.is_floating_point
+        return torch.promote_types(value, self._dtype) if is_floating else value
+
+
 class _Widened:
     """The weights of a module in another dtype while it runs, and no autocast.
 
@@ -97,6 +128,8 @@ class _Widened:
         if isinstance(self._module, nn.Embedding):
             # Its rows are widened when they have been looked up; all of them would be many.
             return
+        if not isinstance(self._module, nn.Linear):
+            self._stack.enter_context(_NoNarrowing(self._dtype))
         for module in self._module.modules():
             of_module: Any = module
             for tensors in (of_module._parameters, of_module._buffers):

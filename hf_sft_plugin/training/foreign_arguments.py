@@ -40,7 +40,6 @@ _OF_CONFIG = {
     "activation_checkpointing_kwargs={'offload': True}.",
     "trust_remote_code": "Set model_init_kwargs={'trust_remote_code': True}.",
     "router_aux_loss_coef": "Set it on the config of the model.",
-    "chat_template_path": "Set tokenizer.chat_template = hf_sft_plugin.read_chat_template(path).",
 }
 
 

@@ -105,14 +105,15 @@ def check_documents(step: FirstStep) -> list[VerificationCheck]:
         # Experts multiply the tokens that chose them, and round by how many these are. A prediction
         # that moves in float64, too, depends on what was changed.
         with in_float64(step.unwrapped):
-            before, after, with_other_padding = (
-                predictions(each) for each in (ids, ids if change is None else change.ids, padded)
+            before, after, with_other_padding, again = (
+                predictions(each)
+                for each in (ids, ids if change is None else change.ids, padded, ids)
             )
         moves = (
             _largest_move(before[:, ~may_move], after[:, ~may_move]),
             _largest_move(before, with_other_padding),
         )
-        bound = TOLERANCE
+        bound = TOLERANCE + 2 * _largest_move(before, again)
     checks = _judge_change(before != after, may_move, positions, documents, change, moves[0], bound)
     if not len(positions) or not is_padding.any():
         reason = "no token of these rows is trained" if is_padding.any() else "there is none"

@@ -22,7 +22,11 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def is_lora(module: nn.Module) -> bool:
     """Whether a module is PEFT's LoRA on a linear layer, and no class made from it."""
-    return type(module) is LoraLinear and type(module.base_layer) is nn.Linear
+    return type(module) is LoraLinear and _is_linear(module.base_layer)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and "forward" not in vars(module)
 
 
 def is_hooked(module: Any) -> bool:
@@ -63,8 +67,8 @@ class FusedLoRA:
         return product
 
     def _in_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        if x.dtype == dtype:
-            return x.detach()
+        if x.dtype == dtype or x.is_inference():
+            return x.detach().to(dtype)
         is_known = self._key[0] is not None and self._key[0]() is x
         if not is_known or self._key[1:] != (x._version, dtype):
             self._key = weakref.ref(x), x._version, dtype
@@ -84,6 +88,7 @@ def _only_adapter(module: Any) -> str | None:
     is_plain = (
         name not in module.lora_variant
         and type(dropout) is nn.Identity
+        and all(map(_is_linear, (base, first, second)))
         and second.bias is None
         and not any(weight.requires_grad for weight in base.parameters())
         and not any(map(is_hooked, (base, first, second, dropout)))

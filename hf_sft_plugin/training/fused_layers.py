@@ -88,7 +88,7 @@ class FusedLayers:
 
 
 class _FusedForward:
-    """A forward of one argument, in place of that of a module.
+    """A forward in place of that of a module, for calls with one argument.
 
     Copies of the module, on disk or not, have its own again.
 
@@ -198,7 +198,7 @@ def _gated_mlp(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 class FusedLayersMixin(TrainerBase):
-    """Lets a trainer run norms, gated MLPs and rotary embeddings as one function each.
+    """Lets a trainer run norms, gated MLPs, rotary embeddings and adapters as one function each.
 
     Attributes:
         fused_layers: `auto` or `off`; see `MaskedSFTConfig`.
@@ -210,7 +210,7 @@ class FusedLayersMixin(TrainerBase):
 
     @property
     def layers_summary(self) -> str | None:
-        """How norms and MLPs run, in a few words; None before training."""
+        """How layers run, in a few words; None before training."""
         if self._own_layers_because is not None:
             return f"as the model has them, because {self._own_layers_because}"
         return None if self._fused_layers is None else self._fused_layers.summary

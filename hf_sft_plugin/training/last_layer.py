@@ -135,7 +135,7 @@ def _each_once(places: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """
     ordered = places.sort().values
     comes_again = pad(ordered[1:] == ordered[:-1], (1, 0))
-    # How many there are of them, the device alone knows.
+    # The count lives on the device; reading it would wait for the GPU.
     return ordered, ordered.masked_fill(comes_again, num_tokens)
 
 

@@ -158,14 +158,11 @@ class LoRALinear(torch.autograd.Function):
         low = rows @ first.t()
         # The small term comes first, so that the large one and the sum are rounded once together.
         scaled = low * scale
-        if bias is None:
-            output = scaled @ second.t()
-        else:
-            output = torch.addmm(bias, scaled, second.t())
+        output = scaled @ second.t() if bias is None else torch.addmm(bias, scaled, second.t())
         output.addmm_(rows, weight.t())
         ctx.save_for_backward(rows, weight, first, second, low)
         ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, (x.dtype, a.dtype, b.dtype)
-        return output.view(*x.shape[:-1], -1)
+        return output.view(*x.shape[:-1], output.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -61,7 +61,7 @@ class MemoryPlanMixin(MicrobatchesMixin):
             DistributedType.FSDP,
             DistributedType.DEEPSPEED,
         )
-        # Whoever wants padding to a certain length, or tries out batch sizes, gets those batches.
+        # Padding to a certain length, and a search for a batch size, need the batches as they are.
         is_fixed = self.length_multiple is not None
         if is_fixed:
             self._memory_line = "not estimated: pad_to_multiple_of has batches run as they come"
@@ -72,7 +72,7 @@ class MemoryPlanMixin(MicrobatchesMixin):
                     "out, or set activation_checkpointing to true."
                 )
         if is_sharded or is_fixed or self.args.auto_find_batch_size:
-            # Nor is one that a checkpoint brought along.
+            # Ignores a budget restored from a checkpoint, too.
             self._budget = None
             return
         possible = 0
@@ -164,13 +164,17 @@ class MemoryPlanMixin(MicrobatchesMixin):
         limit = self.forward_limit()
         memory = replace(memory, forward_limit=limit)
         is_short = memory.of_pass([longest]) > left
-        can_switch = not memory.is_checkpointed and find_checkpointing_problem(model) is None
+        # The second is the name before transformers 5.24; a module of another kind has neither.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        enable: Any = next((getattr(model, name) for name in names if hasattr(model, name)), None)
+        can_switch = (
+            enable is not None
+            and not memory.is_checkpointed
+            and find_checkpointing_problem(model) is None
+        )
         if self.auto_gradient_checkpointing and self._is_switched_on is None:
             self._is_switched_on = is_short and can_switch
         if self._is_switched_on and can_switch:
-            # The second is the name before transformers 5.24.
-            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-            enable: Any = next(getattr(model, name) for name in names if hasattr(model, name))
             enable({"use_reentrant": False})
             memory = replace(measure_step_memory(model, run, self.optimizer), forward_limit=limit)
         self._step_memory = memory

@@ -1,4 +1,4 @@
-"""The end of a process group whose script just ends."""
+"""Ends the process group of a script that does not end it itself."""
 
 import atexit
 import gc

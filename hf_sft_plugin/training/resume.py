@@ -149,7 +149,8 @@ class ResumeMixin(TrainerBase):
             super()._maybe_log_save_evaluate(*args, **kwargs)
         except _SavePutOffError:
             self._is_save_due, self.control.should_save = True, False
-        self._puts_off_saves = False
+        finally:
+            self._puts_off_saves = False
         if is_end_of_epoch:
             self._is_save_due = False
 

@@ -435,3 +435,15 @@ def test_checkpointing_is_a_flag_by_both_of_its_names(
         ["--output_dir", "out", "--use_cpu", "true", f"--{name}", *flags]
     )
     assert config.activation_checkpointing is config.gradient_checkpointing is is_on
+
+
+def test_a_subclass_may_have_a_constructor_of_its_own(tmp_path: Any) -> None:
+    class Mine(MaskedSFTConfig):
+        def __init__(self, mine: int = 1, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.mine = mine
+
+    class Derived(Mine):
+        pass
+
+    assert Derived(mine=2, output_dir=str(tmp_path), use_cpu=True).mine == 2

@@ -48,8 +48,8 @@ def test_logits_are_those_of_the_model_in_float64(
         assert torch.equal(logits(model), own)
     assert found.dtype == torch.float64
     assert all(parameter.dtype == dtype for parameter in model.parameters())
-    # Norms, rotary embeddings and routers round to float32 in both; scaled embeddings to bfloat16
-    # before they are widened here.
+    # Norms and routers round to float32 in the model that was widened by its dtype alone; scaled
+    # embeddings to bfloat16 before they are widened here.
     bound = 1e-6 if dtype == torch.float32 or "gemma" not in family else 1e-2
     assert largest_error(found.flatten(0, 1), logits(wide).flatten(0, 1)) < bound
 

@@ -144,3 +144,28 @@ def test_trained_base_layers_get_their_gradient(model_factory: Make) -> None:
     with fused(model):
         found = gradient(model)
     torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_A.default", "lora_B.default"])
+def test_a_layer_with_a_forward_of_its_own_runs_as_peft_has_it(
+    part: str, model_factory: Make
+) -> None:
+    model = with_adapter(model_factory("gpt_neox"))
+    layer = model.get_submodule(f"base_model.model.gpt_neox.layers.0.mlp.dense_h_to_4h.{part}")
+    own_forward = layer.forward
+    with fused(model):
+        plain = gradient(model)
+        layer.forward = lambda hidden: own_forward(hidden) * 3
+        found = gradient(model)
+    assert torch.equal(gradient(model), found) or (gradient(model) - found).norm() < 1e-5
+    assert (found - plain).norm() > 1e-3
+
+
+def test_no_tokens_give_no_outputs_and_inference_mode_runs(model_factory: Make) -> None:
+    model = with_adapter(model_factory("llama"))
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.gate_proj")
+    with fused(model), torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.zeros(0, 32)).shape == (0, 48)
+        assert layer(torch.zeros(1, 0, 32)).shape == (1, 0, 48)
+        with torch.inference_mode():
+            assert model(input_ids=IDS, use_cache=False).logits.isfinite().all()

@@ -146,3 +146,32 @@ def test_random_numbers_are_those_of_a_run_without_probes(make: Make) -> None:
             last_layer.prove()
         find_transform(model, model, BATCH)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_eager_attention_is_judged_like_any_other(
+    model_factory: Make, trained_like: Callable[[Any], Any], precision: str
+) -> None:
+    """Its softmax asks for float32."""
+    model = trained_like(model_factory("llama", attn_implementation="eager"))
+    model = model.to(PRECISIONS[precision][0])
+    assert choose_attention(model, model).is_padding_free
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AssertionError])
+def test_where_nothing_runs_in_float64_single_tokens_count(
+    error: type[Exception], model_factory: Make, precision: str
+) -> None:
+    model = model_factory("llama").to(PRECISIONS[precision][0])
+
+    def refuse(_: nn.Module, arguments: tuple[Tensor]) -> None:
+        if arguments[0].dtype == torch.float64:
+            raise error("no kernel for float64")
+
+    model.model.layers[0].mlp.register_forward_pre_hook(refuse)
+    assert choose_attention(model, model).is_padding_free
+
+    def double_the_first(output: Tensor) -> Tensor:
+        return torch.cat([output[:, :1] * 2, output[:, 1:]], dim=1)
+
+    with changed(model.model.norm, double_the_first):
+        assert not choose_attention(model, model).is_padding_free
