@@ -243,12 +243,14 @@ class _Runs:
             return problem
         lengths = [len(row) for row in probe.rows]
         padded = self._padded(probe.rows)
-        errors = [partial(typical_error, lengths=lengths)]
+        measures: list[Callable[[Tensor, Tensor], float]] = [
+            partial(typical_error, lengths=lengths)
+        ]
         if not is_exact:
             # No other run looked at every token.
-            errors.append(largest_error)
-        for error in errors:
-            found, allowed = (error(logits, truth) for logits in (flat[probe.places], padded))
+            measures.append(largest_error)
+        for measure in measures:
+            found, allowed = (measure(logits, truth) for logits in (flat[probe.places], padded))
             if not found <= _CHANCE * allowed + torch.finfo(flat.dtype).eps:
                 return f"{probe.way} its logits err by {found:.1e}, in padded rows by {allowed:.1e}"
         return None
