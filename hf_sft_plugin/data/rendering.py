@@ -21,6 +21,7 @@ from hf_sft_plugin.data.response_openings import (
     after_opening,
     before_open_tag,
     common_length,
+    may_leave_out,
 )
 from hf_sft_plugin.data.sentinels import Range, core_of, free_base, mark, unmark
 from hf_sft_plugin.data.stop_tokens import stop_behind
@@ -43,6 +44,7 @@ class Span:
         weight: How much each of its tokens counts.
         needs_stop: Whether the span must end in a stop token.
         weighted: Characters within the span that count otherwise, and how much; 0 is not trained.
+        has_calls: Whether the message calls tools.
     """
 
     start: int
@@ -53,6 +55,7 @@ class Span:
     weight: float = 1.0
     needs_stop: bool = True
     weighted: tuple[tuple[int, int, float], ...] = ()
+    has_calls: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,6 +194,7 @@ class _Rendering:
             turn=turn,
             kind="exact",
             weight=self._turns[turn].weight,
+            has_calls=bool(self._messages[turn].get("tool_calls")),
         )
         if self._messages[turn]["role"] != "assistant":
             if content is None:
@@ -233,8 +237,11 @@ class _Rendering:
         elif text.startswith(prompt):
             return min(len(prompt), limit), "exact"
         if opening and text.startswith(base):
-            start = after_opening(text, len(base), opening, self._stop_texts)
-            if start is not None and TAGS.fullmatch(text[start:limit] if content else ""):
+            closing = self._stop_texts if is_second else ()
+            start, rest = after_opening(text, len(base), opening, closing) or (None, "")
+            if start is not None and (
+                TAGS.fullmatch(text[start:limit]) if content else may_leave_out(rest, text, start)
+            ):
                 return min(start, limit), "shared_prefix"
         if text.startswith(prompt):
             return min(len(prompt), limit), "exact"
@@ -296,14 +303,9 @@ class _Rendering:
         for span in spans:
             # Where the turns before are written otherwise, so may be the reasoning.
             has_reasoning = span.kind != "rewritten"
-            turn, core, chars = (
-                self._turns[span.turn],
-                self._cores[span.turn],
-                (span.start, span.bound),
-            )
-            check_written(
-                turn, span.turn, core, span.content, text, chars, has_reasoning, self._index
-            )
+            turn, core = self._turns[span.turn], self._cores[span.turn]
+            part = (text, (span.start, span.bound))
+            check_written(turn, span.turn, core, span.content, *part, has_reasoning, self._index)
         is_altered = any(self._is_altered(span, text) for span in spans)
         is_unseen = any(
             content is None and start < end
@@ -328,11 +330,10 @@ class _Rendering:
         shared = common_length(text[place:], stop)
         place, stop = place + shared, stop[shared:]
         added = (place, place + len(stop))
-        span = replace(span, bound=added[1])
         return replace(
             rendered,
             text=text[:place] + stop + text[place:],
-            spans=(*rendered.spans[:-1], span),
+            spans=(*rendered.spans[:-1], replace(span, bound=added[1])),
             added=added,
         )
 

@@ -4,6 +4,7 @@ A trained span begins right after the text that inference supplies and ends with
 that inference waits for. Neither the role header before it nor the newline after it is trained.
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -205,6 +206,7 @@ def _mask_span(
             "empty response",
         )
     _check_turns(span, (span.start, last), rendered, index)
+    _check_calls(span, last, text, stops, index)
     masked.mask[start:end] = bytes([span.weight > 0]) * (end - start)
     if masked.weights is not None:
         masked.weights[start:end] = [span.weight] * (end - start)
@@ -226,7 +228,12 @@ def _last_character(span: Span) -> int:
 
 def _find_stop(span: Span, text: str, stops: Mapping[int, str]) -> Range | None:
     """The characters of the stop token that ends a turn: the first one after its content."""
-    if span.content is None and span.bound == len(text):
+    if span.content is None and span.bound < len(text) and span.kind != "rewritten":
+        # The bound is the end of the turn, which may hold stop tokens before its calls.
+        ending = _any_of(stops.values())
+        last = re.compile(rf"({ending})(?:\s|{ending})*\Z").search(text, span.start, span.bound)
+        start, stop = (last.start(), last[1]) if last else (-1, "")
+    elif span.content is None and span.bound == len(text):
         # Nothing shows where the content ends, but this is the last turn: the last one counts.
         found = [(text.rfind(stop, span.start), stop) for stop in stops.values()]
         start, stop = max(found, default=(-1, ""))
@@ -241,6 +248,27 @@ def _find_stop(span: Span, text: str, stops: Mapping[int, str]) -> Range | None:
     if not span.needs_stop and text[span.content[1] if span.content else 0 : start].strip():
         return None
     return start, start + len(stop)
+
+
+def _check_calls(span: Span, end: int, text: str, stops: Mapping[int, str], index: int) -> None:
+    """Refuses a turn that goes on behind the stop token at which its training ends."""
+    if not span.has_calls or not span.needs_stop or span.kind == "rewritten":
+        return
+    last = max((text.rfind(stop, end, span.bound) for stop in stops.values()), default=-1)
+    beyond = text[end : max(last, end)]
+    if re.sub(_any_of(stops.values()), "", beyond).strip():
+        raise RowError(
+            index,
+            f"the chat template writes a stop token within message {span.turn}, before "
+            f"{beyond.strip()[:80]!r}, so inference would stop there and the tool call would not "
+            "be trained. Set stop_token to the token that ends a whole turn of the chat template.",
+            "a stop token before a tool call",
+        )
+
+
+def _any_of(stops: Collection[str]) -> str:
+    """A pattern of stop tokens, the longest first."""
+    return "|".join(map(re.escape, sorted(stops, key=len, reverse=True))) or "(?!)"
 
 
 def _check_turns(span: Span, chars: Range, rendered: RenderedText, index: int) -> None:

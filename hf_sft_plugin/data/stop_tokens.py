@@ -123,9 +123,14 @@ def stop_behind(
         return None
     try:
         both = render(len(longer), messages=longer).rpartition(_NEXT)[0]
+        alone = render(len(own), messages=longer).rstrip()
     except RowError:
-        both = ""
-    between = both.rpartition(_RESPONSE)[2] if _RESPONSE in both else ""
+        both = alone = ""
+    if _RESPONSE in both:
+        between = both.rpartition(_RESPONSE)[2]
+    else:
+        # The template writes calls in place of a content: what it adds to them stands behind them.
+        between = both[len(alone) :] if both.startswith(alone) else ""
     found = [(between.find(stop), -len(stop), stop) for stop in stops if stop in between]
     if not found:
         return next(iter(stops))

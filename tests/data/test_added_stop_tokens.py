@@ -153,6 +153,32 @@ def test_a_call_stops_where_the_answer_of_the_tool_begins(
     assert trained_of("glm4", tokenize_with("glm4", messages[:2])) == [[asked]]
 
 
+def test_a_call_that_is_written_in_place_of_a_content_stops_where_its_answer_begins(
+    tokenizer_factory: Callable[..., Any],
+) -> None:
+    template = (
+        "{% for m in messages %}<|{{ 'observation' if m.role == 'tool' else m.role }}|>\n"
+        "{% if m.tool_calls %}{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    tokenizer = tokenizer_factory(chat_template=template, eos_token=EOS)
+    tokenizer.add_tokens([USER, SEEN, "<|assistant|>"], special_tokens=True)
+    stops = tokenizer.convert_tokens_to_ids([EOS, USER, SEEN])
+    messages = [
+        *chat("hello"),
+        {"role": "assistant", "content": "", "tool_calls": [call("look", at="it")]},
+        {"role": "tool", "content": "seen"},
+    ]
+    for row in (messages, messages[:2]):
+        (outcome,) = tokenize_rows([{"messages": row}], [0], tokenizer, make_options({}), stops)
+        assert outcome.error is None, outcome.error
+        (example,), ((span,),) = outcome.examples, outcome.spans
+        told = tokenizer.decode(example["input_ids"][span.start : span.end])
+        assert told == '{"name": "look", "arguments": {"at": "it"}}' + SEEN
+        assert example["response_mask"][span.start : span.end] == [1] * (span.end - span.start)
+
+
 def test_reasoning_that_a_later_turn_makes_the_template_drop_does_not_hide_the_stop_token(
     tokenize_with: Callable[..., Any], trained_of: Callable[..., Any]
 ) -> None:

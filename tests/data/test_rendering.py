@@ -312,6 +312,22 @@ def test_a_call_that_begins_like_the_generation_prompt_goes_on_is_trained_whole(
     assert trained_text(example, tokenizer) == "<tool_call>f</tool_call><|im_end|>"
 
 
+@pytest.mark.parametrize("content", ["", "sure"])
+def test_a_thought_that_the_generation_prompt_has_closed_is_not_trained(
+    content: str, tokenize_with: Callable[..., Any], trained_of: Callable[..., Any]
+) -> None:
+    response = {"role": "assistant", "content": content, "tool_calls": call({"a": 1})}
+    messages = [{"role": "user", "content": "q"}, response]
+    outcome = tokenize_with("qwen3_no_thinking", messages)
+    ((told,),) = trained_of("qwen3_no_thinking", outcome)
+    assert told[0] == "exact"
+    outcome = tokenize_with(
+        "qwen3_no_thinking", [messages[0], {**response, "reasoning_content": "I need it"}]
+    )
+    assert outcome.error is not None
+    assert outcome.error.reason == "response does not continue the generation prompt"
+
+
 def test_a_content_that_begins_like_the_generation_prompt_goes_on_is_trained_whole(
     tokenize_with: Callable[..., Any], trained_of: Callable[..., Any]
 ) -> None:

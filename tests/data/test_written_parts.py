@@ -215,3 +215,47 @@ def test_a_content_of_signs_alone_is_looked_for_as_it_is(
 ) -> None:
     assert reason_with(template(CONTENT), answer(content="!?")) is None
     assert reason_with(template("so"), answer(content="!?")) == DROPS_CONTENT
+
+
+THOUGHT_FIRST = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}{{ m.reasoning_content }}<|endoftext|>{% endif %}{{ m.content }}"
+    "{% if m.tool_calls %}{% if m.content %}<|endoftext|>{% endif %}"
+    "{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}{% endif %}" + END
+)
+
+
+@pytest.mark.parametrize("multi_turn", ["auto", "joint", "split"])
+def test_a_call_behind_a_thought_that_ends_in_a_stop_token_is_trained_in_every_layout(
+    multi_turn: str, tokenizer_factory: Callable[..., Any]
+) -> None:
+    tokenizer = tokenizer_factory(chat_template=THOUGHT_FIRST)
+    messages = answer(content="", reasoning_content="I need it", **CALLING)
+    messages += [{"role": "tool", "content": "42"}, {"role": "assistant", "content": "done"}]
+    options = make_options({"multi_turn": multi_turn})
+    (outcome,) = tokenize_rows([{"messages": messages}], [0], tokenizer, options, [0, 2])
+    assert outcome.error is None, outcome.error
+    told = [
+        tokenizer.decode(example["input_ids"][span.start : span.end])
+        for example, spans in zip(outcome.examples, outcome.spans, strict=True)
+        for span in spans
+    ]
+    called = '{"name": "look", "arguments": {"at": "Bern"}}'
+    assert told == [f"I need it<|endoftext|>{called}<|im_end|>", "done<|im_end|>"]
+
+
+@pytest.mark.parametrize("is_followed", [False, True])
+def test_a_stop_token_between_a_content_and_its_calls_costs_the_row(
+    is_followed: bool, tokenizer_factory: Callable[..., Any]
+) -> None:
+    tokenizer = tokenizer_factory(chat_template=THOUGHT_FIRST)
+    messages = answer(content="sure", **CALLING)
+    if is_followed:
+        messages += [{"role": "tool", "content": "42"}, {"role": "assistant", "content": "done"}]
+    row, options = {"messages": messages}, make_options({})
+    (outcome,) = tokenize_rows([row], [0], tokenizer, options, [0, 2])
+    assert outcome.error is not None
+    assert outcome.error.reason == "a stop token before a tool call"
+    assert "stop_token" in str(outcome.error)
+    (outcome,) = tokenize_rows([row], [0], tokenizer, options, [2])
+    assert outcome.error is None, outcome.error
