@@ -247,7 +247,7 @@ class _Rendering:
             return min(len(prompt), limit), "exact"
         before = max((r[1] for r in contents[:turn] if r), default=0)
         found = text.rfind(opening, before, limit)
-        start = content[0] if content else 0
+        start = content[0] if content else max(before, common_length(text, prompt))
         return (min(found + len(opening), limit) if opening and found >= 0 else start), "rewritten"
 
     def _end(self, turn: int, text: str, after: int) -> int | None:
