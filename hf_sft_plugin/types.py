@@ -50,11 +50,13 @@ def _visible_character(character: str) -> str:
 def visible_lines(text: str) -> str:
     r"""Text from data, names or errors as lines for a terminal: shown, but never obeyed.
 
+    Text that went through it already stays as it is.
+
     Examples:
         >>> ascii(visible_lines("a\x1b[31m\nb"))
         "'a\\u241b[31m\\nb'"
     """
-    return "\n".join(map(visible, text.split("\n")))
+    return "\n".join(map(visible, text.replace("\u2192\t", "\t").split("\n")))
 
 
 class RowError(ValueError):

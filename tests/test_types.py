@@ -141,6 +141,12 @@ def test_lines_stay_lines_where_text_is_made_visible() -> None:
     assert visible_lines("a\x1b[31m\nb\u202e\n") == "a\u241b[31m\nb<U+202E>\n"
 
 
+def test_text_that_is_visible_already_stays_as_it_is() -> None:
+    once = visible_lines("a\tb\t\t\x1b\n\u202e\t")
+    assert once == "a\u2192\tb\u2192\t\u2192\t\u241b\n<U+202E>\u2192\t"
+    assert visible_lines(once) == once
+
+
 def test_an_error_that_quotes_a_row_cannot_act_on_the_terminal() -> None:
     error = RowError(2, "its role is '\x1b[2J'.", "unknown role")
     assert str(error) == "Row 2: its role is '\u241b[2J'."

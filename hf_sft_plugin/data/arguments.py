@@ -55,25 +55,29 @@ def refuse_name(dataset: object, name: str) -> None:
         )
 
 
-def stored_rows(dataset: Dataset, name: str) -> Dataset:
+def stored_rows(dataset: Dataset, name: str, is_trained: bool = True) -> Dataset:
     """The rows of a dataset as they are stored, in the columns that its format shows.
 
     Args:
         dataset: With any format but a transform.
         name: What it is, as a message begins.
+        is_trained: Whether a Trainer could take the rows in place of the caller.
 
     Raises:
         ValueError: If it has a transform, which would be left out here without a word.
     """
     shown = dataset.format
     if shown["type"] == "custom":
+        anew = (
+            "To apply it anew in every epoch, give the dataset to a Trainer with "
+            "DataCollatorForPromptResponse and remove_unused_columns=False; to"
+        )
         raise ValueError(
             f"{name} has a transform (with_transform or set_transform), which changes rows each "
             "time they are read, but here rows are read as they are stored. Apply it once: "
             "dataset.with_format(None).map(transform, batched=True, "
-            "remove_columns=dataset.column_names). To apply it anew in every epoch, give the "
-            "dataset to a Trainer with DataCollatorForPromptResponse; to leave it out, pass "
-            "dataset.with_format(None)."
+            f"remove_columns=dataset.column_names). {anew if is_trained else 'To'} leave it out, "
+            "pass dataset.with_format(None)."
         )
     stored = dataset.with_format(None)
     shows_all = shown["output_all_columns"] or len(shown["columns"]) == len(stored.column_names)

@@ -10,11 +10,27 @@ from transformers import PreTrainedTokenizerBase
 from hf_sft_plugin.data.row_values import check_unicode
 from hf_sft_plugin.types import Conversation, DataOptions, RowError
 
-# Arguments of `apply_chat_template` that are no variables of the template, nor a template.
+# Names that `apply_chat_template` takes itself; a row cannot set them.
 RESERVED_VARIABLES = frozenset(signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 RESERVED_VARIABLES -= {"self", "kwargs", "documents"}
+# A run may set these all the same.
+_OF_THE_RUN = frozenset(("chat_template", "tools"))
 # What a chat template may raise.
 TEMPLATE_ERRORS = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
+
+
+def check_run_variables(options: DataOptions) -> None:
+    """Refuses `chat_template_kwargs` of a run that would change how a template is called.
+
+    Raises:
+        ValueError: If a name among them is none that a run may set.
+    """
+    for name in sorted(RESERVED_VARIABLES - _OF_THE_RUN):
+        if name in (options.chat_template_kwargs or {}):
+            raise ValueError(
+                f"chat_template_kwargs names {name!r}, which says how the template is called and "
+                "is no variable for it, so no row could be rendered. Remove it."
+            )
 
 
 def render_messages(

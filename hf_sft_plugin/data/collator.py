@@ -14,7 +14,13 @@ from hf_sft_plugin.data.formats import detect_format
 from hf_sft_plugin.data.packing import unpack_rows
 from hf_sft_plugin.data.tokenization import make_options, tokenize_rows
 from hf_sft_plugin.data.tokenized_rows import check_tokenized_row
-from hf_sft_plugin.types import IGNORE_INDEX, DataOptions, RowError, TokenizedExample
+from hf_sft_plugin.types import (
+    IGNORE_INDEX,
+    DataOptions,
+    RowError,
+    TokenizedExample,
+    visible_lines,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +127,7 @@ class DataCollatorForPromptResponse:
             examples = self._tokenized(unpacked := unpack_rows(rows))
         except RowError as error:
             # The same error; its number is one of this batch, not of a dataset.
-            error.args = (f"Row {error.row} of the batch: {error.problem}",)
+            error.args = (visible_lines(f"Row {error.row} of the batch: {error.problem}"),)
             raise
         length = max(len(example["input_ids"]) for example in examples)
         if self.pad_to_multiple_of and unpacked is rows:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_sft_plugin.data.chat_template import RESERVED_VARIABLES
 from hf_sft_plugin.data.formats import RowFormat, RowKind
-from hf_sft_plugin.data.messages import ROLES_HELP, read_messages
+from hf_sft_plugin.data.messages import ROLES_HELP, read_messages, reasoning_of
 from hf_sft_plugin.data.row_values import (
     RowSource,
     check_unicode,
@@ -78,7 +78,7 @@ def to_conversation(
 def remarks_on(
     conversation: Conversation, row_format: RowFormat, options: DataOptions, has_template: bool
 ) -> list[str]:
-    """What its user might not have meant of a row that can be trained.
+    """Likely mistakes in a row that can be trained.
 
     Args:
         conversation: The row in its normal form.
@@ -270,9 +270,7 @@ def _make_chat(turns: list[Turn], source: RowSource) -> Conversation:
     for position in trained:
         message = turns[position].message
         content = message.get("content", "")
-        if not content.strip() and not (
-            message.get("tool_calls") or message.get("reasoning_content")
-        ):
+        if not content.strip() and not (message.get("tool_calls") or reasoning_of(message)):
             raise _empty_response(source)
     return Conversation(
         turns=tuple(turns),

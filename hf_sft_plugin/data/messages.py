@@ -21,6 +21,8 @@ _MEDIA = (
     *("audio", "audio_url", "input_audio"),
     *("video", "video_url", "input_video"),
 )
+# Where datasets and templates keep the reasoning that goes with a content.
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # Keys of a message that are about training, not for the chat template.
 _TRAINING_KEYS = ("train", "weight")
 
@@ -50,6 +52,17 @@ def read_messages(part: str, source: RowSource, weight: float) -> list[Turn]:
         else:
             turns.append(_read_turn(message, source, weight, here))
     return turns
+
+
+def reasoning_of(message: Mapping[str, Any]) -> list[str]:
+    """The reasoning of a message that stands beside its content, by every name it may have.
+
+    Examples:
+        >>> reasoning_of({"role": "assistant", "content": "so", "thinking": "why"})
+        ['why']
+    """
+    texts = [message.get(key) for key in _REASONING_KEYS]
+    return [text for text in texts if isinstance(text, str) and text.strip()]
 
 
 def _is_clean(message: dict[Any, Any]) -> bool:
@@ -88,7 +101,7 @@ def _read_turn(message: Any, source: RowSource, weight: float, place: str) -> Tu
         weighted = _weighted_ranges(texts, weights, share)
         if flag is not False:
             # Without one trained part the text is not trained; what stands beside it still is.
-            has_more = has_calls or bool(message.get("reasoning_content")) or not texts
+            has_more = has_calls or bool(reasoning_of(message)) or not texts
             is_any_trained = any(weight is not None for weight in weights)
             train = is_any_trained or (train and has_more)
     elif not isinstance(content, str) and (content is not None or not has_calls):

@@ -76,7 +76,7 @@ def _require_datasets(datasets: object) -> None:
 
 
 def _with_source(dataset: Dataset, name: str) -> Dataset:
-    dataset = stored_rows(dataset, f"The dataset {name!r}")
+    dataset = stored_rows(dataset, f"The dataset {name!r}", is_trained=False)
     if "source" in dataset.column_names:
         dataset = dataset.remove_columns("source")
     return dataset.add_column("source", [name] * len(dataset), feature=Value("string"))

@@ -118,17 +118,17 @@ def render_chat(
     if options.train_on == "all" or not options.use_loss_mask:
         span = Span(0, None, len(whole), 0, "text", needs_stop=False)
         return [RenderedText(whole, (span,), contents)]
-    # A response that opens the conversation has no prompt to answer: it is context only.
-    trained = [
-        number
-        for number, turn in enumerate(conversation.turns)
-        if turn.train and (number > 0 or turn.message["role"] != "assistant")
-    ]
+    # Responses that open the conversation have no prompt to answer: they are context only.
+    prompts = (
+        n for n, turn in enumerate(conversation.turns) if turn.message["role"] != "assistant"
+    )
+    first = next(prompts, count)
+    trained = [n for n, turn in enumerate(conversation.turns) if turn.train and n >= first]
     if not trained:
         raise RowError(
             index,
-            "the only response opens the conversation, so there is no prompt that it answers. "
-            "Put the turn it answers before it, or remove the row.",
+            "only responses that open the conversation are trained: no prompt comes before them. "
+            "Put the turn that they answer before them, or remove the row.",
             "response without a prompt",
         )
     if options.multi_turn != "split" or len(trained) == 1:

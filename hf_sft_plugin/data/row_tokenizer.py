@@ -57,7 +57,7 @@ class RowOutcome:
         is_altered: Whether the chat template wrote a response otherwise than it was given.
         is_unseen: Whether a second rendering could not show where every content went.
         added_stops: Stop tokens put behind last responses, where the chat template writes none.
-        remarks: What else its user might not have meant.
+        remarks: Likely mistakes in a row that can be trained.
         error: Why the row is dropped; None where it is trained.
     """
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin.data.chat_shapes import ChatRenderer
+from hf_sft_plugin.data.chat_template import check_run_variables
 from hf_sft_plugin.data.rendering import RenderedText
 from hf_sft_plugin.types import Conversation, DataOptions, RowError
 
-# Renderers that are kept: those of rows which all differ are of no use to another row.
+# How many renderers are kept. If every row has other variables, none is used a second time.
 _MAX_RENDERERS = 64
 
 
@@ -21,11 +22,15 @@ class RowRenderer:
         tokenizer: See `ChatRenderer`.
         options: See `ChatRenderer`. Where a row names the same variable, that of the row counts.
         stop_texts: See `ChatRenderer`.
+
+    Raises:
+        ValueError: If the variables of the run name an argument of `apply_chat_template`.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, options: DataOptions, stop_texts: Collection[str]
     ) -> None:
+        check_run_variables(options)
         self._tokenizer = tokenizer
         self._options = options
         self._stop_texts = stop_texts

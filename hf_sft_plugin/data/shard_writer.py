@@ -165,7 +165,7 @@ def _checked_splits(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
                 f"Split {name!r} has the columns {', '.join(rows.column_names)}, but no input_ids. "
                 "Prepare its rows with prepare_dataset first."
             )
-    return {name: stored_rows(rows, f"Split {name!r}") for name, rows in splits.items()}
+    return {name: stored_rows(rows, f"Split {name!r}", False) for name, rows in splits.items()}
 
 
 def _write_split(

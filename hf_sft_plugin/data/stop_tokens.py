@@ -72,7 +72,7 @@ def end_token(tokenizer: PreTrainedTokenizerBase, stops: Mapping[int, str]) -> i
 
 
 def stop_texts(tokenizer: PreTrainedTokenizerBase, stops: Mapping[int, str]) -> list[str]:
-    """The texts of the stop tokens; first the one that ends what nothing else ends."""
+    """The texts of the stop tokens; first the default one."""
     if not stops:
         return []
     first = end_token(tokenizer, stops)

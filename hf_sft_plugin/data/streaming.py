@@ -64,7 +64,7 @@ def prepare_stream(
             "which counts its rows in advance."
         )
     data_options = make_options(options)
-    # Its format, such as "torch", is for the rows of others: here they are read as they are stored.
+    # A format such as "torch" converts each row; here rows are read as they are stored.
     dataset = dataset.with_format(None)
     columns = dataset.column_names or list(next(iter(dataset), {}))
     if not columns:

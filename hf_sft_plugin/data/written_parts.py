@@ -11,15 +11,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from hf_sft_plugin.data.messages import reasoning_of
 from hf_sft_plugin.data.sentinels import Range
 from hf_sft_plugin.types import RowError, Turn
 
-# Where datasets and templates keep the reasoning that goes with a content.
-_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _THINK_TAG = re.compile(r"</?think>")
 _BACKSLASHES = re.compile(r"\\+")
 _ESCAPED_CODES = re.compile(r"(?:\\u[0-9a-fA-F]{4})+")
-_ESCAPED_IN_PYTHON = re.compile(r"\\(?:x([0-9a-f]{2})|U([0-9a-f]{8}))")
+_ESCAPED_IN_PYTHON = re.compile(r"\\(?:x([0-9a-f]{2})|U(00(?:0[0-9a-f]|10)[0-9a-f]{4}))")
 _ESCAPED_SPACE = re.compile(r"\\[nrtbf]")
 
 
@@ -55,8 +54,10 @@ def check_written(
     given = message.get("content")
     given = given if isinstance(given, str) else ""
     calls = message.get("tool_calls") or ()
-    reasoning = [message[key] for key in _REASONING_KEYS if isinstance(message.get(key), str)]
-    if core[0] > 0 and all(weight for *_, weight in turn.weighted):
+    if not calls and isinstance(message.get("function_call"), Mapping):
+        calls = [message["function_call"]]
+    reasoning = reasoning_of(message)
+    if core[0] > 0 and all(weight for begin, _, weight in turn.weighted if begin < core[0]):
         reasoning.append(_THINK_TAG.sub("", given[: core[0]]))
     start, end = chars
     if content is None:
@@ -82,14 +83,15 @@ def check_written(
 
 def _check_calls(calls: Sequence[Mapping[str, Any]], written: str, number: int, index: int) -> None:
     """Finds the names and arguments of calls in the letters and digits that were written."""
-    names: Counter[str] = Counter()
-    for call in calls:
-        function = call["function"] if isinstance(call.get("function"), Mapping) else call
+    functions = [
+        call["function"] if isinstance(call.get("function"), Mapping) else call for call in calls
+    ]
+    names = Counter(_bare(str(function.get("name") or "")) for function in functions)
+    for function in functions:
         name = str(function.get("name") or "")
         arguments = function.get("arguments", function.get("parameters"))
-        names[_bare(name)] += 1
         is_named = written.count(_bare(name)) >= names[_bare(name)] if _bare(name) else True
-        if not is_named or not _is_written(arguments, written):
+        if not is_named or not _is_written(arguments, written, names):
             what = f"{'the arguments of ' if is_named else ''}the tool call {name!r:.60}"
             raise _dropped(what, "tool calls", "writes tool_calls", number, index)
 
@@ -104,16 +106,25 @@ def _dropped(what: str, kind: str, does: str, number: int, index: int) -> RowErr
     )
 
 
-def _is_written(arguments: Any, written: str) -> bool:
-    """Whether all keys and values of a call are there, in whatever notation."""
+def _is_written(arguments: Any, written: str, names: Mapping[str, int]) -> bool:
+    """Whether all keys and values of a call are there beside the names, in whatever notation."""
     if isinstance(arguments, str):
-        if _bare(arguments) in written:
+        if _is_beside(_bare(arguments), written, names):
             return True
         try:
             arguments = json.loads(arguments)
         except ValueError:
             return False
-    return all(any(_bare(form) in written for form in forms) for forms in _leaves(arguments))
+    return all(
+        any(_is_beside(_bare(form), written, names) for form in forms)
+        for forms in _leaves(arguments)
+    )
+
+
+def _is_beside(part: str, written: str, names: Mapping[str, int]) -> bool:
+    """Whether a part is written more often than the names of the calls hold it."""
+    in_names = sum(count * name.count(part) for name, count in names.items())
+    return not part or written.count(part) > in_names
 
 
 def _leaves(value: Any) -> Iterator[list[str]]:

@@ -93,10 +93,7 @@ def check_documents(step: FirstStep) -> list[VerificationCheck]:
     if change is not None:
         is_own = documents[positions] == documents[change.position]
         may_move = is_own & (positions >= change.position)
-    moves = (
-        _largest_move(before[:, ~may_move], after[:, ~may_move]),
-        _largest_move(before, with_other_padding),
-    )
+    moves = _moves(before, after, with_other_padding, may_move)
     bound = 0.0
     if any(step.on_processes(any(moves))):
         bound = 2 * _largest_move(before, predictions(ids))
@@ -109,10 +106,7 @@ def check_documents(step: FirstStep) -> list[VerificationCheck]:
                 predictions(each)
                 for each in (ids, ids if change is None else change.ids, padded, ids)
             )
-        moves = (
-            _largest_move(before[:, ~may_move], after[:, ~may_move]),
-            _largest_move(before, with_other_padding),
-        )
+        moves = _moves(before, after, with_other_padding, may_move)
         bound = TOLERANCE + 2 * _largest_move(before, again)
     checks = _judge_change(before != after, may_move, positions, documents, change, moves[0], bound)
     if not len(positions) or not is_padding.any():
@@ -185,6 +179,14 @@ def _judge_change(
         VerificationCheck(names[0], largest, bound, note, _ON_DOCUMENTS),
         VerificationCheck(names[1], float(is_blind), 0, note_on_own, _ON_BLINDNESS),
     ]
+
+
+def _moves(
+    before: Tensor, after: Tensor, with_other_padding: Tensor, may_move: Tensor
+) -> tuple[float, float]:
+    """How far predictions move that a changed token must not reach, and with other padding."""
+    left = before[:, ~may_move], after[:, ~may_move]
+    return _largest_move(*left), _largest_move(before, with_other_padding)
 
 
 def _largest_move(before: Tensor, after: Tensor) -> float:

@@ -111,8 +111,14 @@ def test_a_transform_is_refused_with_the_cure_wherever_rows_are_stored(
             tmp_path / "shards", {"train": prepared.with_transform(shout)}, tokenizer
         ),
     }
-    with pytest.raises(ValueError, match=r"has a transform.*with_format\(None\)\.map\(transform"):
+    with pytest.raises(
+        ValueError, match=r"has a transform.*with_format\(None\)\.map\(transform"
+    ) as e:
         calls[place]()
+    # Shards are written and datasets mixed where no Trainer is involved.
+    has_trainer = place not in ("mix", "shards")
+    assert ("to a Trainer" in str(e.value)) == has_trainer
+    assert ("remove_unused_columns=False" in str(e.value)) == has_trainer
 
 
 def test_the_cure_for_a_transform_trains_what_it_makes(tokenizer: Any) -> None:

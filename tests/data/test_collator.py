@@ -378,3 +378,12 @@ def test_a_loop_with_accelerate_gets_the_gradient_of_the_mean_over_response_toke
     torch.testing.assert_close(loss, expected)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_an_error_of_a_batch_that_quotes_a_row_cannot_act_on_the_terminal(tokenizer: Any) -> None:
+    row = {"messages": [{"role": "\x1b[2J", "content": "a"}]}
+    with pytest.raises(RowError) as caught:
+        DataCollatorForPromptResponse(tokenizer)([row])
+    assert str(caught.value).startswith("Row 0 of the batch: ")
+    assert "\u241b[2J" in str(caught.value)
+    assert "\x1b" not in str(caught.value)

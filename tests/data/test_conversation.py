@@ -165,7 +165,13 @@ def test_an_empty_response_is_refused(response: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [{"tool_calls": [{"function": {"name": "add"}}]}, {"reasoning_content": "because"}]
+    "more",
+    [
+        {"tool_calls": [{"function": {"name": "add"}}]},
+        {"reasoning_content": "because"},
+        {"reasoning": "because"},
+        {"thinking": "because"},
+    ],
 )
 def test_a_response_without_text_may_call_a_tool_or_think(more: dict[str, Any]) -> None:
     message = {"role": "assistant", "content": "", **more}

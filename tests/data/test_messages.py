@@ -67,9 +67,14 @@ def test_arguments_that_are_text_stay_text() -> None:
     assert read(message)[0].message is message
 
 
-def test_reasoning_passes_to_the_template() -> None:
-    message = {**ANSWER, "reasoning_content": "because"}
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_passes_to_the_template(key: str) -> None:
+    message = {**ANSWER, key: "because"}
     assert read(message)[0].message is message
+    # It is trained where no part of the content is.
+    (turn,) = read({**message, "content": parts(("world", False))})
+    assert turn == Turn(message, train=True, weighted=((0, 5, 0.0),))
+    assert not read({**ANSWER, "content": parts(("world", False))})[0].train
 
 
 @pytest.mark.parametrize(

@@ -379,3 +379,25 @@ def test_an_empty_answer_of_a_tool_at_the_end_is_not_trained(
         {"role": "tool", "content": ""},
     ]
     assert trained_of("hermes", tokenize_with("hermes", messages)) == [[("exact", CALL + IM)]]
+
+
+@pytest.mark.parametrize("leading", [1, 2, 3])
+@pytest.mark.parametrize("prompted", ["", " and messages[-1].role != 'assistant'"])
+def test_all_responses_before_the_first_prompt_are_context(
+    leading: int,
+    prompted: str,
+    tokenizer_factory: Callable[..., Any],
+) -> None:
+    tokenizer = tokenizer_factory(
+        chat_template="{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+        f"{{% endfor %}}{{% if add_generation_prompt{prompted} %}}<|im_start|>assistant\n"
+        "{% endif %}"
+    )
+    opening = [("assistant", "hi")] * leading
+    row = {"messages": chat(*opening, ("user", "q"), ("assistant", "a"))}
+    (example,) = tokenize_example(row, tokenizer)
+    pairs = zip(example["input_ids"], example["response_mask"], strict=True)
+    assert tokenizer.decode([token for token, trained in pairs if trained]) == "a<|im_end|>"
+    (outcome,) = tokenize_rows([{"messages": chat(*opening)}], [0], tokenizer, make_options({}))
+    assert outcome.error is not None
+    assert outcome.error.reason == "response without a prompt"

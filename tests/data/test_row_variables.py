@@ -137,3 +137,27 @@ def test_many_different_variables_are_each_their_own(moody: Any) -> None:
     prepared, _ = prepare_dataset(Dataset.from_list(rows), moody)
     texts = [moody.decode(row["input_ids"]) for row in prepared]
     assert all(f"(m{n}) world" in text for n, text in enumerate(texts))
+
+
+@pytest.mark.parametrize("name", ["tokenize", "add_generation_prompt", "return_dict"])
+def test_variables_of_a_run_that_no_template_can_take_are_refused_at_once(
+    name: str, moody: Any
+) -> None:
+    rows = Dataset.from_list([chat()])
+    options = {"chat_template_kwargs": {name: True}}
+    for refused in (
+        lambda: prepare_dataset(rows, moody, **options),
+        lambda: prepare_stream(rows.to_iterable_dataset(), moody, **options),
+        lambda: DataCollatorForPromptResponse(moody, **options)([rows[0]]),
+        lambda: preview_rows(rows, moody, **options),
+    ):
+        with pytest.raises(ValueError, match=f"^chat_template_kwargs names '{name}'") as caught:
+            refused()
+        assert not isinstance(caught.value, RowError)
+
+
+def test_a_run_may_bring_its_own_template(moody: Any, tokenizer_factory: Any) -> None:
+    plain = tokenizer_factory(chat_template=MOODS.replace("(", "["))
+    own = {"chat_template": MOODS.replace("(", "["), "mood": "sad"}
+    made = tokenize_example(chat(), moody, chat_template_kwargs=own)
+    assert made == tokenize_example(chat(), plain, chat_template_kwargs={"mood": "sad"})

@@ -259,3 +259,73 @@ def test_a_stop_token_between_a_content_and_its_calls_costs_the_row(
     assert "stop_token" in str(outcome.error)
     (outcome,) = tokenize_rows([row], [0], tokenizer, options, [2])
     assert outcome.error is None, outcome.error
+
+
+def test_escapes_that_are_no_characters_are_letters_like_others(
+    reason_with: Callable[..., str | None],
+) -> None:
+    for told in ("\\Udeadbeef", "\\U00110000", "\\U0000d800", "\\U0010ffff"):
+        message = {"tool_calls": [call("look", {"at": told})]}
+        assert reason_with(template(CONTENT, CALLS), answer(**message)) is None
+        assert reason_with(template(CONTENT), answer(**message)) == DROPS_CALLS
+
+
+NO_THOUGHT = template("{{ m.content.split('</think>')[-1] }}")
+
+
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [((1, 0), DROPS_REASONING), ((1, 1), DROPS_REASONING), ((0, 1), None)],
+)
+def test_only_reasoning_that_is_not_trained_may_be_dropped_from_a_content(
+    weights: tuple[int, int], reason: str | None, reason_with: Callable[..., str | None]
+) -> None:
+    texts = ("<think>why</think>so ", "then")
+    if not weights[0]:
+        texts = ("<think>why</think>", "so then")
+    parts = [
+        {"type": "text", "text": text, "weight": weight}
+        for text, weight in zip(texts, weights, strict=True)
+    ]
+    assert reason_with(NO_THOUGHT, answer(content=parts)) == reason
+
+
+NAMED = "{% for c in m.tool_calls or [] %}[{{ c.function.name }}]{% endfor %}"
+
+
+def test_arguments_are_not_found_in_the_names_of_calls(
+    reason_with: Callable[..., str | None],
+) -> None:
+    for arguments in ({"level": 1}, {"level": "set"}, '{"level": 1}', "level 1"):
+        calls = {"tool_calls": [call("set_level_1", arguments), call("set_level_1", arguments)]}
+        assert reason_with(template(NAMED), answer(**calls)) == DROPS_CALLS
+        assert reason_with(template(CALLS), answer(**calls)) is None
+
+
+@pytest.mark.parametrize("order", ["{n}({a})", "({a}).{n}"])
+def test_arguments_that_hold_the_names_of_calls_are_found(order: str) -> None:
+    calls = [
+        call("search", {"q": "search now", "search": "get"}),
+        call("search", {"q": "b", "search_get": 1}),
+        call("get", '{"search": "get"}'),
+        call("get_search", {}),
+    ]
+    text = " ".join(
+        order.format(n=c["function"]["name"], a=c["function"]["arguments"]) for c in calls
+    )
+    turn = Turn({"role": "assistant", "tool_calls": calls}, train=True)
+    check_written(turn, 1, (0, 0), None, text, (0, len(text)), True, 0)
+
+
+def test_a_call_under_its_old_name_has_to_be_written(
+    reason_with: Callable[..., str | None],
+) -> None:
+    message = {"content": "I look.", "function_call": {"name": "look", "arguments": '{"at": "B"}'}}
+    old = "{% if m.function_call %}{{ m.function_call.name }}{{ m.function_call.arguments }}"
+    assert reason_with(template(CONTENT), answer(**message)) == DROPS_CALLS
+    assert reason_with(template(CONTENT, old, "{% endif %}"), answer(**message)) is None
+    # Those who moved the call to the new key lose nothing, nor those who made none.
+    both = {**message, "tool_calls": [call("look", {"at": "B"})]}
+    assert reason_with(template(CONTENT, CALLS), answer(**both)) is None
+    none = {"content": "so", "function_call": {"name": None, "arguments": None}}
+    assert reason_with(template(CONTENT), answer(**none)) is None
