@@ -37,7 +37,14 @@ def make_trainer(
     trained_tokenizer: Any, make_config: Callable[..., MaskedSFTConfig], rows: list[dict[str, Any]]
 ) -> Callable[..., MaskedSFTTrainer]:
     def make(model: Any, peft_config: Any = None, **settings: Any) -> MaskedSFTTrainer:
-        args = make_config(**{"max_steps": 1, "per_device_train_batch_size": 4, **settings})
+        args = make_config(
+            **{
+                "max_steps": 1,
+                "per_device_train_batch_size": 4,
+                "max_tokens_per_microbatch": 4096,
+                **settings,
+            }
+        )
         return MaskedSFTTrainer(
             model,
             args,
