@@ -76,7 +76,8 @@ def test_it_errs_no_more_than_peft(
         own = gradient(model)
         with fused(model):
             found = gradient(model)
-    assert (found - truth).norm() <= 1.1 * (own - truth).norm() + 1e-7 * truth.norm()
+    # As of fused layers; in float32 both errors are a few roundings of a few numbers.
+    assert (found - truth).norm() <= 1.1 * (own - truth).norm() + 1e-6 * truth.norm()
     # What ran was something else.
     assert not torch.equal(found, own)
 
