@@ -1,4 +1,4 @@
-"""The trained model is whole or absent, of the known file, and nobody needs a network for tests."""
+"""The trained model is whole or absent and made of the known file; no test needs a network."""
 
 import hashlib
 import zipfile

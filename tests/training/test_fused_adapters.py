@@ -68,18 +68,19 @@ def test_in_float64_the_gradient_is_that_of_peft(
 def test_it_errs_no_more_than_peft(
     is_autocast: bool, model_factory: Make, widen: Callable[[nn.Module], None]
 ) -> None:
-    model = with_adapter(model_factory("llama", hidden_size=64, intermediate_size=128))
+    # Nothing else of this model runs as one function.
+    model = with_adapter(model_factory("gpt_neox", hidden_size=64, intermediate_size=128))
     exact = copy.deepcopy(model).double()
     widen(exact)
     truth = gradient(exact)
     with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
         own = gradient(model)
-        with fused(model):
+        with fused(model) as layers:
+            assert layers.summary == "8 LoRA layers, each as one function"
             found = gradient(model)
-    # As of fused layers; in float32 both errors are a few roundings of a few numbers.
-    assert (found - truth).norm() <= 1.1 * (own - truth).norm() + 1e-6 * truth.norm()
-    # What ran was something else.
-    assert not torch.equal(found, own)
+    assert (found - truth).norm() <= 1.1 * (own - truth).norm() + 1e-7 * truth.norm()
+    # What ran was something else; in float32 it may round alike.
+    assert not is_autocast or not torch.equal(found, own)
 
 
 def test_layers_that_read_the_same_share_one_cast_of_it(model_factory: Make) -> None:

@@ -69,6 +69,7 @@ TRAINED_CASES: dict[str, dict[str, Any]] = {
         "is_lora": True,
         "dtype": "bfloat16",
     },
+    "full, checkpointed": {"settings": {**FEW, "gradient_checkpointing": True}, "is_lora": False},
 }
 ONLY_LINUX = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak"
