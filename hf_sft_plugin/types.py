@@ -348,7 +348,7 @@ class TokenizedExample(TypedDict):
         input_ids: Token ids of prompt and response.
         response_mask: 1 where a token is trained, else 0.
         loss_weights: How much a trained token counts; absent where every one counts 1.
-        eval_masks: To which masks of an evaluation each token belongs; see `data/eval_masks.py`.
+        eval_masks: To which masks of an evaluation each token belongs; see `tokens/eval_masks.py`.
         source: Where the row came from; absent where the dataset does not say.
     """
 

@@ -226,20 +226,20 @@ IMPORTS = [
     ),
     (
         "from hf_sft_plugin import DataCollatorForPromptResponse",
-        "transformers datasets hf_sft_plugin.data.collator",
-        "accelerate peft hf_sft_plugin.data.prepare hf_sft_plugin.training",
+        "transformers datasets hf_sft_plugin.batches.collator",
+        "accelerate peft hf_sft_plugin.preparation.prepare hf_sft_plugin.training",
     ),
     (
         "from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer",
-        "accelerate peft hf_sft_plugin.data.prepare hf_sft_plugin.training.verification_mixin",
-        "rich transformers.hf_argparser hf_sft_plugin.cli hf_sft_plugin.data.preview "
-        "hf_sft_plugin.data.prepare_files hf_sft_plugin.data.shard_writer "
-        "hf_sft_plugin.training.first_step hf_sft_plugin.training.run_summary "
-        "hf_sft_plugin.training.verification",
+        "accelerate peft hf_sft_plugin.preparation.prepare hf_sft_plugin.verification.verification_mixin",
+        "rich transformers.hf_argparser hf_sft_plugin.cli.main hf_sft_plugin.preview.preview "
+        "hf_sft_plugin.cli.prepare_files hf_sft_plugin.shards.writer "
+        "hf_sft_plugin.verification.first_step hf_sft_plugin.training.run_summary "
+        "hf_sft_plugin.verification.verification",
     ),
     (
         "hf_sft_plugin.__getattr__('data')",
-        "rich hf_sft_plugin.data.preview hf_sft_plugin.training.verification",
+        "rich hf_sft_plugin.preview.preview hf_sft_plugin.verification.verification",
         "evaluate matplotlib trl torch.nn.attention.varlen "
         "hf_sft_plugin.loss.triton_tile hf_sft_plugin.reporting.plots",
     ),

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.training_args import OptimizerNames
 
-from hf_sft_plugin.data.ledger import Ledger
+from hf_sft_plugin.preparation.ledger import Ledger
 from hf_sft_plugin.reporting.model_card import CardFacts, write_model_card
 from hf_sft_plugin.reporting.report import write_report
 from hf_sft_plugin.reporting.run_log import append_log, read_log, start_log

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import Trainer
 
-from hf_sft_plugin.training.adapters import find_checkpointing_problem
+from hf_sft_plugin.models.adapters import find_checkpointing_problem
 
 
 def refuse_inexact_settings(trainer: Trainer) -> None:

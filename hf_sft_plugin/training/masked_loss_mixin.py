@@ -10,12 +10,17 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
-from hf_sft_plugin.loss.masked_loss import LossNormalization
-from hf_sft_plugin.loss.objective import LossObjective
-from hf_sft_plugin.loss.tile_choice import tile_bytes
-from hf_sft_plugin.training.allocator import allocator_hint
-from hf_sft_plugin.training.attention_choice import AttentionChoice, AttentionChooser
-from hf_sft_plugin.training.checkpoint import (
+from hf_sft_plugin.batches.data_loaders import DataLoadersMixin
+from hf_sft_plugin.batches.left_padding import move_padding_right
+from hf_sft_plugin.batches.microbatches import remember_tensors
+from hf_sft_plugin.batches.padding_rows import cut_repeats, without_repeats
+from hf_sft_plugin.batches.response_batch import (
+    ResponseBatch,
+    count_step,
+    split_batch,
+    without_padding,
+)
+from hf_sft_plugin.checkpoints.checkpoint import (
     load_budget,
     load_switch,
     load_totals,
@@ -23,33 +28,28 @@ from hf_sft_plugin.training.checkpoint import (
     save_switch,
     save_totals,
 )
-from hf_sft_plugin.training.compilation import compile_for_all_sizes
-from hf_sft_plugin.training.data_loaders import DataLoadersMixin
-from hf_sft_plugin.training.embedding_noise import EmbeddingNoiseMixin
+from hf_sft_plugin.checkpoints.process_group import end_group_at_exit
+from hf_sft_plugin.checkpoints.resume import ResumeMixin
+from hf_sft_plugin.evaluation.masked_evaluation import MaskedEvaluationMixin
+from hf_sft_plugin.evaluation.prediction import LogitReader
+from hf_sft_plugin.loss.masked_loss import LossNormalization
+from hf_sft_plugin.loss.objective import LossObjective
+from hf_sft_plugin.loss.tile_choice import tile_bytes
+from hf_sft_plugin.loss.totals import Totals, WindowedTotals, row_totals
+from hf_sft_plugin.models.attention_choice import AttentionChoice, AttentionChooser
+from hf_sft_plugin.models.compilation import compile_for_all_sizes
+from hf_sft_plugin.models.embeddings import EmbeddingNoiseMixin
+from hf_sft_plugin.models.fused_layers import FusedLayersMixin
+from hf_sft_plugin.models.last_layer import LastLayerMixin
+from hf_sft_plugin.models.lm_head import HeadChooser, ResponseResult, forward_full
+from hf_sft_plugin.models.model_interface import find_logits
+from hf_sft_plugin.models.router_loss import aux_loss_coefficient, has_router_loss
+from hf_sft_plugin.training.allocator import allocator_hint
 from hf_sft_plugin.training.exact_settings import refuse_inexact_settings
-from hf_sft_plugin.training.fused_layers import FusedLayersMixin
-from hf_sft_plugin.training.last_layer import LastLayerMixin
-from hf_sft_plugin.training.left_padding import move_padding_right
-from hf_sft_plugin.training.lm_head import HeadChooser, ResponseResult, forward_full
-from hf_sft_plugin.training.masked_evaluation import MaskedEvaluationMixin
 from hf_sft_plugin.training.memory_plan import MemoryPlanMixin
-from hf_sft_plugin.training.metrics import Totals, WindowedTotals, row_totals
-from hf_sft_plugin.training.microbatches import remember_tensors
-from hf_sft_plugin.training.model_interface import find_logits
 from hf_sft_plugin.training.packed_rows import refuse_documents, refuse_padded_documents
-from hf_sft_plugin.training.prediction import LogitReader
-from hf_sft_plugin.training.process_group import end_group_at_exit
-from hf_sft_plugin.training.repeats import cut_repeats, without_repeats
-from hf_sft_plugin.training.response_batch import (
-    ResponseBatch,
-    count_step,
-    split_batch,
-    without_padding,
-)
-from hf_sft_plugin.training.resume import ResumeMixin
-from hf_sft_plugin.training.router_loss import aux_loss_coefficient, has_router_loss
 from hf_sft_plugin.training.speed_options import check_switches
-from hf_sft_plugin.training.verification_mixin import VerificationMixin
+from hf_sft_plugin.verification.verification_mixin import VerificationMixin
 
 
 class MaskedLossMixin(

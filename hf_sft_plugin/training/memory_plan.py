@@ -9,13 +9,13 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from hf_sft_plugin.training.adapters import find_checkpointing_problem
+from hf_sft_plugin.batches.microbatch_plan import TokenBudget, can_regroup, row_extents
+from hf_sft_plugin.batches.microbatches import MicrobatchesMixin, in_one_list
+from hf_sft_plugin.batches.response_batch import OURS
+from hf_sft_plugin.models.adapters import find_checkpointing_problem
+from hf_sft_plugin.models.float64_run import MODEL_ERRORS
 from hf_sft_plugin.training.available_memory import available_memory, held_memory
-from hf_sft_plugin.training.float64_run import MODEL_ERRORS
 from hf_sft_plugin.training.memory import StepMemory, measure_step_memory
-from hf_sft_plugin.training.microbatch_plan import TokenBudget, can_regroup, row_extents
-from hf_sft_plugin.training.microbatches import MicrobatchesMixin, in_one_list
-from hf_sft_plugin.training.response_batch import OURS
 from hf_sft_plugin.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)

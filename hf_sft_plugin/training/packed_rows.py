@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_sft_plugin.data.collator import DataCollatorForPromptResponse
-from hf_sft_plugin.data.packing import PackedDataset, pack_dataset
-from hf_sft_plugin.training.attention_choice import AttentionChoice
+from hf_sft_plugin.batches.collator import DataCollatorForPromptResponse
+from hf_sft_plugin.batches.packing import PackedDataset, pack_dataset
+from hf_sft_plugin.models.attention_choice import AttentionChoice
 from hf_sft_plugin.training.config import MaskedSFTConfig
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
-from hf_sft_plugin.data.ledger import Ledger
+from hf_sft_plugin.preparation.ledger import Ledger
 from hf_sft_plugin.types import visible_lines
 
 

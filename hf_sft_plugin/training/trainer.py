@@ -12,19 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from hf_sft_plugin.data.collator import DataCollatorForPromptResponse
-from hf_sft_plugin.data.eval_masks import missing_column, needs_column
-from hf_sft_plugin.data.ledger import Ledger
-from hf_sft_plugin.data.packing import PackedDataset
-from hf_sft_plugin.data.prepare import name_in_errors, prepare_dataset
-from hf_sft_plugin.data.shards import ShardDataset, check_lengths, check_tokenizer
-from hf_sft_plugin.data.streaming import prepare_stream
-from hf_sft_plugin.loss.masked_loss import LossNormalization
-from hf_sft_plugin.training.adapters import add_adapter
-from hf_sft_plugin.training.allocator import keep_freed_memory
-from hf_sft_plugin.training.callbacks import RunRecorder
-from hf_sft_plugin.training.config import MaskedSFTConfig
-from hf_sft_plugin.training.evaluation import (
+from hf_sft_plugin.batches.collator import DataCollatorForPromptResponse
+from hf_sft_plugin.batches.packing import PackedDataset
+from hf_sft_plugin.evaluation.generation import (
     GeneratedResponse,
     examples_to_answer,
     generate_responses,
@@ -33,7 +23,17 @@ from hf_sft_plugin.training.evaluation import (
     load_metric,
     with_whole_reference,
 )
-from hf_sft_plugin.training.loading import limit_length, load_tokenizer, stop_tokens
+from hf_sft_plugin.loss.masked_loss import LossNormalization
+from hf_sft_plugin.models.adapters import add_adapter
+from hf_sft_plugin.models.loading import limit_length, load_tokenizer, stop_tokens
+from hf_sft_plugin.preparation.ledger import Ledger
+from hf_sft_plugin.preparation.prepare import name_in_errors, prepare_dataset
+from hf_sft_plugin.preparation.streaming import prepare_stream
+from hf_sft_plugin.shards.dataset import ShardDataset, check_lengths, check_tokenizer
+from hf_sft_plugin.tokens.eval_masks import missing_column, needs_column
+from hf_sft_plugin.training.allocator import keep_freed_memory
+from hf_sft_plugin.training.callbacks import RunRecorder
+from hf_sft_plugin.training.config import MaskedSFTConfig
 from hf_sft_plugin.training.masked_loss_mixin import MaskedLossMixin
 from hf_sft_plugin.training.packed_rows import check_packed_rows, pack_training_rows
 from hf_sft_plugin.training.trainer_arguments import (

@@ -11,16 +11,16 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 from transformers.trainer_utils import number_of_arguments
 
-from hf_sft_plugin.data.arguments import refuse_name, require_row
-from hf_sft_plugin.data.packing import PackedDataset
-from hf_sft_plugin.data.prepare import name_in_errors
-from hf_sft_plugin.data.row_files import read_chat_template, rows_to_dataset
-from hf_sft_plugin.data.shards import ShardDataset
-from hf_sft_plugin.training.adapters import seed_weights
+from hf_sft_plugin.batches.packing import PackedDataset
+from hf_sft_plugin.evaluation.generation import refuse_stream
+from hf_sft_plugin.models.adapters import seed_weights
+from hf_sft_plugin.models.loading import load_model
+from hf_sft_plugin.preparation.prepare import name_in_errors
+from hf_sft_plugin.rows.arguments import refuse_name, require_row
+from hf_sft_plugin.rows.files import read_chat_template, rows_to_dataset
+from hf_sft_plugin.shards.dataset import ShardDataset
 from hf_sft_plugin.training.config import MaskedSFTConfig
-from hf_sft_plugin.training.evaluation import refuse_stream
 from hf_sft_plugin.training.foreign_arguments import refuse_trainer_arguments
-from hf_sft_plugin.training.loading import load_model
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_sft_plugin import MaskedLossMixin
-from hf_sft_plugin.training.process_group import end_group
+from hf_sft_plugin.checkpoints.process_group import end_group
 
 
 class OwnTrainer(MaskedLossMixin, Trainer):

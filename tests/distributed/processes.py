@@ -21,7 +21,7 @@ from hf_sft_plugin.training import callbacks
 PRELOADED = [
     "hf_sft_plugin.training.trainer",
     "hf_sft_plugin.training.run_summary",
-    "hf_sft_plugin.training.verification",
+    "hf_sft_plugin.verification.verification",
     "transformers.models.llama.modeling_llama",
 ]
 

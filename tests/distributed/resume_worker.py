@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
-from hf_sft_plugin.training.microbatches import Microbatches
+from hf_sft_plugin.batches.microbatches import Microbatches
 
 TIMES = ("runtime", "samples_per_second", "steps_per_second")
 

@@ -10,8 +10,8 @@ import prepare_dataset
 import pytest
 from datasets import Dataset, DatasetDict
 
-from hf_sft_plugin.data import prepare_files
-from hf_sft_plugin.data.shards import ShardDataset, check_tokenizer
+from hf_sft_plugin.cli.main import prepare_files
+from hf_sft_plugin.shards.dataset import ShardDataset, check_tokenizer
 
 PAIRS = [{"prompt": f"Say {number}", "response": f"{number}!"} for number in range(20)]
 

@@ -12,7 +12,7 @@ from quickstart import make_tasks
 from rows import DataArguments, load_rows
 
 from hf_sft_plugin import prepare_dataset, write_shards
-from hf_sft_plugin.data import row_files
+from hf_sft_plugin.rows import files as row_files
 
 ROWS = [{"prompt": f"Say {number}", "response": f"{number}!"} for number in range(12)]
 

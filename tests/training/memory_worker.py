@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
+from hf_sft_plugin.batches.microbatches import Microbatches
 from hf_sft_plugin.training import callbacks
-from hf_sft_plugin.training.microbatches import Microbatches
 
 
 def memory(name: str) -> int:

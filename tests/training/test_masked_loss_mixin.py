@@ -18,7 +18,7 @@ from hf_sft_plugin import (
     MaskedSFTConfig,
     MaskedSFTTrainer,
 )
-from hf_sft_plugin.training.lm_head import forward_full
+from hf_sft_plugin.models.lm_head import forward_full
 
 NUM_ROWS = 16
 

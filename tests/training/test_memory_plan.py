@@ -13,9 +13,9 @@ from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig
 
 from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
+from hf_sft_plugin.batches.microbatch_plan import TokenBudget
+from hf_sft_plugin.batches.padding_rows import as_repeat
 from hf_sft_plugin.training import memory, memory_plan
-from hf_sft_plugin.training.microbatch_plan import TokenBudget
-from hf_sft_plugin.training.repeats import as_repeat
 
 Train = Callable[..., tuple[MaskedSFTTrainer, list[list[int]]]]
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from hf_sft_plugin import DataCollatorForPromptResponse, MaskedLossMixin, MaskedSFTConfig
-from hf_sft_plugin.training.response_batch import CollatorWithLayout
+from hf_sft_plugin.batches.response_batch import CollatorWithLayout
 
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}

@@ -1,0 +1,1 @@
+"""The room batches/; see its README.md."""

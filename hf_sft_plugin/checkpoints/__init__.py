@@ -1,0 +1,1 @@
+"""The room checkpoints/; see its README.md."""

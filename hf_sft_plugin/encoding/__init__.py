@@ -1,0 +1,1 @@
+"""The room encoding/; see its README.md."""

@@ -1,0 +1,143 @@
+"""Texts to tokens that know their characters, and back."""
+
+from bisect import bisect_right
+from collections.abc import MutableSequence, Sequence
+from typing import Protocol
+
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerBase
+
+from hf_sft_plugin.encoding.words import WordEncoder
+
+
+class TextEncoding(Protocol):
+    """A text as tokens that know their characters.
+
+    Attributes:
+        ids: The token ids.
+        seams: Characters at which the text was cut before it was encoded, and the token that
+            begins there: known for certain, whatever else is.
+        tells_characters: Whether the characters of each single token are known.
+    """
+
+    ids: MutableSequence[int]
+    seams: dict[int, int]
+    tells_characters: bool
+
+    def token_at(self, char: int) -> int | None:
+        """The first token that covers a character; None where none does."""
+
+    def characters(self, token: int) -> tuple[int, int]:
+        """The characters `[start, end)` of a token."""
+
+
+class WholeEncoding:
+    """A text that was encoded in one piece.
+
+    Args:
+        encoding: What the tokenizer made of it.
+    """
+
+    def __init__(self, encoding: Encoding) -> None:
+        self.ids: MutableSequence[int] = encoding.ids
+        self.seams: dict[int, int] = {}
+        self.tells_characters = True
+        self._encoding = encoding
+
+    def token_at(self, char: int) -> int | None:
+        """See `TextEncoding`."""
+        token: int | None = self._encoding.char_to_token(char)
+        return token
+
+    def characters(self, token: int) -> tuple[int, int]:
+        """See `TextEncoding`."""
+        characters: tuple[int, int] | None = self._encoding.token_to_chars(token)
+        # None only for what a tokenizer adds of itself, which was not asked for.
+        assert characters is not None
+        return characters
+
+
+class JoinedEncoding:
+    """Parts of a text that were encoded apart.
+
+    Args:
+        parts: Token ids of each part, and the characters of each token within it. A tokenizer that
+            cannot tell characters gives every token the whole part.
+        lengths: Characters of each part.
+        tells_characters: See `TextEncoding`.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[list[int], list[tuple[int, int]]]],
+        lengths: Sequence[int],
+        tells_characters: bool = True,
+    ) -> None:
+        self.ids: MutableSequence[int] = []
+        self.seams: dict[int, int] = {0: 0}
+        self.tells_characters = tells_characters
+        self._places: list[tuple[int, int]] = []
+        begin = 0
+        for (input_ids, places), length in zip(parts, lengths, strict=True):
+            self.ids += input_ids
+            self._places += [(begin + start, begin + end) for start, end in places]
+            begin += length
+            self.seams[begin] = len(self.ids)
+        self._starts = [start for start, _ in self._places]
+
+    def token_at(self, char: int) -> int | None:
+        """See `TextEncoding`."""
+        token = bisect_right(self._starts, char) - 1
+        while token > 0 and self._places[token - 1][1] > char:
+            token -= 1
+        return token if token >= 0 and char < self._places[token][1] else None
+
+    def characters(self, token: int) -> tuple[int, int]:
+        """See `TextEncoding`."""
+        return self._places[token]
+
+
+class TextEncoder:
+    """Encodes whole texts, control tokens included.
+
+    Args:
+        tokenizer: Encodes them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._encode_words = WordEncoder(tokenizer.backend_tokenizer) if tokenizer.is_fast else None
+
+    def __call__(self, texts: list[str]) -> list[TextEncoding]:
+        """One encoding per text."""
+        if self._encode_words is None:
+            return [encode_parts([text], self._tokenizer) for text in texts]
+        # The backend itself: transformers would copy every list once more, and forget characters.
+        backend = self._tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = False
+        by_words = self._encode_words(texts)
+        others = [text for text, made in zip(texts, by_words, strict=True) if made is None]
+        whole = iter(backend.encode_batch(others, add_special_tokens=False))
+        return [made or WholeEncoding(next(whole)) for made in by_words]
+
+
+def encode_parts(parts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> JoinedEncoding:
+    """Encodes consecutive parts of a text, control tokens included."""
+    encoded = tokenizer(
+        list(parts),
+        add_special_tokens=False,
+        return_offsets_mapping=tokenizer.is_fast,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    ids = encoded["input_ids"]
+    # A tokenizer without offsets gives every token the whole part.
+    places = (
+        encoded["offset_mapping"]
+        if tokenizer.is_fast
+        else [[(0, len(part))] * len(tokens) for part, tokens in zip(parts, ids, strict=True)]
+    )
+    lengths = [len(part) for part in parts]
+    return JoinedEncoding(list(zip(ids, places, strict=True)), lengths, tokenizer.is_fast)

@@ -1,0 +1,1 @@
+"""The room masks/; see its README.md."""

@@ -1,0 +1,1 @@
+"""The room models/; see its README.md."""

@@ -1,0 +1,1 @@
+"""The room preparation/; see its README.md."""

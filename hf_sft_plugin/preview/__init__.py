@@ -1,0 +1,1 @@
+"""The room preview/; see its README.md."""

@@ -1,0 +1,1 @@
+"""The room rows/; see its README.md."""

@@ -1,0 +1,1 @@
+"""The room shards/; see its README.md."""

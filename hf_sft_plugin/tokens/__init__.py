@@ -1,0 +1,1 @@
+"""The room tokens/; see its README.md."""

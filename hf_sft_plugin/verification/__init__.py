@@ -1,0 +1,1 @@
+"""The room verification/; see its README.md."""
