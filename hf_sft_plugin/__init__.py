@@ -38,9 +38,9 @@ if TYPE_CHECKING:
         make_tokenization_setup,
         show_preview,
     )
-    from hf_sft_plugin.rows.files import read_chat_template, read_rows
+    from hf_sft_plugin.rows.files import is_shard_set, read_chat_template, read_rows
     from hf_sft_plugin.shards.dataset import ShardDataset, check_tokenizer, verify_shards
-    from hf_sft_plugin.shards.shard_set import ShardSet, is_shard_set
+    from hf_sft_plugin.shards.shard_set import ShardSet
     from hf_sft_plugin.shards.writer import check_shard_destination, write_shards
     from hf_sft_plugin.tokens.tokenization import tokenize_example, tokenize_prompt_and_output
     from hf_sft_plugin.training.allocator import keep_freed_memory
@@ -129,9 +129,9 @@ _NAMES_OF_MODULES = {
     "preview.page": ("write_preview_page",),
     "preview.preview": ("PreviewedRow", "TokenizationSetup", "preview_rows"),
     "preview.terminal": ("PreviewArguments", "make_tokenization_setup", "show_preview"),
-    "rows.files": ("read_chat_template", "read_rows"),
+    "rows.files": ("is_shard_set", "read_chat_template", "read_rows"),
     "shards.dataset": ("ShardDataset", "check_tokenizer", "verify_shards"),
-    "shards.shard_set": ("ShardSet", "is_shard_set"),
+    "shards.shard_set": ("ShardSet",),
     "shards.writer": ("check_shard_destination", "write_shards"),
     "tokens.tokenization": ("tokenize_example", "tokenize_prompt_and_output"),
     "training.allocator": ("keep_freed_memory",),

@@ -15,9 +15,9 @@ from torch.nn.functional import pad
 
 from hf_sft_plugin.batches.packing import PackedDataset
 from hf_sft_plugin.batches.response_batch import ResponseBatch
+from hf_sft_plugin.batches.shared_prompts import OpaqueList
 from hf_sft_plugin.batches.trainer_base import TrainerBase
-from hf_sft_plugin.models.attention import OpaqueList
-from hf_sft_plugin.models.router_loss import has_router_loss
+from hf_sft_plugin.models.model_interface import has_router_loss
 from hf_sft_plugin.types import IGNORE_INDEX
 
 # As long as there are documents, or tokens that they see: all that is left of a batch's own size.

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_sft_plugin.batches.padding_rows import REPEATED, as_repeat, leave_out_repeats
-from hf_sft_plugin.batches.shared_prompts import SharedPrompts, find_shared_prompts
+from hf_sft_plugin.batches.shared_prompts import OpaqueList, SharedPrompts, find_shared_prompts
 from hf_sft_plugin.batches.trained_positions import (
     TRAINED_POSITIONS,
     TrainedPositions,
@@ -18,7 +18,6 @@ from hf_sft_plugin.batches.trained_positions import (
 )
 from hf_sft_plugin.loss.masked_loss import LossNormalization, token_weights, widest_float
 from hf_sft_plugin.loss.token_stats import shift_labels
-from hf_sft_plugin.models.attention import OpaqueList
 from hf_sft_plugin.types import IGNORE_INDEX
 
 # The name under which a batch carries its `RowLayout`.

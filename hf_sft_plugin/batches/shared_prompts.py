@@ -10,17 +10,41 @@ up.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_sft_plugin.models.attention import OpaqueList
-
+_Item = TypeVar("_Item")
 # Fewer tokens are not worth the trouble, as where responses happen to begin with the same word.
 MIN_SHARED_TOKENS = 16
+
+
+class OpaqueList(Sequence[_Item]):
+    """A list that `torch.compile` hands on without looking at it.
+
+    Of a list it would note how long it is, and compile the model again for another length.
+
+    Args:
+        values: The list.
+    """
+
+    def __init__(self, values: list[_Item]) -> None:
+        self._values = values
+
+    @overload
+    def __getitem__(self, index: int) -> _Item: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[_Item]: ...
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return self._values[index]
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import has_length
 
+from hf_sft_plugin.batches.data_loaders import data_seed
 from hf_sft_plugin.batches.packing import PackedDataset
 from hf_sft_plugin.preparation.certificate import tokenizer_digest
 from hf_sft_plugin.shards.dataset import ShardDataset
@@ -62,11 +63,6 @@ def describe_order(trainer: Trainer, rows_per_batch: int, steps_per_epoch: int) 
     if strategy != "sequential":
         order["data_seed"] = data_seed(args)
     return order
-
-
-def data_seed(args: TrainingArguments) -> int:
-    """What decides on the order of the rows."""
-    return args.seed if args.data_seed is None else args.data_seed
 
 
 def refuse_other_order(

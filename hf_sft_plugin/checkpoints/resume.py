@@ -12,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_sft_plugin.batches.prompt_sampler import SeededLengthSampler
+from hf_sft_plugin.batches.data_loaders import SeededLengthSampler, data_seed
 from hf_sft_plugin.batches.trainer_base import TrainerBase
 from hf_sft_plugin.checkpoints.checkpoint import (
     find_checkpoint,
@@ -20,7 +20,7 @@ from hf_sft_plugin.checkpoints.checkpoint import (
     require_resumable,
     save_order,
 )
-from hf_sft_plugin.checkpoints.data_order import data_seed, describe_order, refuse_other_order
+from hf_sft_plugin.checkpoints.data_order import describe_order, refuse_other_order
 from hf_sft_plugin.checkpoints.jit_checkpoint import save_between_steps
 from hf_sft_plugin.preparation.streaming import StreamPreparer
 

@@ -20,9 +20,8 @@ from hf_sft_plugin.preview.terminal import (
 )
 from hf_sft_plugin.reporting.report import REPORT_FOLDER, write_report
 from hf_sft_plugin.reporting.run_log import METRICS_FILE
-from hf_sft_plugin.rows.files import read_chat_template, read_rows
+from hf_sft_plugin.rows.files import is_shard_set, read_chat_template, read_rows
 from hf_sft_plugin.shards.dataset import ShardDataset, verify_shards
-from hf_sft_plugin.shards.shard_set import is_shard_set
 from hf_sft_plugin.types import DataOptions, visible, visible_lines
 
 

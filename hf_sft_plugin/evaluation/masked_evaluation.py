@@ -1,10 +1,11 @@
 """Evaluation by the loss: sums over all rows, whatever the batch size and the processes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_sft_plugin.batches.padding_rows import (
@@ -20,7 +21,8 @@ from hf_sft_plugin.evaluation.eval_masks import figures_by_mask, split_by_mask, 
 from hf_sft_plugin.evaluation.prediction import make_reader, prediction_steps
 from hf_sft_plugin.loss.masked_loss import LossNormalization
 from hf_sft_plugin.loss.objective import LossObjective
-from hf_sft_plugin.loss.totals import NUM_TOTALS, Totals, means_by_source
+from hf_sft_plugin.loss.totals import NUM_TOTALS, Totals
+from hf_sft_plugin.shards.dataset import ShardDataset
 from hf_sft_plugin.types import RowError
 
 
@@ -107,3 +109,42 @@ class MaskedEvaluationMixin(TrainerBase):
 
     def _gather_own_rows(self, tensors: Any) -> Any:
         return gather_own_rows(tensors, self._num_own_rows, self.accelerator)
+
+
+def means_by_source(
+    rows: Tensor, dataset: Any, get_sampler: Callable[[Any], Any]
+) -> dict[str, float]:
+    """The means of an evaluation for each source of its rows.
+
+    Args:
+        rows: Totals of each row, `(N, 10)`, in the order of evaluation.
+        dataset: What was evaluated; has a length and a column `source`, or nothing is returned. A
+            `ShardDataset` has `sources`.
+        get_sampler: Says in which order the Trainer evaluates a dataset.
+
+    Returns:
+        `<source>_loss`, `<source>_token_entropy` and so on, for two sources or more.
+    """
+    if isinstance(dataset, ShardDataset):
+        column = dataset.sources
+    else:
+        columns = getattr(dataset, "column_names", None) or ()
+        # Which row of a stream has which source is not kept.
+        has_source = isinstance(dataset, Sized) and "source" in columns
+        column = dataset["source"] if has_source else None
+    if column is None:
+        return {}
+    sampler = get_sampler(dataset)
+    if len(rows) != len(dataset) or not isinstance(sampler, SequentialSampler | None):
+        return {}
+    sources = [str(source) for source in column]
+    names = sorted(set(sources))
+    if len(names) == 1:
+        return {}
+    index = torch.tensor([names.index(source) for source in sources], device=rows.device)
+    sums = rows.new_zeros(len(names), rows.shape[1]).index_add_(0, index, rows)
+    return {
+        f"{name}_{key}": value
+        for name, totals in zip(names, sums.tolist(), strict=True)
+        for key, value in Totals(*totals).means().items()
+    }

@@ -1,18 +1,15 @@
 """Step 9 of the walk: sums and counts stay on the device and are reduced once per log."""
 
 import math
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import SequentialSampler
 
 from hf_sft_plugin.loss.masked_loss import widest_float
 from hf_sft_plugin.loss.token_stats import TokenStats
-from hf_sft_plugin.shards.dataset import ShardDataset
 
 
 @dataclass
@@ -141,45 +138,6 @@ def row_totals(
     return torch.stack(of_rows, dim=-1)
 
 
-def means_by_source(
-    rows: Tensor, dataset: Any, get_sampler: Callable[[Any], Any]
-) -> dict[str, float]:
-    """The means of an evaluation for each source of its rows.
-
-    Args:
-        rows: Totals of each row, `(N, 10)`, in the order of evaluation.
-        dataset: What was evaluated; has a length and a column `source`, or nothing is returned. A
-            `ShardDataset` has `sources`.
-        get_sampler: Says in which order the Trainer evaluates a dataset.
-
-    Returns:
-        `<source>_loss`, `<source>_token_entropy` and so on, for two sources or more.
-    """
-    if isinstance(dataset, ShardDataset):
-        column = dataset.sources
-    else:
-        columns = getattr(dataset, "column_names", None) or ()
-        # Which row of a stream has which source is not kept.
-        has_source = isinstance(dataset, Sized) and "source" in columns
-        column = dataset["source"] if has_source else None
-    if column is None:
-        return {}
-    sampler = get_sampler(dataset)
-    if len(rows) != len(dataset) or not isinstance(sampler, SequentialSampler | None):
-        return {}
-    sources = [str(source) for source in column]
-    names = sorted(set(sources))
-    if len(names) == 1:
-        return {}
-    index = torch.tensor([names.index(source) for source in sources], device=rows.device)
-    sums = rows.new_zeros(len(names), rows.shape[1]).index_add_(0, index, rows)
-    return {
-        f"{name}_{key}": value
-        for name, totals in zip(names, sums.tolist(), strict=True)
-        for key, value in Totals(*totals).means().items()
-    }
-
-
 class WindowedTotals:
     """Totals of the steps since the last log, on the device, and of the whole run, reduced."""
 
@@ -193,24 +151,24 @@ class WindowedTotals:
             self._window = torch.zeros_like(totals)
         self._window += totals
 
-    def peek(self, accelerator: Accelerator) -> Totals:
+    def peek(self, accelerator: Any) -> Totals:
         """The window's totals over all processes; one reduction."""
         return Totals(*accelerator.reduce(self._tensor(accelerator), reduction="sum").tolist())
 
-    def windows(self, accelerator: Accelerator) -> list[Totals]:
+    def windows(self, accelerator: Any) -> list[Totals]:
         """The window's totals of every process; one gather."""
         window = self._tensor(accelerator)
         rows = accelerator.gather(window) if accelerator.num_processes > 1 else window
         return [Totals(*row) for row in rows.view(-1, NUM_TOTALS).tolist()]
 
-    def close(self, accelerator: Accelerator) -> Totals:
+    def close(self, accelerator: Any) -> Totals:
         """Ends the window: returns its totals over all processes and adds them to the run's."""
         totals = self.peek(accelerator)
         self.run += totals
         self._window = None
         return totals
 
-    def restore(self, run: Totals, windows: Sequence[Totals], accelerator: Accelerator) -> None:
+    def restore(self, run: Totals, windows: Sequence[Totals], accelerator: Any) -> None:
         """Takes up where a saved run stopped.
 
         Every process goes on with its own open window, so that sums are rounded as they were. Where
@@ -224,7 +182,7 @@ class WindowedTotals:
             own = sum(windows, Totals()) if accelerator.is_main_process else Totals()
         self.add(self._tensor(accelerator, own))
 
-    def _tensor(self, accelerator: Accelerator, totals: Totals | None = None) -> Tensor:
+    def _tensor(self, accelerator: Any, totals: Totals | None = None) -> Tensor:
         """The window, or what is to become of it, on the device."""
         if totals is None and self._window is not None:
             return self._window

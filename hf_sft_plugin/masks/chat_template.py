@@ -1,18 +1,15 @@
 """Messages as text, as the tokenizer's chat template writes them."""
 
 from collections.abc import Callable, Sequence
-from inspect import signature
 from typing import Any
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
+from hf_sft_plugin.rows.conversation import RESERVED_VARIABLES
 from hf_sft_plugin.rows.values import check_unicode
 from hf_sft_plugin.types import Conversation, DataOptions, RowError
 
-# Names that `apply_chat_template` takes itself; a row cannot set them.
-RESERVED_VARIABLES = frozenset(signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
-RESERVED_VARIABLES -= {"self", "kwargs", "documents"}
 # A run may set these all the same.
 _OF_THE_RUN = frozenset(("chat_template", "tools"))
 # What a chat template may raise.

@@ -1,4 +1,4 @@
-"""Attention over documents that stand one after another, without padding between them.
+"""Attention over documents that stand one after another, and the switch to it.
 
 Registered with transformers under a name of its own, without a mask function of that name, so that
 models build no mask. The lengths of the documents come with the forward pass, as a list: on a GPU a
@@ -7,44 +7,19 @@ tensor would have to be read, and each layer would wait for it.
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any, TypeVar, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 
 IMPLEMENTATION = "document_attention"
 # Queries of a sliding window at a time, at least: shorter blocks are all overhead.
 _MIN_BLOCK = 256
-_Item = TypeVar("_Item")
-
-
-class OpaqueList(Sequence[_Item]):
-    """A list that `torch.compile` hands on without looking at it.
-
-    Of a list it would note how long it is, and compile the model again for another length.
-
-    Args:
-        values: The list.
-    """
-
-    def __init__(self, values: list[_Item]) -> None:
-        self._values = values
-
-    @overload
-    def __getitem__(self, index: int) -> _Item: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[_Item]: ...
-
-    def __getitem__(self, index: int | slice) -> Any:
-        return self._values[index]
-
-    def __len__(self) -> int:
-        return len(self._values)
 
 
 @torch.compiler.disable
@@ -321,3 +296,48 @@ def _attend_plainly(
     dtype = torch.promote_types(scores.dtype, torch.float32)
     weights = torch.softmax(scores, dim=-1, dtype=dtype)[..., : key.shape[2]].to(value.dtype)
     return F.dropout(weights, dropout) @ value
+
+
+class AttentionSwitch:
+    """Runs a model with another attention implementation, and gives back its own.
+
+    Args:
+        model: The model, unwrapped from Accelerate.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        configs = [getattr(module, "config", None) for module in model.modules()]
+        found = {id(c): c for c in configs if isinstance(c, PreTrainedConfig)}
+        self._configs = list(found.values())
+        self._names = {IMPLEMENTATION}
+        self._own = [config._attn_implementation for config in self._configs]
+
+    @contextmanager
+    def set_to(self, name: str) -> Iterator[None]:
+        """Sets the implementation for a while."""
+        self._set(name)
+        try:
+            yield
+        finally:
+            self.give_back()
+
+    def set_until_gradients_are_there(self) -> None:
+        """Sets `document_attention` up to the end of the backward pass that is going on."""
+        self._set(IMPLEMENTATION)
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(self.give_back)
+
+    def give_back(self) -> None:
+        """Sets what the model came with."""
+        for config, own in zip(self._configs, self._own, strict=True):
+            if config._attn_implementation in self._names:
+                config._attn_implementation_internal = own
+
+    def _set(self, name: str) -> None:
+        self._names.add(name)
+        for index, config in enumerate(self._configs):
+            # It may have been changed in between.
+            if config._attn_implementation not in self._names:
+                self._own[index] = config._attn_implementation
+            # Not by the property, which would set the configs inside this one as well.
+            config._attn_implementation_internal = name

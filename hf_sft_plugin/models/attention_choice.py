@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from hf_sft_plugin.models.adapters import adapter_state, find_row_dependence
-from hf_sft_plugin.models.attention import IMPLEMENTATION
+from hf_sft_plugin.models.attention import IMPLEMENTATION, AttentionSwitch
 from hf_sft_plugin.models.attention_probe import find_problem
-from hf_sft_plugin.models.attention_switch import AttentionSwitch
 
 logger = logging.getLogger(__name__)
 

@@ -26,8 +26,7 @@ from transformers.masking_utils import sdpa_mask
 
 from hf_sft_plugin.batches.response_batch import find_layout
 from hf_sft_plugin.batches.shared_prompts import find_shared_prompts
-from hf_sft_plugin.models.attention import IMPLEMENTATION, document_attention
-from hf_sft_plugin.models.attention_switch import AttentionSwitch
+from hf_sft_plugin.models.attention import IMPLEMENTATION, AttentionSwitch, document_attention
 from hf_sft_plugin.models.float64_run import (
     MODEL_ERRORS,
     TOLERANCE,
@@ -35,7 +34,7 @@ from hf_sft_plugin.models.float64_run import (
     largest_error,
     typical_error,
 )
-from hf_sft_plugin.verification.run_state import same_random_numbers
+from hf_sft_plugin.models.model_interface import same_random_numbers
 
 logger = logging.getLogger(__name__)
 

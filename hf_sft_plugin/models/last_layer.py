@@ -19,7 +19,6 @@ from hf_sft_plugin.batches.fixed_shape import FixedShapeMixin
 from hf_sft_plugin.batches.response_batch import ResponseBatch
 from hf_sft_plugin.models.adapters import adapter_state
 from hf_sft_plugin.models.attention_probe import end_to_end, probe_rows
-from hf_sft_plugin.models.compilation import is_compiled
 from hf_sft_plugin.models.float64_run import (
     MODEL_ERRORS,
     TOLERANCE,
@@ -27,7 +26,7 @@ from hf_sft_plugin.models.float64_run import (
     largest_error,
 )
 from hf_sft_plugin.models.lm_head import replaced_forward
-from hf_sft_plugin.verification.run_state import same_random_numbers
+from hf_sft_plugin.models.model_interface import is_compiled, same_random_numbers
 
 # Children of a decoder layer that work on each position by itself, by their names in transformers.
 _PART_NAMES = ("q_proj", "o_proj", "mlp", "feed_forward")

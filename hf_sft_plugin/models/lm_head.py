@@ -22,15 +22,15 @@ from hf_sft_plugin.loss.masked_loss import widest_float
 from hf_sft_plugin.loss.objective import LossObjective
 from hf_sft_plugin.loss.token_stats import TokenStats
 from hf_sft_plugin.models.adapters import adapter_state
+from hf_sft_plugin.models.embeddings import shared_gradient
 from hf_sft_plugin.models.model_interface import (
     find_aux_loss,
     find_lm_head,
     find_logits,
     find_text_config,
     run_model,
+    same_random_numbers,
 )
-from hf_sft_plugin.models.tied_gradient import shared_gradient
-from hf_sft_plugin.verification.run_state import same_random_numbers
 
 logger = logging.getLogger(__name__)
 

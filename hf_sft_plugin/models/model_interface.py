@@ -2,16 +2,31 @@
 
 A `Trainer` takes any `nn.Module`, so the names that models of transformers have are looked for here
 and nowhere else.
+
+The router's loss of a mixture of experts is worked out by the model for each forward pass, as a
+product of two means over its tokens. That of a whole optimizer step would need a second run, so it
+is the mean of those of its micro-batches, in which each counts by its tokens.
+
+`torch_compile` compiles the body of a model once, for batches of all sizes. The LM head and the
+attention of each document are left out of it; see `FusedHead` and `document_attention`.
 """
 
 import inspect
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from accelerate.utils import extract_model_from_parallel
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend, extract_model_from_parallel, is_compiled_module
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+
+# Where the configs of mixture-of-experts models say how much the router's loss counts.
+_AUX_LOSS_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 def run_model(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
@@ -101,3 +116,66 @@ def find_text_config(model: Any) -> Any:
 def _call(model: Any, name: str) -> Any:
     method = getattr(model, name, None)
     return method() if callable(method) else None
+
+
+@contextmanager
+def same_random_numbers(device: torch.device) -> Iterator[None]:
+    """Has random numbers go on afterwards as if none had been drawn."""
+    states = random.getstate(), np.random.get_state()
+    devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
+    try:
+        with torch.random.fork_rng(devices, device_type=kind):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def aux_loss_coefficient(model: Any) -> float:
+    """How much the router loss of a mixture of experts counts.
+
+    Args:
+        model: Unwrapped from Accelerate.
+
+    Raises:
+        ValueError: If its config does not say it.
+    """
+    config = find_text_config(model)
+    values = (getattr(config, name, None) for name in _AUX_LOSS_COEFFICIENTS)
+    coefficient: float | None = next((value for value in values if value is not None), None)
+    if coefficient is None:
+        raise ValueError(
+            f"{type(model).__name__} gives a router's loss, but its config does not say how much "
+            f"it counts, in none of {', '.join(_AUX_LOSS_COEFFICIENTS)}. Set one of them, or "
+            "output_router_logits to false."
+        )
+    return coefficient
+
+
+def has_router_loss(model: Any) -> bool:
+    """Whether a model is asked for the loss of its router."""
+    return bool(getattr(find_text_config(model), "output_router_logits", False))
+
+
+def compile_for_all_sizes(accelerator: Accelerator) -> None:
+    """Has a model compiled for batches of any size from the first one on.
+
+    Rows that are not padded make a batch of another size at every step. By itself `torch.compile`
+    compiles for the size of the first, and for any size when the second comes. What the user has
+    chosen (`ACCELERATE_DYNAMO_USE_DYNAMIC`) stays.
+
+    Args:
+        accelerator: Compiles the model when it prepares it, where it was asked to.
+    """
+    plugin = accelerator.state.dynamo_plugin
+    if plugin.backend != DynamoBackend.NO and plugin.dynamic is None:
+        plugin.dynamic = True
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` has been applied to a model or to any part of it."""
+    # Both ways: a wrapper around a module, and a call of its own on the module.
+    return any(
+        is_compiled_module(module) or module._compiled_call_impl is not None
+        for module in model.modules()
+    )

@@ -5,9 +5,11 @@ import difflib
 import json
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from inspect import signature
 from typing import Any
 
-from hf_sft_plugin.masks.chat_template import RESERVED_VARIABLES
+from transformers import PreTrainedTokenizerBase
+
 from hf_sft_plugin.rows.formats import RowFormat, RowKind
 from hf_sft_plugin.rows.messages import ROLES_HELP, read_messages, reasoning_of
 from hf_sft_plugin.rows.values import (
@@ -19,6 +21,9 @@ from hf_sft_plugin.rows.values import (
 )
 from hf_sft_plugin.types import Conversation, DataOptions, RowError, Segment, Turn
 
+# Names that `apply_chat_template` takes itself; a row cannot set them.
+RESERVED_VARIABLES = frozenset(signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+RESERVED_VARIABLES -= {"self", "kwargs", "documents"}
 # Roles that chat templates know; one that looks much like them may be a slip.
 _ROLES = {"system", "developer", "user", "assistant", "tool"}
 # The two prompts that the Alpaca dataset was published with.

@@ -15,8 +15,8 @@ from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
-from hf_sft_plugin.shards.shard_set import is_shard_set
-
+# By this file a folder of shards is known, whose rows are tokens already; see shards/.
+METADATA = "dataset_metadata.json"
 _ROWS_AT_A_TIME = 1000
 _CACHE_VERSION = 1
 # What pyarrow and Python raise for values that one typed column cannot hold.
@@ -330,3 +330,8 @@ _READERS: dict[str, Callable[[str], PlacedRows]] = {
     ".jsonl": _read_json,
     ".csv": _read_csv,
 }
+
+
+def is_shard_set(folder: str | Path) -> bool:
+    """Whether a folder holds shards, whole or damaged."""
+    return Path(folder, METADATA).is_file()

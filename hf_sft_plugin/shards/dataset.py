@@ -12,9 +12,9 @@ from torch.utils import data
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hf_sft_plugin.rows.files import METADATA
 from hf_sft_plugin.shards.shard_set import (
     COLUMNS,
-    METADATA,
     TOKENIZER,
     ShardFile,
     ShardSet,

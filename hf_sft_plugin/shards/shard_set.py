@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-METADATA = "dataset_metadata.json"
+from hf_sft_plugin.rows.files import METADATA
+
 TOKENIZER = "tokenizer"
 # In the folder of a split: for each document the place of its source among the names.
 SOURCES = "sources.bin"
@@ -156,11 +157,6 @@ class ShardSet:
                 f"{counts.num_shards:,} {'shard' if counts.num_shards == 1 else 'shards'}"
             )
         return "\n".join(lines)
-
-
-def is_shard_set(folder: str | Path) -> bool:
-    """Whether a folder holds shards, whole or damaged."""
-    return Path(folder, METADATA).is_file()
 
 
 def read_metadata(folder: str | Path) -> ShardSet:

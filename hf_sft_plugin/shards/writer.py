@@ -21,11 +21,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin.rows.arguments import stored_rows
+from hf_sft_plugin.rows.files import METADATA
 from hf_sft_plugin.shards.shard_set import (
     COLUMNS,
     FORMAT,
     FORMAT_VERSION,
-    METADATA,
     SOURCE_DTYPE,
     SOURCES,
     TOKENIZER,

@@ -37,18 +37,24 @@ from hf_sft_plugin.loss.objective import LossObjective
 from hf_sft_plugin.loss.tile_choice import tile_bytes
 from hf_sft_plugin.loss.totals import Totals, WindowedTotals, row_totals
 from hf_sft_plugin.models.attention_choice import AttentionChoice, AttentionChooser
-from hf_sft_plugin.models.compilation import compile_for_all_sizes
 from hf_sft_plugin.models.embeddings import EmbeddingNoiseMixin
 from hf_sft_plugin.models.fused_layers import FusedLayersMixin
 from hf_sft_plugin.models.last_layer import LastLayerMixin
 from hf_sft_plugin.models.lm_head import HeadChooser, ResponseResult, forward_full
-from hf_sft_plugin.models.model_interface import find_logits
-from hf_sft_plugin.models.router_loss import aux_loss_coefficient, has_router_loss
+from hf_sft_plugin.models.model_interface import (
+    aux_loss_coefficient,
+    compile_for_all_sizes,
+    find_logits,
+    has_router_loss,
+)
 from hf_sft_plugin.training.allocator import allocator_hint
-from hf_sft_plugin.training.exact_settings import refuse_inexact_settings
 from hf_sft_plugin.training.memory_plan import MemoryPlanMixin
-from hf_sft_plugin.training.packed_rows import refuse_documents, refuse_padded_documents
 from hf_sft_plugin.training.speed_options import check_switches
+from hf_sft_plugin.training.trainer_arguments import (
+    refuse_documents,
+    refuse_inexact_settings,
+    refuse_padded_documents,
+)
 from hf_sft_plugin.verification.verification_mixin import VerificationMixin
 
 

@@ -21,10 +21,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_sft_plugin.models.model_interface import find_text_config
+from hf_sft_plugin.models.model_interface import find_text_config, same_random_numbers
 from hf_sft_plugin.training.allocator import heap_share
 from hf_sft_plugin.training.available_memory import held_memory
-from hf_sft_plugin.verification.run_state import same_random_numbers
 
 # Numbers per trained parameter that optimizers keep, by their class; any other is taken for Adam.
 _NUM_STATES = {"sgd": 0.0, "adafactor": 0.01, "adagrad": 1.0, "rmsprop": 1.0, "lion": 1.0}

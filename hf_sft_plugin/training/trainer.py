@@ -35,14 +35,15 @@ from hf_sft_plugin.training.allocator import keep_freed_memory
 from hf_sft_plugin.training.callbacks import RunRecorder
 from hf_sft_plugin.training.config import MaskedSFTConfig
 from hf_sft_plugin.training.masked_loss_mixin import MaskedLossMixin
-from hf_sft_plugin.training.packed_rows import check_packed_rows, pack_training_rows
 from hf_sft_plugin.training.trainer_arguments import (
     AnyDataset,
     AnyModel,
     as_dataset,
+    check_packed_rows,
     check_settings,
     choose_split,
     load_a_model,
+    pack_training_rows,
     settings_of,
 )
 from hf_sft_plugin.types import TokenizedExample

@@ -16,12 +16,12 @@ from transformers.training_args import OptimizerNames
 from hf_sft_plugin.batches.microbatches import Microbatches, in_one_list, remember_tensors
 from hf_sft_plugin.loss.totals import WindowedTotals
 from hf_sft_plugin.models.lm_head import ResponseResult
+from hf_sft_plugin.models.model_interface import same_random_numbers
 from hf_sft_plugin.verification.checks import working_dtype
 from hf_sft_plugin.verification.run_state import (
     OptimizerState,
     local_part,
     on_host,
-    same_random_numbers,
     without_dropout,
 )
 

@@ -10,7 +10,7 @@ from hf_sft_plugin.batches.microbatch_plan import can_regroup, row_extents
 from hf_sft_plugin.batches.microbatches import regroup
 from hf_sft_plugin.batches.response_batch import OURS
 from hf_sft_plugin.models.float64_run import in_float64
-from hf_sft_plugin.models.router_loss import has_router_loss
+from hf_sft_plugin.models.model_interface import has_router_loss
 from hf_sft_plugin.verification.checks import VerificationCheck, not_run
 from hf_sft_plugin.verification.first_step import FirstStep
 from hf_sft_plugin.verification.run_state import local_part

@@ -1,17 +1,16 @@
 """What a run changes besides its weights, and how it is put back."""
 
 import copy
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.dropout import _DropoutNd
+
+from hf_sft_plugin.models.model_interface import same_random_numbers
 
 # What is in the names of shares and sizes that make a model random, as in `attention_dropout`.
 _RANDOM = ("drop", "jitter", "noise")
@@ -111,19 +110,6 @@ def local_part(tensor: Tensor) -> Tensor:
 def on_host(tensor: Tensor) -> Tensor:
     """A copy of the part of a tensor that this process holds, in the memory of the host."""
     return local_part(tensor.detach()).to("cpu", copy=True)
-
-
-@contextmanager
-def same_random_numbers(device: torch.device) -> Iterator[None]:
-    """Has random numbers go on afterwards as if none had been drawn."""
-    states = random.getstate(), np.random.get_state()
-    devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
-    try:
-        with torch.random.fork_rng(devices, device_type=kind):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 @contextmanager

@@ -10,11 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_sft_plugin import MaskedSFTTrainer
-from hf_sft_plugin.batches.prompt_sampler import (
-    GroupedSampler,
-    SeededLengthSampler,
-    group_prompts,
-)
+from hf_sft_plugin.batches.data_loaders import GroupedSampler, SeededLengthSampler, group_prompts
 
 PROMPTS = [list(range(start, start + 20)) for start in (10, 50, 90)]
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_sft_plugin.models.attention import AttentionSwitch
 from hf_sft_plugin.models.attention_probe import find_problem
-from hf_sft_plugin.models.attention_switch import AttentionSwitch
 
 Make = Callable[..., Any]
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hf_sft_plugin.models.attention_switch import AttentionSwitch
+from hf_sft_plugin.models.attention import AttentionSwitch
 
 
 def test_a_model_has_its_own_attention_again_and_one_that_was_chosen_meanwhile(model: Any) -> None:

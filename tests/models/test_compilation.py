@@ -15,8 +15,8 @@ from torch._dynamo.utils import counters
 from transformers import Trainer, TrainerCallback
 
 from hf_sft_plugin import DataCollatorForPromptResponse, MaskedLossMixin, MaskedSFTTrainer
-from hf_sft_plugin.models.attention import OpaqueList
-from hf_sft_plugin.models.compilation import compile_for_all_sizes, is_compiled
+from hf_sft_plugin.batches.shared_prompts import OpaqueList
+from hf_sft_plugin.models.model_interface import compile_for_all_sizes, is_compiled
 
 Make = Callable[..., Any]
 

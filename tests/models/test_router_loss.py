@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from hf_sft_plugin import DataCollatorForPromptResponse, MaskedLossMixin
-from hf_sft_plugin.models.router_loss import aux_loss_coefficient, has_router_loss
+from hf_sft_plugin.models.model_interface import aux_loss_coefficient, has_router_loss
 
 # So high that it is seen.
 COEFFICIENT = 20.0

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_sft_plugin.loss.logit_tile import LogitTransform
 from hf_sft_plugin.loss.objective import LossObjective
+from hf_sft_plugin.models.embeddings import shared_gradient
 from hf_sft_plugin.models.lm_head import FusedHead, forward_full
-from hf_sft_plugin.models.tied_gradient import shared_gradient
 
 DTYPES = [(torch.float64, 1e-12), (torch.float32, 1e-6)]
 Make = Callable[..., Any]

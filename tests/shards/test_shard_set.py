@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from hf_sft_plugin.rows.files import METADATA
 from hf_sft_plugin.shards.dataset import ShardDataset, verify_shards
-from hf_sft_plugin.shards.shard_set import METADATA, check_files, read_metadata, vocab_digest
+from hf_sft_plugin.shards.shard_set import check_files, read_metadata, vocab_digest
 from hf_sft_plugin.shards.writer import write_shards
 
 ROWS = [

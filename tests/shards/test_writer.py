@@ -15,9 +15,9 @@ import pytest
 from datasets import Dataset
 
 from hf_sft_plugin.preparation.ledger import Ledger
+from hf_sft_plugin.rows.files import METADATA
 from hf_sft_plugin.shards import writer as shard_writer
 from hf_sft_plugin.shards.dataset import ShardDataset, verify_shards
-from hf_sft_plugin.shards.shard_set import METADATA
 from hf_sft_plugin.shards.writer import check_shard_destination, write_shards
 from hf_sft_plugin.types import RowError
 

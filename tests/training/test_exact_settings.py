@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_sft_plugin import MaskedLossMixin, MaskedSFTConfig
-from hf_sft_plugin.training.exact_settings import refuse_inexact_settings
+from hf_sft_plugin.training.trainer_arguments import refuse_inexact_settings
 
 
 class MaskedTrainer(MaskedLossMixin, Trainer):

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from hf_sft_plugin.models.model_interface import same_random_numbers
 from hf_sft_plugin.verification.run_state import (
     OptimizerState,
     local_part,
     on_host,
-    same_random_numbers,
     without_dropout,
 )
 
