@@ -13,9 +13,27 @@ import hf_sft_plugin
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hf_sft_plugin"
 RECIPES = ROOT / "recipes"
-ROOMS = ("data", "loss", "reporting", "training")
+ROOMS = (
+    "batches",
+    "checkpoints",
+    "cli",
+    "encoding",
+    "evaluation",
+    "loss",
+    "masks",
+    "models",
+    "preparation",
+    "preview",
+    "reporting",
+    "rows",
+    "shards",
+    "tokens",
+    "training",
+    "verification",
+)
 SOURCES = sorted(path for folder in (PACKAGE, RECIPES) for path in folder.rglob("*.py"))
 MODULES = [path for path in SOURCES if path.name != "__init__.py"]
+MAX_FILES = 12
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
@@ -28,6 +46,10 @@ def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
+
+
+def modules_of(room: str) -> list[Path]:
+    return [path for path in MODULES if path.is_relative_to(PACKAGE / room)]
 
 
 def num_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
@@ -59,9 +81,25 @@ def test_the_init_of_a_room_holds_a_docstring_and_nothing_else(room: str) -> Non
     assert isinstance(docstring, ast.Expr)
 
 
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_has_few_files(room: str) -> None:
+    assert 0 < len(modules_of(room)) <= MAX_FILES
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_page_of_a_room_begins_with_its_sentence_and_names_its_files(room: str) -> None:
+    page = (PACKAGE / room / "README.md").read_text(encoding="utf-8")
+    module = ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8"))
+    sentence = (ast.get_docstring(module) or "").splitlines()[0]
+    assert page.splitlines()[0] == sentence
+    assert sentence.endswith(".")
+    assert [path.name for path in modules_of(room) if path.name not in page] == []
+
+
 def test_the_package_has_the_rooms_of_the_design_and_no_others() -> None:
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert folders == set(ROOMS)
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "types.py"}
 
 
 def test_no_module_is_a_drawer_for_everything() -> None:
@@ -80,6 +118,16 @@ def test_recipes_use_only_what_the_package_offers_at_its_top(path: Path) -> None
         for alias in node.names
     ]
     assert not [module for module in modules if module.startswith("hf_sft_plugin.")]
+
+
+def test_contracts_name_one_module_in_each_line() -> None:
+    """Import-linter takes a list with commas for one module, which nobody imports."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    contracts = [config[name] for name in config.sections() if name.startswith("importlinter:")]
+    assert len(contracts) >= 5
+    lists = [value for each in contracts for key, value in each.items() if key.endswith("modules")]
+    assert not [value for value in lists if "," in value]
 
 
 def test_type_checkers_find_an_editable_installation() -> None:

@@ -222,7 +222,7 @@ IMPORTS = [
     (
         "from hf_sft_plugin import compute_entropy, masked_normalize",
         "torch hf_sft_plugin.loss.masked_loss",
-        "transformers datasets accelerate peft hf_sft_plugin.data hf_sft_plugin.training",
+        "transformers datasets accelerate peft hf_sft_plugin.tokens hf_sft_plugin.training",
     ),
     (
         "from hf_sft_plugin import DataCollatorForPromptResponse",
@@ -231,14 +231,15 @@ IMPORTS = [
     ),
     (
         "from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer",
-        "accelerate peft hf_sft_plugin.preparation.prepare hf_sft_plugin.verification.verification_mixin",
+        "accelerate peft hf_sft_plugin.preparation.prepare "
+        "hf_sft_plugin.verification.verification_mixin",
         "rich transformers.hf_argparser hf_sft_plugin.cli.main hf_sft_plugin.preview.preview "
         "hf_sft_plugin.cli.prepare_files hf_sft_plugin.shards.writer "
         "hf_sft_plugin.verification.first_step hf_sft_plugin.training.run_summary "
         "hf_sft_plugin.verification.verification",
     ),
     (
-        "hf_sft_plugin.__getattr__('data')",
+        "hf_sft_plugin.__getattr__('rows')",
         "rich hf_sft_plugin.preview.preview hf_sft_plugin.verification.verification",
         "evaluate matplotlib trl torch.nn.attention.varlen "
         "hf_sft_plugin.loss.triton_tile hf_sft_plugin.reporting.plots",
@@ -297,7 +298,7 @@ def test_names_are_listed_before_they_are_imported(monkeypatch: pytest.MonkeyPat
     assert namespace["RowError"] is RowError
 
 
-@pytest.mark.parametrize("room", ["data", "loss", "reporting", "training", "types"])
+@pytest.mark.parametrize("room", ["rows", "loss", "reporting", "training", "types"])
 def test_a_room_is_an_attribute_of_the_package(room: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(hf_sft_plugin, room)
     assert getattr(hf_sft_plugin, room) is sys.modules[f"hf_sft_plugin.{room}"]

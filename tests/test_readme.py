@@ -13,6 +13,10 @@ from hf_sft_plugin import MaskedSFTConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+# The page of each room.
+PAGES = sorted((ROOT / "hf_sft_plugin").glob("*/README.md"))
+# An example, and what it prints where that is shown.
+EXAMPLES = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", flags=re.DOTALL)
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 SHELL_LINES = [
     line
@@ -34,6 +38,26 @@ def test_the_python_blocks_run_one_after_the_other(
     assert Path("outputs/adapter/adapter_model.safetensors").is_file()
     assert names["ledger"].num_rows_trained == 2
     assert names["loss"].item() > 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_the_example_of_a_room_runs_and_prints_what_its_page_shows(
+    page: Path,
+    model: Any,
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("outputs/quickstart")
+    tokenizer.save_pretrained("outputs/quickstart")
+    examples = EXAMPLES.findall(page.read_text(encoding="utf-8"))
+    assert examples
+    for code, printed in examples:
+        capsys.readouterr()
+        exec(compile(code, str(page), "exec"), {"__name__": "page"})  # noqa: S102
+        assert not printed or capsys.readouterr().out == printed
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
@@ -60,17 +84,16 @@ def test_every_flag_and_file_of_the_commands_exists() -> None:
     assert all((ROOT / path).is_file() for path in paths)
 
 
-def test_the_map_names_every_module() -> None:
-    modules = [
-        path
-        for folder in ("hf_sft_plugin", "recipes")
-        for path in (ROOT / folder).rglob("*.py")
-        if path.name != "__init__.py"
-    ]
+def test_the_map_leads_to_every_room_and_names_every_recipe() -> None:
     section = README.partition("## Map of the package")[2]
-    assert [path.name for path in modules if f"{path.name}`" not in section] == []
+    links = [path.relative_to(ROOT).as_posix() for path in PAGES]
+    assert [link for link in links if f"]({link})" not in section] == []
+    recipes = (ROOT / "recipes").rglob("*.py")
+    assert [path.name for path in recipes if f"{path.name}`" not in section] == []
 
 
-def test_the_links_of_the_readme_are_files_of_the_project() -> None:
-    targets = re.findall(r"\]\((?!https?://)([^)#]+)\)", README)
-    assert all((ROOT / target).exists() for target in targets)
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.parent.name)
+def test_the_links_of_a_page_are_files_of_the_project(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\((?!https?://)([^)#]+)\)", text)
+    assert all((page.parent / target).exists() for target in targets)

@@ -17,7 +17,6 @@ from hf_sft_plugin.batches.packing import PackedDataset
 from hf_sft_plugin.batches.response_batch import ResponseBatch
 from hf_sft_plugin.batches.shared_prompts import OpaqueList
 from hf_sft_plugin.batches.trainer_base import TrainerBase
-from hf_sft_plugin.models.model_interface import has_router_loss
 from hf_sft_plugin.types import IGNORE_INDEX
 
 # As long as there are documents, or tokens that they see: all that is left of a batch's own size.
@@ -98,10 +97,14 @@ class FixedShapeMixin(TrainerBase):
         of_collator = getattr(self.data_collator, "pad_to_multiple_of", None)
         return getattr(self.args, "pad_to_multiple_of", None) or of_collator or None
 
+    def has_router_loss(self) -> bool:
+        """Whether the model is asked for the loss of a router, a mean over all that it reads."""
+        raise NotImplementedError
+
     def fill_up(self, batch: ResponseBatch) -> ResponseBatch:
         """Rounds up the tokens of a batch without padding, where that is asked for."""
         # The router's loss is a mean over all tokens that it sees.
-        if self.length_multiple is None or has_router_loss(self.model):
+        if self.length_multiple is None or self.has_router_loss():
             return batch
         filled = fill_up(batch, self.length_multiple)
         if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
@@ -119,7 +122,7 @@ class FixedShapeMixin(TrainerBase):
         multiple = self.length_multiple
         if multiple is None:
             return None
-        if not is_padded and has_router_loss(self.model):
+        if not is_padded and self.has_router_loss():
             return "as it comes: the router's loss would count what fills it up"
         if isinstance(self.train_dataset, PackedDataset):
             longest = self.train_dataset.max_length

@@ -18,6 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from hf_sft_plugin.types import DataOptions
 
 _CONFIG = "tokenizer_config.json"
+# The rooms whose code decides what a row becomes; how rows are shown or stored is not among it.
+_ROOMS = ("encoding", "masks", "preparation", "rows", "tokens")
+_PACKAGE = Path(__file__).parents[1]
 # Where a tokenizer came from, and what is done with its tokens.
 _NOT_OF_TOKENS = {
     *("name_or_path", "is_local", "local_files_only", "chat_template"),
@@ -110,10 +113,10 @@ def _digest_files(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
 
 
 @lru_cache
-def code_digest() -> str:
-    """SHA-256 of the code that makes masks, so that a changed one never meets an old cache."""
-    room = Path(__file__).parent
-    sources = [*sorted(room.glob("*.py")), room.parent / "types.py"]
+def code_digest(package: Path = _PACKAGE) -> str:
+    """SHA-256 of the code that decides what a row becomes: a changed one meets no old cache."""
+    sources = [path for room in _ROOMS for path in sorted((package / room).rglob("*.py"))]
+    sources.append(package / "types.py")
     return _digest("\n".join(path.read_text(encoding="utf-8") for path in sources))
 
 

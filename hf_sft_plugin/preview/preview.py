@@ -2,8 +2,6 @@
 
 import heapq
 import json
-import runpy
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
@@ -359,9 +357,3 @@ _FILTERS: Mapping[Only | None, Callable[[RowOutcome], bool]] = {
     "set_aside": lambda outcome: outcome.error is not None,
     "split": lambda outcome: len(outcome.examples) > 1,
 }
-
-
-if __name__ == "__main__":
-    # Started by name, which is no import: the command line stands above this room.
-    sys.argv.insert(1, "preview")
-    runpy.run_module("hf_sft_plugin.cli.main", run_name="__main__")

@@ -256,7 +256,7 @@ class MaskedSFTConfig(DataOptions, SpeedOptions, TrainingArguments):
         )
 
     def data_options(self) -> dict[str, Any]:
-        """The fields of `DataOptions`, as the functions of data/ take them."""
+        """The fields of `DataOptions`, as the rooms below take them."""
         return {name: getattr(self, name) for name in DataOptions.__dataclass_fields__}
 
     def to_dict(self) -> dict[str, Any]:

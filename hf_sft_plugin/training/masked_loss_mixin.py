@@ -272,6 +272,10 @@ class MaskedLossMixin(
         batch = split_batch(rows, self.loss_normalization)
         return self._forward(model, batch, self.objective, needs_outputs=False)
 
+    def has_router_loss(self) -> bool:
+        """As in `FixedShapeMixin`."""
+        return has_router_loss(self.model)
+
     def forward_limit(self) -> int | None:
         """As in `MemoryPlanMixin`: a fused head holds a tile of logits."""
         return None if self._head.choice is None else tile_bytes(self.args.device)

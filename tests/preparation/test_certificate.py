@@ -1,5 +1,6 @@
 """Digests change with what they stand for, and with nothing else."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -255,3 +256,31 @@ def test_the_digest_of_a_slow_tokenizer_takes_what_its_files_say(
         return tokenizer_digest(Letters())
 
     assert digest("a b") == digest("a b") != digest("ab")
+
+
+@pytest.mark.parametrize(
+    ("file", "is_another"),
+    [
+        ("masks/rendering.py", True),
+        ("tokens/truncation.py", True),
+        ("rows/conversation.py", True),
+        ("encoding/texts.py", True),
+        ("preparation/prepare.py", True),
+        ("types.py", True),
+        ("masks/deeper/new.py", True),
+        ("preview/page.py", False),
+        ("shards/writer.py", False),
+        ("training/trainer.py", False),
+    ],
+)
+def test_the_digest_of_the_code_is_that_of_what_decides_on_rows(
+    file: str, is_another: bool, tmp_path: Path
+) -> None:
+    package = tmp_path / "package"
+    shutil.copytree(ROOM / "hf_sft_plugin", package, ignore=shutil.ignore_patterns("__pycache__"))
+    before = certificate.code_digest.__wrapped__(package)
+    assert before == certificate.code_digest()
+    (package / file).parent.mkdir(exist_ok=True)
+    with (package / file).open("a") as source:
+        source.write("# changed\n")
+    assert (certificate.code_digest.__wrapped__(package) != before) == is_another

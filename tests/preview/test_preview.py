@@ -1,8 +1,6 @@
 """A preview shows exactly what is trained, in readable pieces, and finds the rows asked for."""
 
 import json
-import runpy
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -298,18 +296,6 @@ def test_the_stop_tokens_of_a_setup_are_those_of_the_run(
     assert TokenizationSetup(tokenizer, stop_token_ids=[0, 1]).stops == {0, 1}
     options = DataOptions(stop_token="<|endoftext|>")
     assert TokenizationSetup(tokenizer, options, stop_token_ids=[1]).stops == {0}
-
-
-# Both modules are loaded already, of which runpy warns.
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-def test_the_module_can_be_started_by_its_name(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["preview.py", "--help"])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_module("hf_sft_plugin.preview.preview", run_name="__main__", alter_sys=True)
-    assert stop.value.code == 0
-    assert "--tokenizer NAME --train_file FILE" in capsys.readouterr().out
 
 
 def test_of_several_datasets_one_has_to_be_named(tokenizer: PreTrainedTokenizerFast) -> None:
