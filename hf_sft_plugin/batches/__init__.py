@@ -1,1 +1,1 @@
-"""The room batches/; see its README.md."""
+"""Prepared rows go in; batches come out, put together so that no work is done for padding."""

@@ -1,1 +1,1 @@
-"""The room checkpoints/; see its README.md."""
+"""A run that was stopped goes in; the run that was never stopped comes out, to the last bit."""

@@ -1,1 +1,1 @@
-"""The room encoding/; see its README.md."""
+"""Text goes in; token ids that know their characters come out, and ids go back to text."""

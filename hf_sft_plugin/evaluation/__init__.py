@@ -1,1 +1,1 @@
-"""The room evaluation/; see its README.md."""
+"""A model and held-out rows go in; exact figures and generated responses come out."""

@@ -1,1 +1,1 @@
-"""From hidden states or logits to one scalar; imports torch and nothing else of the field."""
+"""Hidden states or logits go in; one scalar loss and the sums behind the log come out."""

@@ -1,1 +1,1 @@
-"""The room masks/; see its README.md."""
+"""A conversation goes in; its text comes out, with the trained characters and their proof."""

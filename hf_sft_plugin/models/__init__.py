@@ -1,1 +1,1 @@
-"""The room models/; see its README.md."""
+"""A model goes in; it comes out so that each row runs alone and answers with its loss."""

@@ -1,1 +1,1 @@
-"""The room preparation/; see its README.md."""
+"""A whole dataset goes in; prepared rows come out, with an account of every row and token."""

@@ -1,1 +1,1 @@
-"""The room preview/; see its README.md."""
+"""Rows go in; what training would learn from them comes out, readable, before a GPU is paid for."""

@@ -1,1 +1,1 @@
-"""What a run leaves behind: log, plots, report and model card; knows neither torch nor models."""
+"""What a run logged goes in; a log file, curves, a report and a model card come out."""

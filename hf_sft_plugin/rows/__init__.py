@@ -1,1 +1,1 @@
-"""The room rows/; see its README.md."""
+"""A raw row goes in, whatever its columns; a `Conversation` comes out."""

@@ -1,1 +1,1 @@
-"""The room shards/; see its README.md."""
+"""Prepared rows go in as a dataset; they come out as files, checked and mapped into memory."""

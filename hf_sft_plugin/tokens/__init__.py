@@ -1,1 +1,1 @@
-"""The room tokens/; see its README.md."""
+"""Rows go in; token ids come out, with a mask that says which of them are trained."""

@@ -1,1 +1,1 @@
-"""Everything that touches Trainer, Accelerate, PEFT and evaluate."""
+"""Rows, a model and settings go in; a trained model comes out, with an exact account of the run."""

@@ -1,1 +1,1 @@
-"""The room verification/; see its README.md."""
+"""The first step of a run goes in; figures with their bounds come out, before it is taken."""
