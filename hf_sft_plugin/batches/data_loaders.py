@@ -4,30 +4,77 @@ Batches come with what is known of them on the host, and with marked padding row
 other at random, by their prompts, or by their lengths.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import Tensor
 from torch.utils.data import IterableDataset, Sampler
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from transformers.trainer_utils import has_length
 
+from hf_sft_plugin.batches.host_facts import (
+    HOST_FACTS,
+    HostFacts,
+    find_layout,
+    find_trained_positions,
+)
 from hf_sft_plugin.batches.padding_rows import (
     MarkedRebalanceSampler,
     RowsWithRepeats,
     StreamWithRepeats,
+    as_repeat,
+    leave_out_repeats,
     mark_repeats,
 )
-from hf_sft_plugin.batches.response_batch import CollatorWithLayout
 from hf_sft_plugin.batches.shared_prompts import MIN_SHARED_TOKENS
 from hf_sft_plugin.batches.trainer_base import TrainerBase
 from hf_sft_plugin.types import IGNORE_INDEX
 
 _ROWS_AT_A_TIME = 1000
+
+
+class CollatorWithFacts:
+    """Adds `HostFacts` to every batch of a collator.
+
+    Args:
+        collate: Any collator.
+        share_prompts: See `find_layout`.
+        finds_layout: False adds the trained positions alone.
+    """
+
+    def __init__(
+        self,
+        collate: Callable[[Any], Any],
+        share_prompts: bool = False,
+        finds_layout: bool = True,
+    ) -> None:
+        self.collate = collate
+        self.share_prompts = share_prompts
+        self.finds_layout = finds_layout
+
+    def __call__(self, rows: Any) -> Any:
+        """The batch with its trained positions, and a layout where it can be laid end to end.
+
+        Rows that are marked as repeats are left out, unless there are no others.
+        """
+        own, is_repeated = leave_out_repeats(rows)
+        batch = self.collate(own)
+        if not isinstance(batch, MutableMapping):
+            return batch
+        if is_repeated:
+            batch = as_repeat(batch)
+        layout = find_layout(batch, self.share_prompts) if self.finds_layout else None
+        labels = batch.get("labels")
+        has_labels = isinstance(labels, Tensor) and labels.ndim == 2
+        trained = find_trained_positions(labels) if has_labels else None
+        if layout is not None or trained is not None or is_repeated:
+            batch[HOST_FACTS] = HostFacts(layout, trained, is_padding=is_repeated)
+        return batch
 
 
 class DataLoadersMixin(TrainerBase):
@@ -73,7 +120,7 @@ class DataLoadersMixin(TrainerBase):
             marked = self._mark_rows(dataset, batch_size)
             sampler = None if sampler_fn is None else lambda _: sampler_fn(dataset)
         finds_layout = self.padding_free != "off"
-        self.data_collator = CollatorWithLayout(collate, self.shared_prompts != "off", finds_layout)
+        self.data_collator = CollatorWithFacts(collate, self.shared_prompts != "off", finds_layout)
         try:
             loader = super()._get_dataloader(marked, description, batch_size, sampler, *rest)
         finally:

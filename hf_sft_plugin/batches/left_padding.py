@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from hf_sft_plugin.batches.fixed_shape import round_up
-from hf_sft_plugin.batches.response_batch import FOUND_IN, ROW_LAYOUT, RowLayout, layout_of_rows
-from hf_sft_plugin.batches.trained_positions import (
-    TRAINED_POSITIONS,
-    TrainedPositions,
+from hf_sft_plugin.batches.host_facts import (
+    HOST_FACTS,
+    HostFacts,
+    facts_of,
+    layout_of_rows,
     positions_of_rows,
+    tensors_of,
 )
 
 
@@ -28,7 +30,8 @@ def move_padding_right(batch: Any, multiple: int | None = None) -> Any:
         The batch with its padding on the right; the same batch where there is none on the left,
         where it has no layout, and where it says itself what the positions are.
     """
-    layout: RowLayout | None = batch.get(ROW_LAYOUT) if isinstance(batch, dict) else None
+    facts = facts_of(batch)
+    layout = facts.layout
     if layout is None or not layout.are_left_padded or "position_ids" in batch:
         return batch
     old_width, lengths = layout.shape[1], layout.document_lengths
@@ -39,17 +42,16 @@ def move_padding_right(batch: Any, multiple: int | None = None) -> Any:
     device = batch["labels"].device
     starts = torch.tensor([[old_width - length] for length in lengths])
     columns = ((starts + torch.arange(width)) % old_width).to(device, non_blocking=True)
-    moved: dict[str, Any] = {
+    moved = {
         name: value.take_along_dim(columns, dim=1) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-        if name not in (ROW_LAYOUT, TRAINED_POSITIONS, FOUND_IN)
+        for name, value in tensors_of(batch).items()
     }
     aligned = layout_of_rows(lengths, width)
     if layout.documents is not None:
         aligned = aligned.with_documents(layout.documents)
-    moved[ROW_LAYOUT] = aligned.to(device, non_blocking=True)
-    trained: TrainedPositions | None = batch.get(TRAINED_POSITIONS)
-    if trained is not None:
-        rows = [c - (old_width - n) for c, n in zip(trained.rows(), lengths, strict=True)]
-        moved[TRAINED_POSITIONS] = positions_of_rows(rows, width).to(device, non_blocking=True)
-    return moved
+    trained = None
+    if facts.trained is not None:
+        rows = [c - (old_width - n) for c, n in zip(facts.trained.rows(), lengths, strict=True)]
+        trained = positions_of_rows(rows, width)
+    found = HostFacts(aligned, trained, is_padding=facts.is_padding)
+    return {**moved, HOST_FACTS: found.to(device, non_blocking=True)}

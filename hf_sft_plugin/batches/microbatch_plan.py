@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_sft_plugin.batches.fixed_shape import round_up
-from hf_sft_plugin.batches.response_batch import OURS, ROW_LAYOUT
+from hf_sft_plugin.batches.host_facts import facts_of, tensors_of
 from hf_sft_plugin.batches.shared_prompts import bundle_rows
 
 
@@ -95,7 +95,7 @@ def row_extents(batches: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[i
 
     They are known where the batches come with their layout; else this waits for the device once.
     """
-    found = [batch.get(ROW_LAYOUT) for batch in batches]
+    found = [facts_of(batch).layout for batch in batches]
     layouts = [layout for layout in found if layout is not None and layout.are_rows]
     if len(layouts) == len(batches):
         lengths = [length for layout in layouts for length in layout.document_lengths]
@@ -113,9 +113,11 @@ def row_extents(batches: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[i
 
 def can_regroup(batches: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the batches are made of rows and nothing else: tensors of one shape `(B, S)`."""
-    names = batches[0].keys()
+    names, has_layout = batches[0].keys(), facts_of(batches[0]).layout is not None
     for batch in batches:
-        layout = batch.get(ROW_LAYOUT)
+        layout = facts_of(batch).layout
+        if (layout is not None) != has_layout:
+            return False
         if layout is not None and (not layout.are_rows or layout.shape != batch["labels"].shape):
             return False
         # It might have several documents in a row, which a mask would join.
@@ -124,7 +126,7 @@ def can_regroup(batches: Sequence[Mapping[str, Any]]) -> bool:
         ids = batch.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2 or not len(ids) or batch.keys() != names:
             return False
-        rest = (value for name, value in batch.items() if name not in OURS)
+        rest = tensors_of(batch).values()
         if any(not isinstance(it, Tensor) or it.shape != ids.shape for it in rest):
             return False
     return True
@@ -187,7 +189,7 @@ def keep_prompts_together(
 
 def documents_of(batches: Sequence[Mapping[str, Any]]) -> list[NDArray[np.int64]] | None:
     """The tokens of every row, where all batches came with them."""
-    found = [getattr(batch.get(ROW_LAYOUT), "documents", None) for batch in batches]
+    found = [getattr(facts_of(batch).layout, "documents", None) for batch in batches]
     if any(documents is None for documents in found):
         return None
     return [document for documents in found for document in documents or ()]

@@ -6,6 +6,7 @@ changes. A micro-batch has a cost of its own however short its rows are, so few 
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,16 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from hf_sft_plugin.batches.fixed_shape import FixedShapeMixin, round_up
+from hf_sft_plugin.batches.host_facts import (
+    HOST_FACTS,
+    FoundIn,
+    HostFacts,
+    facts_of,
+    layout_of_rows,
+    positions_of_rows,
+    tensors_of,
+    with_facts,
+)
 from hf_sft_plugin.batches.microbatch_plan import (
     TokenBudget,
     documents_of,
@@ -24,14 +35,6 @@ from hf_sft_plugin.batches.microbatch_plan import (
     split_up,
 )
 from hf_sft_plugin.batches.padding_rows import as_repeat, without_repeats
-from hf_sft_plugin.batches.response_batch import (
-    FOUND_IN,
-    OURS,
-    ROW_LAYOUT,
-    FoundIn,
-    layout_of_rows,
-)
-from hf_sft_plugin.batches.trained_positions import TRAINED_POSITIONS, positions_of_rows
 from hf_sft_plugin.types import IGNORE_INDEX
 
 # What stands where a row has no token. No model sees it: the attention mask is 0 there.
@@ -55,8 +58,8 @@ def remember_tensors(batches: Sequence[Any]) -> int:
     """
     parts = in_one_list(batches)
     for part in parts:
-        if TRAINED_POSITIONS in part or ROW_LAYOUT in part:
-            part[FOUND_IN] = FoundIn(part)
+        if HOST_FACTS in part:
+            part[HOST_FACTS] = replace(part[HOST_FACTS], found_in=FoundIn(part))
     return len(parts)
 
 
@@ -75,9 +78,9 @@ def regroup(
         multiple: What S is rounded up to.
     """
     places = [(number, row) for number, b in enumerate(batches) for row in range(len(b["labels"]))]
-    has_layout = ROW_LAYOUT in batches[0]
+    has_layout = facts_of(batches[0]).layout is not None
     documents, trained = documents_of(batches), _trained_positions(batches)
-    names = [name for name in batches[0] if name not in OURS]
+    names = list(tensors_of(batches[0]))
     masks = [torch.ones_like(batch["input_ids"]) for batch in batches]
     if "attention_mask" not in names:
         # Rows of different lengths are about to meet.
@@ -92,22 +95,23 @@ def regroup(
             name: torch.stack([_cut_row(batches, places[row], name, width) for row in rows])
             for name in names
         }
+        layout = positions = None
         if has_layout:
             layout = layout_of_rows([extents[row] for row in rows], width)
             if documents is not None:
                 layout = layout.with_documents([documents[row] for row in rows])
-            microbatch[ROW_LAYOUT] = layout.to(microbatch["labels"].device, non_blocking=True)
         if trained is not None:
             positions = positions_of_rows([trained[row] for row in rows], width)
-            device = microbatch["labels"].device
-            microbatch[TRAINED_POSITIONS] = positions.to(device, non_blocking=True)
+        facts = HostFacts(layout, positions)
+        device = microbatch["labels"].device
+        microbatch[HOST_FACTS] = facts.to(device, non_blocking=True)
         made.append(microbatch)
     return made
 
 
 def _trained_positions(batches: Sequence[Mapping[str, Any]]) -> list[NDArray[np.int64]] | None:
     """Those of every row, where all batches came with them."""
-    found = [batch.get(TRAINED_POSITIONS) for batch in batches]
+    found = [facts_of(batch).trained for batch in batches]
     known = [each for each in found if each is not None]
     if [each.shape for each in known] != [batch["labels"].shape for batch in batches]:
         return None
@@ -250,10 +254,10 @@ class MicrobatchesMixin(FixedShapeMixin):
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         # With several processes on a CPU each tensor is copied, though it has not far to go.
-        found_in = inputs.get(FOUND_IN)
+        found_in = facts_of(inputs).found_in
         is_found = found_in is not None and found_in.is_still_in(inputs)
         prepared = super()._prepare_inputs(inputs)
-        return {**prepared, FOUND_IN: FoundIn(prepared)} if is_found else prepared
+        return with_facts(prepared, found_in=FoundIn(prepared)) if is_found else prepared
 
     def floating_point_ops(self, inputs: Any) -> int:
         """As in `Trainer`, over all micro-batches."""

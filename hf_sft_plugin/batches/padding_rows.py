@@ -18,11 +18,9 @@ from torch import Tensor
 from torch.utils import data
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
-from hf_sft_plugin.batches.trained_positions import TRAINED_POSITIONS
+from hf_sft_plugin.batches.host_facts import facts_of, with_facts
 from hf_sft_plugin.types import IGNORE_INDEX
 
-# The name under which a batch says that its row is a repeat.
-REPEATED = "is_repeated"
 # What a batch says of training, and what that is where nothing is trained.
 _UNTRAINED = {"labels": IGNORE_INDEX, "response_mask": 0, "loss_weights": 0}
 
@@ -182,18 +180,17 @@ def as_repeat(batch: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in _UNTRAINED.items()
         if isinstance(batch.get(name), Tensor)
     }
-    rest = {name: value for name, value in batch.items() if name != TRAINED_POSITIONS}
-    return {**rest, **untrained, REPEATED: True}
+    return with_facts({**batch, **untrained}, trained=None, is_padding=True)
 
 
 def without_repeats(batches: Sequence[Any]) -> list[Any]:
     """The batches that hold rows of their own."""
-    return [batch for batch in batches if REPEATED not in batch]
+    return [batch for batch in batches if not facts_of(batch).is_padding]
 
 
 def num_own_rows(batch: Mapping[str, Any], accelerator: Accelerator) -> int:
     """How many of the first rows of the batch that just came are no repeats."""
-    if REPEATED in batch:
+    if facts_of(batch).is_padding:
         return 0
     num_rows: int = find_batch_size(batch)
     loader = accelerator.gradient_state.active_dataloader
@@ -221,7 +218,7 @@ def outside_of_loaders(accelerator: Accelerator) -> Iterator[None]:
 
 def cut_repeats(batch: Any, accelerator: Accelerator) -> Any:
     """The batch that just came, without repeats that were added to it when it was made."""
-    if accelerator.num_processes == 1 or REPEATED in batch:
+    if accelerator.num_processes == 1 or facts_of(batch).is_padding:
         return batch
     num_own, num_rows = num_own_rows(batch, accelerator), find_batch_size(batch)
     if num_own == num_rows:

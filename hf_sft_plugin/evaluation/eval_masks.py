@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sft_plugin.batches.response_batch import FOUND_IN, ResponseBatch, split_batch
-from hf_sft_plugin.batches.trained_positions import TRAINED_POSITIONS
+from hf_sft_plugin.batches.host_facts import with_facts
+from hf_sft_plugin.batches.response_batch import ResponseBatch, split_batch
 from hf_sft_plugin.loss.masked_loss import LossNormalization
 from hf_sft_plugin.loss.token_stats import TokenStats
 from hf_sft_plugin.loss.totals import NUM_TOTALS, Totals, row_totals
@@ -75,7 +75,7 @@ def _labels(inputs: Mapping[str, Any], name: str, trained_mask: str) -> Tensor:
 def _relabel(
     inputs: Mapping[str, Any], labels: Tensor, normalization: LossNormalization
 ) -> ResponseBatch:
-    batch = {k: v for k, v in inputs.items() if k not in (TRAINED_POSITIONS, FOUND_IN)}
+    batch = with_facts(inputs, trained=None, found_in=None)
     batch["labels"] = labels
     weights = inputs.get("loss_weights")
     if weights is not None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers.trainer_utils import EvalLoopOutput
 
+from hf_sft_plugin.batches.host_facts import facts_of, tensors_of
 from hf_sft_plugin.batches.padding_rows import (
     gather_in_order,
     gather_own_rows,
@@ -15,7 +16,6 @@ from hf_sft_plugin.batches.padding_rows import (
     outside_of_loaders,
     rows_of_dataset,
 )
-from hf_sft_plugin.batches.response_batch import without_stale
 from hf_sft_plugin.batches.trainer_base import TrainerBase
 from hf_sft_plugin.evaluation.eval_masks import figures_by_mask, split_by_mask, totals_by_mask
 from hf_sft_plugin.evaluation.prediction import make_reader, prediction_steps
@@ -60,7 +60,10 @@ class MaskedEvaluationMixin(TrainerBase):
             `prediction_loss_only`: the most probable token of each position, `(B, S)`, or what
             `preprocess_logits_for_metrics` makes of the logits of some rows; and the labels.
         """
-        known = without_stale(self._prepare_inputs(inputs))
+        known = self._prepare_inputs(inputs)
+        if facts_of(known).found_in is None:
+            # Then it is not known whether the batch was changed since.
+            known = tensors_of(known)
         masks = self.eval_masks, self.trained_mask
         batch, parts = split_by_mask(known, self.loss_normalization, *masks)
         labels = parts[0].labels

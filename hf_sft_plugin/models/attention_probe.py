@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from hf_sft_plugin.batches.response_batch import find_layout
+from hf_sft_plugin.batches.host_facts import find_layout
 from hf_sft_plugin.batches.shared_prompts import find_shared_prompts
 from hf_sft_plugin.models.attention import IMPLEMENTATION, AttentionSwitch, document_attention
 from hf_sft_plugin.models.float64_run import (

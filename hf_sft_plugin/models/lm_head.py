@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hf_sft_plugin.batches.response_batch import ResponseBatch
 from hf_sft_plugin.loss.fused_head import HeadLoss, full_head_loss
 from hf_sft_plugin.loss.head import head_loss
 from hf_sft_plugin.loss.linear_head import is_plain_linear
@@ -54,45 +55,36 @@ class ResponseResult(NamedTuple):
 
 
 def forward_full(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    targets: Tensor,
-    weights: Tensor,
-    objective: LossObjective,
-    positions: Tensor,
-    places: Tensor | None = None,
+    model: nn.Module, batch: ResponseBatch, objective: LossObjective
 ) -> tuple[ResponseResult, Any]:
     """The reference: the model's own logits at all positions, then the loss at response positions.
 
     Args:
         model: The model as Accelerate prepared it.
-        inputs: What its forward takes, without labels.
-        targets: `(B, S)`, shifted labels.
-        weights: `(B, S)`, what the loss at each position is multiplied with.
+        batch: What it reads, and what the loss needs.
         objective: The loss of one token.
-        positions: See `ResponseBatch`.
-        places: See `ResponseBatch`.
 
     Returns:
         The result, and the model's own outputs with the logits.
     """
-    outputs = run_model(model, inputs)
-    every = find_logits(outputs, inputs.get("input_ids"))
-    logits = _choose(every, targets.shape[1], positions, places)
-    chosen, factors = _choose_each(positions, targets, weights)
-    answer = _on_device(full_head_loss(logits, chosen, factors, objective), targets.device)
+    outputs = run_model(model, batch.model_inputs)
+    every = find_logits(outputs, batch.model_inputs.get("input_ids"))
+    logits = _choose(every, batch)
+    answer = full_head_loss(logits, *_chosen_targets(batch, batch.targets.device), objective)
+    answer = _on_device(answer, batch.targets.device)
     return ResponseResult(*answer, find_aux_loss(outputs)), outputs
 
 
-def _choose(values: Tensor, width: int, positions: Tensor, places: Tensor | None) -> Tensor:
-    """What a model says at the positions of rows of this width, in their order."""
-    index = positions if places is None else places.index_select(0, positions)
+def _choose(values: Tensor, batch: ResponseBatch) -> Tensor:
+    """What a model says at the trained positions of a batch, in their order."""
+    places = batch.places
+    index = batch.positions if places is None else places.index_select(0, batch.positions)
     # The last layers of a model that is spread over devices are not where the batch is.
     index = index.to(values.device)
     if places is not None:
         return values[0].index_select(0, index)
     # Virtual tokens of a prompt-learning adapter come first and have no labels.
-    return values[:, -width:].flatten(0, 1).index_select(0, index)
+    return values[:, -batch.targets.shape[1] :].flatten(0, 1).index_select(0, index)
 
 
 def _on_device(answer: HeadLoss, device: torch.device) -> HeadLoss:
@@ -102,8 +94,13 @@ def _on_device(answer: HeadLoss, device: torch.device) -> HeadLoss:
     )
 
 
-def _choose_each(positions: Tensor, *tensors: Tensor) -> list[Tensor]:
-    return [tensor.flatten().index_select(0, positions) for tensor in tensors]
+def _chosen_targets(batch: ResponseBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The targets at the trained positions, and their weights."""
+    targets, weights = (
+        tensor.flatten().index_select(0, batch.positions).to(device)
+        for tensor in (batch.targets, batch.weights)
+    )
+    return targets, weights
 
 
 class FusedHead:
@@ -139,12 +136,8 @@ class FusedHead:
     def forward(
         self,
         model: nn.Module,
-        inputs: Mapping[str, Any],
-        targets: Tensor,
-        weights: Tensor,
+        batch: ResponseBatch,
         objective: LossObjective,
-        positions: Tensor,
-        places: Tensor | None = None,
         read: Callable[[Tensor, Callable[[Tensor], Tensor]], None] | None = None,
     ) -> ResponseResult:
         """Like `forward_full`, within rounding, in memory that does not grow with the batch.
@@ -161,8 +154,8 @@ class FusedHead:
             self._summary = self._summary or self._summarize(own_forward)
             answer = head_loss(
                 self.lm_head,
-                _choose(hidden_states, targets.shape[1], positions, places),
-                *(x.to(hidden_states.device) for x in _choose_each(positions, targets, weights)),
+                _choose(hidden_states, batch),
+                *_chosen_targets(batch, hidden_states.device),
                 transform=self.transform,
                 objective=objective,
                 forward=own_forward,
@@ -178,8 +171,8 @@ class FusedHead:
             shared_gradient(model, self.model, self.lm_head) as handed_on,
             replaced_forward(self.lm_head, answer_with_loss),
         ):
-            returned = run_model(model, inputs)[_RESULT_KEY]
-        (answer,) = (_on_device(answer, targets.device) for answer in answers)
+            returned = run_model(model, batch.model_inputs)[_RESULT_KEY]
+        (answer,) = (_on_device(answer, batch.targets.device) for answer in answers)
         # FSDP2 rounds outputs, after it put its hooks on what they were.
         loss, aux_loss = (
             own if own is None or own.dtype != value.dtype else value.to(own.device)

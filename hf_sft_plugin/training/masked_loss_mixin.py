@@ -238,9 +238,8 @@ class MaskedLossMixin(
         if needs_outputs:
             # Outputs have a row for each row of the batch.
             refuse_documents(batch.model_inputs, None)
-            inputs = batch.model_inputs, batch.targets, batch.weights, objective, batch.positions
             with self._noise.on(batch.model_inputs):
-                return forward_full(model, *inputs)
+                return forward_full(model, batch, objective)
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         head = self._head.choose(model, unwrapped, batch.model_inputs, self.fused_head)
         attention = self._choose_attention(model)
@@ -252,17 +251,16 @@ class MaskedLossMixin(
         if flat is None:
             refuse_documents(batch.model_inputs, attention if reader is None else None)
         batch = flat or batch
-        inputs = batch.model_inputs, batch.targets, batch.weights, objective, batch.positions
         last_layer = self.run_last_layer(unwrapped, flat)
         noise = self._noise.on(batch.model_inputs)
         with nullcontext() if flat is None else attention.running(), last_layer, noise:
             if head is None:
-                result, full = forward_full(model, *inputs, batch.places)
+                result, full = forward_full(model, batch, objective)
                 if reader is not None:
                     logits = find_logits(full, batch.model_inputs.get("input_ids"))
                     reader(logits, lambda some: some)
             else:
-                result = head.forward(model, *inputs, batch.places, reader)
+                result = head.forward(model, batch, objective, reader)
         if flat is not None:
             attention.keep_in_backward(result.loss, result.aux_loss)
         return result, None

@@ -9,9 +9,9 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from hf_sft_plugin.batches.host_facts import HOST_FACTS
 from hf_sft_plugin.batches.microbatch_plan import TokenBudget, can_regroup, row_extents
 from hf_sft_plugin.batches.microbatches import MicrobatchesMixin, in_one_list
-from hf_sft_plugin.batches.response_batch import OURS
 from hf_sft_plugin.models.adapters import find_checkpointing_problem
 from hf_sft_plugin.models.float64_run import MODEL_ERRORS
 from hf_sft_plugin.training.available_memory import available_memory, held_memory
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _CPU_TOKENS, _TOKENS = 4096, 16384
 _NUM_MOST = 2**20
 # What a batch of rows may hold to be imitated.
-_OF_ROWS = {"input_ids", "labels", "attention_mask", "response_mask", "loss_weights", *OURS}
+_OF_ROWS = {"input_ids", "labels", "attention_mask", "response_mask", "loss_weights", HOST_FACTS}
 
 
 class MemoryPlanMixin(MicrobatchesMixin):

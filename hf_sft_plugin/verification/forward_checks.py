@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from hf_sft_plugin.batches.response_batch import OURS, find_layout
+from hf_sft_plugin.batches.host_facts import find_layout, tensors_of
 from hf_sft_plugin.loss.token_stats import shift_labels
 from hf_sft_plugin.models.float64_run import TOLERANCE, in_float64
 from hf_sft_plugin.models.lm_head import replaced_forward
@@ -69,7 +69,7 @@ def check_documents(step: FirstStep) -> list[VerificationCheck]:
         step: While it is `undone`.
     """
     part = max(step.microbatches, key=lambda each: len(each["labels"]))
-    plain = {name: value for name, value in part.items() if name not in OURS}
+    plain = tensors_of(part)
     ids = part["input_ids"]
     targets = shift_labels(part["labels"]).flatten()
     positions = (targets != IGNORE_INDEX).nonzero().flatten().cpu()

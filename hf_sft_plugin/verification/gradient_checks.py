@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_sft_plugin.batches.host_facts import tensors_of
 from hf_sft_plugin.batches.microbatch_plan import can_regroup, row_extents
 from hf_sft_plugin.batches.microbatches import regroup
-from hf_sft_plugin.batches.response_batch import OURS
 from hf_sft_plugin.models.float64_run import in_float64
 from hf_sft_plugin.models.model_interface import has_router_loss
 from hf_sft_plugin.verification.checks import VerificationCheck, not_run
@@ -105,7 +105,7 @@ def split_otherwise(parts: Sequence[Any]) -> list[Any]:
 
 def _in_two(part: Mapping[str, Any]) -> list[Any]:
     """The rows of a micro-batch in two of unequal size, where there are two rows or more."""
-    rest = {name: value for name, value in part.items() if name not in OURS}
+    rest = tensors_of(part)
     lengths = {len(v) if isinstance(v, Tensor) and v.dim() else 0 for v in rest.values()}
     if len(lengths) > 1 or max(lengths) < 2:
         return [part]

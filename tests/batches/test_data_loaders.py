@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from hf_sft_plugin import DataCollatorForPromptResponse, MaskedLossMixin
-from hf_sft_plugin.batches.padding_rows import REPEATED
+from hf_sft_plugin.batches.host_facts import HOST_FACTS, facts_of
 
 # The model knows no `note`, and a collator could not pad it.
 ROWS = [{"input_ids": [5, 6, 10 + n], "labels": [-100, 6, 10 + n], "note": "x"} for n in range(5)]
@@ -60,11 +60,12 @@ def own_rows(loader: Any) -> list[list[int]]:
     """The last token of each row that is trained, batch by batch."""
     found = []
     for batch in loader:
-        assert set(batch) - {"row_layout", "trained_positions", REPEATED} == {
+        assert set(batch) - {HOST_FACTS} == {
             *("input_ids", "attention_mask", "labels", "response_mask")
         }
-        assert (REPEATED in batch) == bool((batch["labels"] == -100).all())
-        found.append([] if REPEATED in batch else batch["input_ids"][:, -1].tolist())
+        is_padding = facts_of(batch).is_padding
+        assert is_padding == bool((batch["labels"] == -100).all())
+        found.append([] if is_padding else batch["input_ids"][:, -1].tolist())
     return found
 
 

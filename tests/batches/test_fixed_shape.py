@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 
 from hf_sft_plugin import MaskedSFTTrainer, pack_dataset
 from hf_sft_plugin.batches.fixed_shape import fill_up
-from hf_sft_plugin.batches.response_batch import find_layout, split_batch, without_padding
+from hf_sft_plugin.batches.host_facts import find_layout, with_facts
+from hf_sft_plugin.batches.response_batch import split_batch, without_padding
 from hf_sft_plugin.loss.masked_loss import LossNormalization
 
 Make = Callable[..., Any]
@@ -204,7 +205,7 @@ def test_filler_is_documents_of_its_own_behind_all_tokens(shares: bool, multiple
     ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.where(mask == 1, -100)}
-    batch["row_layout"] = find_layout(batch, shares)
+    batch = with_facts(batch, layout=find_layout(batch, shares))
     flat = without_padding(split_batch(batch, LossNormalization.TOKEN), shares)
     assert flat is not None
     filled = fill_up(flat, multiple)

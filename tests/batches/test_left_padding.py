@@ -15,8 +15,9 @@ from hf_sft_plugin import (
     MaskedSFTConfig,
     MaskedSFTTrainer,
 )
+from hf_sft_plugin.batches.data_loaders import CollatorWithFacts
+from hf_sft_plugin.batches.host_facts import facts_of, tensors_of
 from hf_sft_plugin.batches.left_padding import move_padding_right
-from hf_sft_plugin.batches.response_batch import OURS, CollatorWithLayout
 
 
 def make_rows() -> list[dict[str, Any]]:
@@ -43,7 +44,7 @@ def test_a_batch_padded_on_the_left_becomes_the_one_padded_on_the_right(
     multiple: int | None, tokenizer: Any
 ) -> None:
     expected, left = (
-        CollatorWithLayout(collator(tokenizer, pad_to_multiple_of=multiple), share_prompts=True)(
+        CollatorWithFacts(collator(tokenizer, pad_to_multiple_of=multiple), share_prompts=True)(
             make_rows()
         )
         for collator in (DataCollatorForPromptResponse, LeftCollator)
@@ -51,22 +52,22 @@ def test_a_batch_padded_on_the_left_becomes_the_one_padded_on_the_right(
     assert not torch.equal(left["input_ids"], expected["input_ids"])
     found = move_padding_right(left, multiple)
     assert found.keys() == expected.keys()
-    for name in found.keys() - {*OURS}:
+    for name in tensors_of(found):
         assert torch.equal(found[name], expected[name]), name
-    layout, truth = found["row_layout"], expected["row_layout"]
+    layout, truth = facts_of(found).layout, facts_of(expected).layout
     assert (layout.shape, layout.document_lengths) == (truth.shape, truth.document_lengths)
     assert torch.equal(layout.index, truth.index)
     assert torch.equal(layout.position_ids, truth.position_ids)
     assert layout.are_rows
     assert [row.tolist() for row in layout.documents] == [row.tolist() for row in truth.documents]
-    assert torch.equal(found["trained_positions"].index, expected["trained_positions"].index)
+    assert torch.equal(facts_of(found).trained.index, facts_of(expected).trained.index)
 
 
 def test_other_batches_are_left_alone(tokenizer: Any) -> None:
-    right = CollatorWithLayout(DataCollatorForPromptResponse(tokenizer))(make_rows())
+    right = CollatorWithFacts(DataCollatorForPromptResponse(tokenizer))(make_rows())
     left = LeftCollator(tokenizer)(make_rows())
     positions = (left["attention_mask"].cumsum(-1) - 1).clamp_min(0)
-    own = CollatorWithLayout(lambda _: {**left, "position_ids": positions})(make_rows())
+    own = CollatorWithFacts(lambda _: {**left, "position_ids": positions})(make_rows())
     for batch in (right, left, own, [right]):
         assert move_padding_right(batch) is batch
 

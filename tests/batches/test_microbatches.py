@@ -13,18 +13,14 @@ from hypothesis import strategies as st
 from transformers import Trainer, TrainerCallback
 
 from hf_sft_plugin import MaskedLossMixin, MaskedSFTConfig, MaskedSFTTrainer
+from hf_sft_plugin.batches.data_loaders import CollatorWithFacts
+from hf_sft_plugin.batches.host_facts import HOST_FACTS, facts_of, find_layout
 from hf_sft_plugin.batches.microbatch_plan import (
     can_regroup,
     row_extents,
 )
 from hf_sft_plugin.batches.microbatches import Microbatches, regroup, remember_tensors, share_out
-from hf_sft_plugin.batches.padding_rows import REPEATED, as_repeat
-from hf_sft_plugin.batches.response_batch import (
-    FOUND_IN,
-    ROW_LAYOUT,
-    CollatorWithLayout,
-    find_layout,
-)
+from hf_sft_plugin.batches.padding_rows import as_repeat
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 
@@ -59,12 +55,12 @@ def test_rows_keep_their_values_and_lose_needless_padding() -> None:
 
 
 def test_micro_batches_come_with_their_layout() -> None:
-    collate = CollatorWithLayout(lambda rows: batch_of(*rows))
+    collate = CollatorWithFacts(lambda rows: batch_of(*rows))
     batches = [collate([[5, 6, 7], [4]]), collate([[1, 2], [8, 7, 9]])]
     lengths, extents = row_extents(batches)
     assert lengths == extents == [3, 1, 2, 3]
     for made in regroup(batches, [[0, 2], [1], [3]], extents):
-        layout = made.pop(ROW_LAYOUT)
+        layout = made.pop(HOST_FACTS).layout
         expected = find_layout(made)
         assert expected is not None
         assert layout.are_rows
@@ -83,7 +79,7 @@ def test_packed_rows_stay_as_they_are() -> None:
         "labels": torch.arange(6).view(1, 6),
         "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]),
     }
-    assert not can_regroup([CollatorWithLayout(lambda rows: dict(packed))([])])
+    assert not can_regroup([CollatorWithFacts(lambda rows: dict(packed))([])])
     # Nobody looked for documents.
     assert not can_regroup([packed])
     assert can_regroup([{**packed, "attention_mask": torch.ones(1, 6)}])
@@ -270,9 +266,9 @@ def test_repeats_do_not_run_where_there_are_rows(own_trainer: Any) -> None:
     empty, (made,) = own_trainer.regroup_step(batches, is_padded=False)
     assert not empty
     assert made["input_ids"].tolist() == [[1, 2, 3]]
-    assert REPEATED not in made
+    assert not facts_of(made).is_padding
     ((alone,),) = own_trainer.regroup_step(batches[1:], is_padded=False)
-    assert REPEATED in alone
+    assert facts_of(alone).is_padding
     assert alone["labels"].tolist() == [[-100, -100]]
 
 
@@ -285,7 +281,9 @@ def test_where_weights_are_sharded_every_process_runs_as_many_micro_batches(
     row = batch_of([1, 2, 3])
     for batch, num_own in ((row, 1), (as_repeat(row), 0)):
         (made,) = own_trainer.regroup_step([batch], is_padded=False)
-        assert [REPEATED not in each for each in made] == [True] * num_own + [False] * (3 - num_own)
+        assert [facts_of(each).is_padding for each in made] == [False] * num_own + [True] * (
+            3 - num_own
+        )
         trained = [int((each["labels"] != -100).sum()) for each in made]
         assert trained == [3] * num_own + [0] * (3 - num_own)
 
@@ -307,14 +305,14 @@ def test_what_was_found_in_a_batch_is_found_in_a_copy_of_it(
         return data.clone() if isinstance(data, torch.Tensor) else data
 
     monkeypatch.setattr(Trainer, "_prepare_input", copy)
-    batch = CollatorWithLayout(lambda rows: batch_of(*rows))([[5, 6, 7], [4]])
+    batch = CollatorWithFacts(lambda rows: batch_of(*rows))([[5, 6, 7], [4]])
     remember_tensors([batch])
     prepared = own_trainer._prepare_inputs(batch)
     assert prepared["labels"] is not batch["labels"]
-    assert prepared[FOUND_IN].is_still_in(prepared)
+    assert facts_of(prepared).found_in.is_still_in(prepared)
     batch["labels"] = batch["labels"] + 0
     prepared = own_trainer._prepare_inputs(batch)
-    assert not prepared[FOUND_IN].is_still_in(prepared)
+    assert not facts_of(prepared).found_in.is_still_in(prepared)
 
 
 def test_no_process_regroups_where_one_cannot(

@@ -11,8 +11,8 @@ from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
+from hf_sft_plugin.batches.host_facts import HOST_FACTS, HostFacts, facts_of, find_trained_positions
 from hf_sft_plugin.batches.padding_rows import (
-    REPEATED,
     EvenBatches,
     MarkedRebalanceSampler,
     Repeated,
@@ -28,7 +28,6 @@ from hf_sft_plugin.batches.padding_rows import (
     rows_of_dataset,
     without_repeats,
 )
-from hf_sft_plugin.batches.trained_positions import TRAINED_POSITIONS
 
 
 class Shards:
@@ -136,14 +135,14 @@ def test_a_repeat_trains_nothing_and_is_no_batch_of_its_own() -> None:
         "labels": torch.tensor([[-100, 6]]),
         "response_mask": torch.tensor([[0, 1]]),
         "loss_weights": torch.tensor([[0.0, 0.5]]),
-        TRAINED_POSITIONS: "found in other labels",
+        HOST_FACTS: HostFacts(trained=find_trained_positions(torch.tensor([[-100, 6]]))),
     }
     repeat = as_repeat(batch)
     assert repeat["labels"].tolist() == [[-100, -100]]
     assert repeat["response_mask"].tolist() == [[0, 0]]
     assert repeat["loss_weights"].tolist() == [[0.0, 0.0]]
     assert repeat["input_ids"] is batch["input_ids"]
-    assert TRAINED_POSITIONS not in repeat
+    assert facts_of(repeat) == HostFacts(is_padding=True)
     assert batch["labels"].tolist() == [[-100, 6]]
     assert without_repeats([batch, repeat]) == [batch]
     assert num_own_rows(repeat, Accelerator(cpu=True)) == 0
@@ -176,7 +175,7 @@ def test_repeats_that_were_added_to_a_batch_are_cut_off(
     assert num_own_rows(batch, rank) == expected
     kept = cut_repeats(batch, rank)
     assert len(kept["labels"]) == max(1, expected)
-    assert (REPEATED in kept) is (expected == 0)
+    assert facts_of(kept).is_padding is (expected == 0)
     if expected == 0:
         assert kept["labels"].tolist() == [[-100]]
 

@@ -8,13 +8,9 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hf_sft_plugin.batches.response_batch import (
-    ROW_LAYOUT,
-    CollatorWithLayout,
-    find_layout,
-    split_batch,
-    without_padding,
-)
+from hf_sft_plugin.batches.data_loaders import CollatorWithFacts
+from hf_sft_plugin.batches.host_facts import facts_of, find_layout, with_facts
+from hf_sft_plugin.batches.response_batch import split_batch, without_padding
 from hf_sft_plugin.loss.masked_loss import LossNormalization
 
 IDS = torch.tensor([[5, 6, 7, 0], [8, 9, 0, 0], [0, 0, 0, 0], [10, 11, 12, 13]])
@@ -125,7 +121,7 @@ def test_targets_and_weights_follow_their_tokens(is_known: bool) -> None:
     weights = torch.arange(16.0).view(4, 4)
     inputs: dict[str, Any] = {**BATCH, "loss_weights": weights, "note": "kept"}
     if is_known:
-        inputs[ROW_LAYOUT] = find_layout(inputs)
+        inputs = with_facts(inputs, layout=find_layout(inputs))
     batch = split_batch(inputs, LossNormalization.TOKEN)
     flat = without_padding(batch)
     assert flat is not None
@@ -142,7 +138,8 @@ def test_targets_and_weights_follow_their_tokens(is_known: bool) -> None:
 def test_the_layout_of_a_larger_batch_is_not_taken_for_that_of_its_part() -> None:
     whole = find_layout(BATCH)
     part = {name: tensor[2:] for name, tensor in BATCH.items()}
-    flat = without_padding(split_batch({**part, ROW_LAYOUT: whole}, LossNormalization.TOKEN))
+    part = with_facts(part, layout=whole)
+    flat = without_padding(split_batch(part, LossNormalization.TOKEN))
     assert flat is not None
     assert flat.model_inputs["input_ids"].tolist() == [[10, 11, 12, 13]]
 
@@ -151,12 +148,13 @@ def test_the_layout_travels_with_its_batch() -> None:
     def collate(rows: list[int]) -> dict[str, Tensor]:
         return {name: tensor[rows] for name, tensor in BATCH.items()}
 
-    loader = DataLoader(range(4), batch_size=2, collate_fn=CollatorWithLayout(collate))
+    loader = DataLoader(range(4), batch_size=2, collate_fn=CollatorWithFacts(collate))
     batches = [send_to_device(batch, torch.device("meta")) for batch in loader]
-    assert [batch[ROW_LAYOUT].document_lengths for batch in batches] == [[3, 2], [4]]
-    assert all(batch[ROW_LAYOUT].index.device.type == "meta" for batch in batches)
+    layouts = [facts_of(batch).layout for batch in batches]
+    assert [layout.document_lengths for layout in layouts if layout] == [[3, 2], [4]]
+    assert all(layout and layout.index.device.type == "meta" for layout in layouts)
 
 
 def test_a_batch_without_a_layout_stays_as_it_is() -> None:
     for batch in ({"input_ids": IDS}, [1, 2], {"labels": LABELS, "text": ["a"]}):
-        assert CollatorWithLayout(lambda _, batch=batch: batch)([]) == batch
+        assert CollatorWithFacts(lambda _, batch=batch: batch)([]) == batch

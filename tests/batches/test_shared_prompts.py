@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from hf_sft_plugin import DataCollatorForPromptResponse, MaskedLossMixin, MaskedSFTConfig
-from hf_sft_plugin.batches.response_batch import find_layout
+from hf_sft_plugin.batches.host_facts import find_layout
 from hf_sft_plugin.batches.shared_prompts import bundle_rows, find_shared_prompts
 from hf_sft_plugin.loss.masked_loss import LossNormalization
 from hf_sft_plugin.models.attention_choice import choose_attention

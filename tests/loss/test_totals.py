@@ -18,7 +18,7 @@ from hf_sft_plugin import (
     prepare_dataset,
     write_shards,
 )
-from hf_sft_plugin.batches.trained_positions import find_trained_positions
+from hf_sft_plugin.batches.host_facts import find_trained_positions
 from hf_sft_plugin.loss.masked_loss import LossNormalization, token_weights
 from hf_sft_plugin.loss.token_stats import TokenStats, shift_labels
 from hf_sft_plugin.loss.totals import NUM_TOTALS, Totals, WindowedTotals, row_totals

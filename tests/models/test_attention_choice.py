@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from hf_sft_plugin.batches.response_batch import find_layout
+from hf_sft_plugin.batches.host_facts import find_layout
 from hf_sft_plugin.models.attention import document_attention
 from hf_sft_plugin.models.attention_choice import (
     AttentionChoice,

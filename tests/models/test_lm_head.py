@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hf_sft_plugin.batches.response_batch import ResponseBatch
 from hf_sft_plugin.loss import head as head_module
 from hf_sft_plugin.loss.logit_tile import LogitTransform
 from hf_sft_plugin.loss.objective import LossObjective
@@ -42,6 +43,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def trained(targets: Tensor) -> Tensor:
     return (targets != -100).flatten().nonzero()[:, 0]
+
+
+def as_batch(inputs: dict[str, Any], targets: Tensor, weights: Tensor) -> ResponseBatch:
+    counts = weights.sum(-1), (targets != -100).sum(-1)
+    return ResponseBatch(inputs, targets, targets, weights, *counts, trained(targets))
 
 
 def make_batch() -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -80,11 +86,9 @@ def test_the_fused_head_equals_the_models_own_logits(
     transform = find_transform(model, model, inputs)
     assert transform is not None
     fused, fused_gradients, a = run(
-        FusedHead(model, transform).forward, model, inputs, targets, weights, NLL, trained(targets)
+        FusedHead(model, transform).forward, model, as_batch(inputs, targets, weights), NLL
     )
-    full, full_gradients, b = run(
-        forward_full, model, inputs, targets, weights, NLL, trained(targets)
-    )
+    full, full_gradients, b = run(forward_full, model, as_batch(inputs, targets, weights), NLL)
     torch.testing.assert_close(fused, full, rtol=1e-12, atol=1e-12)
     for one, other in zip(a.stats, b.stats, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
@@ -103,9 +107,9 @@ def test_scaling_and_soft_capping_are_measured_not_assumed(
     inputs, targets, weights = make_batch()
     model = model_factory("cohere", logit_scale=0.25).double().eval()
     wrong = FusedHead(model, LogitTransform()).forward(
-        model, inputs, targets, weights, NLL, trained(targets)
+        model, as_batch(inputs, targets, weights), NLL
     )
-    right, _ = forward_full(model, inputs, targets, weights, NLL, trained(targets))
+    right, _ = forward_full(model, as_batch(inputs, targets, weights), NLL)
     assert abs(wrong.loss.item() - right.loss.item()) > 1e-3
 
 
@@ -245,15 +249,10 @@ def test_the_model_is_left_as_it_was(model: Any) -> None:
     transform = find_transform(model, model, inputs)
     assert transform is not None
     head = FusedHead(model, transform)
-    head.forward(model, inputs, targets, weights, NLL, trained(targets))
+    head.forward(model, as_batch(inputs, targets, weights), NLL)
     with pytest.raises(RuntimeError):
         head.forward(
-            model,
-            {"input_ids": inputs["input_ids"].float()},
-            targets,
-            weights,
-            NLL,
-            trained(targets),
+            model, as_batch({"input_ids": inputs["input_ids"].float()}, targets, weights), NLL
         )
     after = (
         dict(model.lm_head.__dict__),
@@ -277,7 +276,7 @@ def test_full_logits_may_be_taken_for_a_while(model: Any) -> None:
 def test_a_forward_of_its_own_on_the_head_is_used_and_comes_back(model: Any) -> None:
     """Accelerate's hooks replace the forward of a module instance, to move inputs for example."""
     inputs, targets, weights = make_batch()
-    plain, _ = forward_full(model, inputs, targets, weights, NLL, trained(targets))
+    plain, _ = forward_full(model, as_batch(inputs, targets, weights), NLL)
     own = model.lm_head.forward
     calls = []
 
@@ -287,7 +286,7 @@ def test_a_forward_of_its_own_on_the_head_is_used_and_comes_back(model: Any) -> 
 
     model.lm_head.forward = hooked
     head = FusedHead(model, LogitTransform())
-    result = head.forward(model, inputs, targets, weights, NLL, trained(targets))
+    result = head.forward(model, as_batch(inputs, targets, weights), NLL)
     assert calls == [(10, 32)]  # the response rows alone
     assert model.lm_head.forward is hooked
     torch.testing.assert_close(result.loss, plain.loss)
@@ -324,7 +323,7 @@ def test_a_head_that_is_a_linear_layer_goes_the_short_way_and_no_other(
     inputs, targets, weights = make_batch()
     transform = find_transform(model, model, inputs)
     assert transform is not None
-    run(FusedHead(model, transform).forward, model, inputs, targets, weights, NLL, trained(targets))
+    run(FusedHead(model, transform).forward, model, as_batch(inputs, targets, weights), NLL)
     assert ways == ["linear_head_loss" if is_short else "fused_head_loss"]
 
 
@@ -340,7 +339,7 @@ def test_an_objective_has_the_gradient_that_it_has_on_full_logits(
     inputs, targets, weights = make_batch()
     transform = find_transform(model, model, inputs)
     assert transform is not None
-    batch = inputs, targets, weights, OBJECTIVE, trained(targets)
+    batch = as_batch(inputs, targets, weights), OBJECTIVE
     fused, fused_gradients, a = run(FusedHead(model, transform).forward, model, *batch)
     full, full_gradients, b = run(forward_full, model, *batch)
     torch.testing.assert_close(fused, full, rtol=1e-12, atol=1e-12)
@@ -372,11 +371,9 @@ def test_adapters_train_with_the_same_gradient_as_on_full_logits(
     transform = find_transform(model, model, inputs)
     assert transform is not None
     fused, fused_gradients, _ = run(
-        FusedHead(model, transform).forward, model, inputs, targets, weights, NLL, trained(targets)
+        FusedHead(model, transform).forward, model, as_batch(inputs, targets, weights), NLL
     )
-    full, full_gradients, _ = run(
-        forward_full, model, inputs, targets, weights, NLL, trained(targets)
-    )
+    full, full_gradients, _ = run(forward_full, model, as_batch(inputs, targets, weights), NLL)
     torch.testing.assert_close(fused, full, rtol=1e-12, atol=1e-12)
     assert fused_gradients.keys() == full_gradients.keys()
     assert all(gradient.any() for gradient in full_gradients.values())
@@ -394,9 +391,7 @@ def test_gradient_checkpointing_changes_nothing(model_factory: Callable[..., Any
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         head = FusedHead(model, LogitTransform())
-        gradients.append(
-            run(head.forward, model, inputs, targets, weights, NLL, trained(targets))[1]
-        )
+        gradients.append(run(head.forward, model, as_batch(inputs, targets, weights), NLL)[1])
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-12, atol=1e-14)
 
@@ -410,18 +405,18 @@ def test_a_compiled_model_is_not_compiled_again_for_another_number_of_rows(model
 
     inputs, targets, weights = make_batch()
     head = FusedHead(model, LogitTransform())
-    plain = run(head.forward, model, inputs, targets, weights, NLL, trained(targets))[0]
+    plain = run(head.forward, model, as_batch(inputs, targets, weights), NLL)[0]
     torch.compiler.reset()
     compiled = torch.compile(model, backend=compile_nothing)
     torch.testing.assert_close(
-        head.forward(compiled, inputs, targets, weights, NLL, trained(targets)).loss, plain
+        head.forward(compiled, as_batch(inputs, targets, weights), NLL).loss, plain
     )
     num_graphs = len(graphs)
     assert num_graphs > 0
     for num_left_out in (1, 2, 3):
         targets[0, -num_left_out:] = -100
-        expected = head.forward(model, inputs, targets, weights, NLL, trained(targets)).loss
-        found = head.forward(compiled, inputs, targets, weights, NLL, trained(targets)).loss
+        expected = head.forward(model, as_batch(inputs, targets, weights), NLL).loss
+        found = head.forward(compiled, as_batch(inputs, targets, weights), NLL).loss
         torch.testing.assert_close(found, expected)
     assert len(graphs) == num_graphs
 
@@ -432,8 +427,8 @@ def test_a_head_on_another_device_is_followed(
     is_fused: bool, is_alone: bool, model_factory: Callable[..., Any]
 ) -> None:
     """Tensors that hold nothing know where they are, and do not mix with those of elsewhere."""
-    inputs, targets, weights = make_batch()
-    positions = trained(targets)
+    known = as_batch(*make_batch())
+    inputs = known.model_inputs
     with FakeTensorMode() as mode:
         model = model_factory(tie_word_embeddings=False)
         weight = nn.Parameter(torch.empty(300, 32, device="meta"))
@@ -443,13 +438,11 @@ def test_a_head_on_another_device_is_followed(
         if not is_alone:
             model.model.norm.register_forward_hook(lambda _, __, hidden: hidden.to("meta"))
         inputs = {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}
-        batch = [mode.from_tensor(tensor) for tensor in (targets, weights, positions)]
-        batch.insert(2, NLL)
+        tensors = (mode.from_tensor(tensor) for tensor in known[1:7])
+        batch = ResponseBatch(inputs, *tensors)
         fused = FusedHead(model, LogitTransform())
         result = (
-            fused.forward(model, inputs, *batch)
-            if is_fused
-            else forward_full(model, inputs, *batch)[0]
+            fused.forward(model, batch, NLL) if is_fused else forward_full(model, batch, NLL)[0]
         )
         result.loss.backward()
     for tensor in (result.loss, result.token_losses, *result.stats):
@@ -471,7 +464,7 @@ def test_a_head_on_a_gpu_gives_the_numbers_of_one_beside_its_body(
         add_hook_to_module(model.lm_head, AlignDevicesHook(execution_device=device))
         model.lm_head.to(device)
         head = FusedHead(model, LogitTransform())
-        found.append(run(head.forward, model, inputs, targets, weights, NLL, trained(targets))[:2])
+        found.append(run(head.forward, model, as_batch(inputs, targets, weights), NLL)[:2])
     (expected_loss, expected), (loss, gradients) = found
     torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=1e-12)
     for key, gradient in expected.items():

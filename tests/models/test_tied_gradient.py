@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_sft_plugin.batches.response_batch import ResponseBatch
 from hf_sft_plugin.loss.logit_tile import LogitTransform
 from hf_sft_plugin.loss.objective import LossObjective
 from hf_sft_plugin.models.embeddings import shared_gradient
@@ -38,7 +39,10 @@ def microbatches(dtype: torch.dtype) -> list[tuple[Any, ...]]:
         weights = torch.rand(2, 30, generator=generator, dtype=dtype)
         positions = torch.arange(60)[7 + number :: 4] if number < 2 else torch.arange(0)
         assert (ids == 0).any()
-        parts.append(({"input_ids": ids}, ids.roll(-1, 1), weights, LossObjective(), positions))
+        targets = ids.roll(-1, 1)
+        counts = weights.sum(-1), torch.full((2,), 30)
+        batch = ResponseBatch({"input_ids": ids}, ids, targets, weights, *counts, positions)
+        parts.append((batch, LossObjective()))
     return parts
 
 

@@ -18,6 +18,7 @@ from hf_sft_plugin import (
     MaskedLossMixin,
     MaskedSFTConfig,
 )
+from hf_sft_plugin.batches.host_facts import facts_of
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
 # Rows are longer than the windows.
@@ -424,7 +425,7 @@ def test_batches_bring_their_layout_where_one_process_does_not_make_them_for_all
         trainer.train_dataset = Stream()
     own = trainer.data_collator
     batch = next(iter(trainer.get_train_dataloader()))
-    assert ("row_layout" in batch) == is_expected
+    assert (facts_of(batch).layout is not None) == is_expected
     assert trainer.data_collator is own
 
 

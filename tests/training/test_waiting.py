@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from hf_sft_plugin import DataCollatorForPromptResponse, MaskedLossMixin, MaskedSFTConfig
-from hf_sft_plugin.batches.response_batch import CollatorWithLayout
+from hf_sft_plugin.batches.data_loaders import CollatorWithFacts
 
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
@@ -133,7 +133,7 @@ def count_waits(
         for name in COPYING:
             watch(torch.Tensor, name, is_copy=True)
         # Batches are made on the host.
-        watch(CollatorWithLayout, "__call__", is_copy=False)
+        watch(CollatorWithFacts, "__call__", is_copy=False)
         trainer.add_callback(FromStepToStep(begin, end))
         trainer.train()
         monkeypatch.undo()
@@ -182,9 +182,10 @@ def test_a_batch_that_came_without_its_positions_is_what_waits(
     count_waits: Callable[..., Counter[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The counter sees what it is there for."""
-    monkeypatch.setattr(CollatorWithLayout, "__call__", lambda self, rows: self.collate(rows))
+    monkeypatch.setattr(CollatorWithFacts, "__call__", lambda self, rows: self.collate(rows))
     found = count_waits(OwnTrainer)
-    assert {place.split(",")[0] for place in found} >= {"trained_positions.py", "response_batch.py"}
+    expected = ("find_layout", "find_trained_positions")
+    assert found.keys() >= {f"host_facts.py, {name}" for name in expected}
 
 
 class NanNow(TrainerCallback):

@@ -1,4 +1,4 @@
-"""The positions that are trained, known before the batch is on a device."""
+"""What is known of a batch on the host: where its tokens are, and which are trained."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_sft_plugin import DataCollatorForPromptResponse, MaskedSFTTrainer
-from hf_sft_plugin.batches.response_batch import CollatorWithLayout, split_batch
-from hf_sft_plugin.batches.trained_positions import (
-    TRAINED_POSITIONS,
+from hf_sft_plugin.batches.data_loaders import CollatorWithFacts
+from hf_sft_plugin.batches.host_facts import (
+    facts_of,
     find_trained_positions,
     positions_of_rows,
+    with_facts,
 )
+from hf_sft_plugin.batches.response_batch import split_batch
 from hf_sft_plugin.loss.masked_loss import LossNormalization
 
 SIZES = st.tuples(st.integers(1, 5), st.integers(1, 7))
@@ -42,8 +44,9 @@ def test_they_are_those_of_the_shifted_labels(size: tuple[int, int], seed: int) 
 
 def test_they_move_with_their_batch_and_stay_on_the_host() -> None:
     labels = torch.tensor([[-100, 5, 6]])
-    batch = CollatorWithLayout(lambda _: {"labels": labels})([])
-    moved = send_to_device(batch, torch.device("meta"))[TRAINED_POSITIONS]
+    batch = CollatorWithFacts(lambda _: {"labels": labels})([])
+    moved = facts_of(send_to_device(batch, torch.device("meta"))).trained
+    assert moved is not None
     assert moved.index.device.type == "meta"
     assert moved.on_host.tolist() == [0, 1]
 
@@ -55,7 +58,7 @@ def test_the_positions_of_a_larger_batch_are_not_taken_for_those_of_its_part(
     labels = torch.tensor([[-100, 5, 6], [-100, -100, 7]])
     part = {"labels": labels[1:]}
     if is_known:
-        part[TRAINED_POSITIONS] = find_trained_positions(labels)
+        part = with_facts(part, trained=find_trained_positions(labels))
     assert split_batch(part, LossNormalization.TOKEN).positions.tolist() == [1]
 
 
