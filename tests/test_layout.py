@@ -32,7 +32,7 @@ ROOMS = (
     "verification",
 )
 SOURCES = sorted(path for folder in (PACKAGE, RECIPES) for path in folder.rglob("*.py"))
-MODULES = [path for path in SOURCES if path.name != "__init__.py"]
+MODULES = [path for path in SOURCES if not path.name.startswith("__")]
 MAX_FILES = 12
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
@@ -107,7 +107,7 @@ def test_no_module_is_a_drawer_for_everything() -> None:
     assert not names & {"utils", "util", "helpers", "common", "misc", "tools"}
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=name_of)
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.py")), ids=name_of)
 def test_recipes_use_only_what_the_package_offers_at_its_top(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import benchmark
+import commands
 import pytest
 from scaling import SilentStopwatch, scaling_result
 from training_runs import TrainingRun, make_run_rows
@@ -17,7 +17,7 @@ SETUP = Setup("tiny", None, 4, 1, 2, "float32", 1, steps_per_turn=1)
 def test_one_and_two_processes_are_measured_on_the_same_steps(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     size = ("--shape", "tiny", "--batch_size", "2", "--repetitions", "1", "--steps_per_turn", "2")
-    benchmark.main(["processes", *size, "--counts", "1", "2", "--output", str(output)])
+    commands.main(["processes", *size, "--counts", "1", "2", "--output", str(output)])
     (result,) = json.loads(output.read_text())["results"]
     one, two = result["records"]["1"], result["records"]["2"]
     assert len(one["turns"]) == len(two["turns"]) == 1
@@ -61,5 +61,5 @@ def test_whoever_goes_along_measures_nothing() -> None:
 
 def test_steps_that_cannot_be_shared_out_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        benchmark.main(["processes", "--batch_size", "4", "--counts", "1", "3"])
+        commands.main(["processes", "--batch_size", "4", "--counts", "1", "3"])
     assert "--batch_size 4 cannot be shared out evenly" in capsys.readouterr().err

@@ -1,15 +1,10 @@
 """What a benchmark leaves behind: a table, a file of all measurements, a chart."""
 
-import importlib
-import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from measuring import version
-from rich.console import Console
 from rich.table import Table
 
 # Relative difference from which on losses do not count as equal.
@@ -33,30 +28,6 @@ class Result:
     unit: str
     setup: Any
     records: Any
-
-
-def publish(
-    results: Sequence[Result], console: Console, output: Path | None, chart: Path | None
-) -> None:
-    """Prints the tables, and writes the files that were asked for."""
-    for result in results:
-        console.print(result.table)
-    if output is not None:
-        libraries = ("hf_sft_plugin", "torch", "transformers", "trl", "peft", "liger-kernel")
-        found = [
-            {
-                "title": str(result.table.title),
-                "setup": _as_json(result.setup),
-                "records": _as_json(result.records),
-            }
-            for result in results
-        ]
-        contents = {"versions": {name: version(name) for name in libraries}, "results": found}
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(contents, indent=1), encoding="utf-8")
-    if chart is not None:
-        # Loaded here, because nothing else needs matplotlib.
-        importlib.import_module("charts").draw_ratios(chart, results)
 
 
 def make_table(title: str, caption: str, columns: Sequence[str]) -> Table:
@@ -100,13 +71,3 @@ def note_on_losses(losses: Mapping[str, float], what: str) -> str:
         if not difference <= _LOSS_TOLERANCE
     ]
     return f"; {what} differ from that of {name}: {', '.join(unequal)}" if unequal else ""
-
-
-def _as_json(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    if isinstance(value, Mapping):
-        return {str(key): _as_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_json(item) for item in value]
-    return value

@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-import benchmark
+import commands
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ TINY = ("--shape", "tiny", "--precision", "float32", "--threads", "1")
 
 
 def results_of(*argv: str, output: Path) -> Any:
-    benchmark.main([*argv, "--output", str(output)])
+    commands.main([*argv, "--output", str(output)])
     (result,) = json.loads(output.read_text())["results"]
     return result["records"]
 
@@ -53,24 +55,31 @@ def test_memory_ends_at_its_limit(tmp_path: Path) -> None:
 def test_heads_are_measured_at_every_precision(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     head = ("head", "--shape", "tiny", "--num_rows", "8", "--repetitions", "1", "--threads", "1")
-    benchmark.main([*head, "--contestants", "ours", "--output", str(output)])
+    commands.main([*head, "--contestants", "ours", "--output", str(output)])
     setups = [result["setup"] for result in json.loads(output.read_text())["results"]]
     assert [setup["precision"] for setup in setups] == ["bf16", "autocast", "float32"]
 
 
 def test_the_help_of_every_command_is_worth_reading(capsys: pytest.CaptureFixture[str]) -> None:
-    commands = ("step", "train", "memory", "head", "prepare", "processes")
-    cases = [(["--help"], "take turns"), *(([name, "--help"], "--chart") for name in commands)]
+    names = ("step", "train", "memory", "head", "prepare", "processes")
+    cases = [(["--help"], "take turns"), *(([name, "--help"], "--chart") for name in names)]
     for argv, words in cases:
         with pytest.raises(SystemExit) as end:
-            benchmark.main(argv)
+            commands.main(argv)
         assert end.value.code == 0
         assert words in capsys.readouterr().out
 
 
+def test_the_folder_is_a_program() -> None:
+    program = [sys.executable, "recipes/benchmark", "step", "--help"]
+    root = Path(__file__).parents[3]
+    run = subprocess.run(program, cwd=root, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("usage: benchmark step")
+
+
 @pytest.mark.parametrize("command", ["step", "train", "memory"])
 def test_five_repetitions_are_the_default(command: str) -> None:
-    options = benchmark.make_parser().parse_args([command])
+    options = commands.make_parser().parse_args([command])
     assert options.repetitions == 5
     assert options.contestants[:4] == ["ours", "plain", "trl-default", "trl-best"]
 
@@ -96,6 +105,6 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as end:
-        benchmark.main(argv)
+        commands.main(argv)
     assert end.value.code == 2
     assert reason in capsys.readouterr().err

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import results
-from results import Result, make_table, median_and_range, note_on_losses, publish, ratios
+from commands import publish
+from results import Result, make_table, median_and_range, note_on_losses, ratios
 from rich.console import Console
 from turns import Usage
 from workload import Setup

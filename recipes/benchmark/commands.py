@@ -1,15 +1,15 @@
 """Measures training with hf_sft_plugin against other trainers, side by side in one run.
 
-    python recipes/benchmark.py step
-    python recipes/benchmark.py step --shape qwen3-0.6b --rows train.jsonl --contestants ours plain
-    python recipes/benchmark.py train --rows train.jsonl --output train.json --chart train.png
-    python recipes/benchmark.py memory --batch_sizes 1 2 4 8
-    python recipes/benchmark.py profile --contestants ours trl-best
-    python recipes/benchmark.py head
-    python recipes/benchmark.py prepare --rows train.jsonl
-    python recipes/benchmark.py processes --counts 1 2 --rows train.jsonl
-    python recipes/benchmark.py models --model FOLDER --rows train.jsonl
-    python recipes/benchmark.py masks
+    python recipes/benchmark step
+    python recipes/benchmark step --shape qwen3-0.6b --rows train.jsonl --contestants ours plain
+    python recipes/benchmark train --rows train.jsonl --output train.json --chart train.png
+    python recipes/benchmark memory --batch_sizes 1 2 4 8
+    python recipes/benchmark profile --contestants ours trl-best
+    python recipes/benchmark head
+    python recipes/benchmark prepare --rows train.jsonl
+    python recipes/benchmark processes --counts 1 2 --rows train.jsonl
+    python recipes/benchmark models --model FOLDER --rows train.jsonl
+    python recipes/benchmark masks
 
 Every contestant trains the same model on the same rows in the same order, each in a process of its
 own. They take turns, one optimizer step (of `train`: some of them) at a time, so that whatever
@@ -19,10 +19,13 @@ others need the extra `bench`: pip install "hf_sft_plugin[bench]". Charts need m
 """
 
 import argparse
+import importlib
 import importlib.resources
 import importlib.util
+import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +35,10 @@ from datasets import disable_progress_bars
 from decisions import PRECISIONS as MODEL_PRECISIONS
 from decisions import decisions_result, measure_decisions
 from heads import HEADS, PRECISIONS, HeadSetup, head_result, measure_heads
+from measuring import version
 from preparation import measure_preparation, preparation_result
 from profiles import measure_profiles, profile_result
-from results import Result, publish
+from results import Result
 from rich.console import Console
 from scaling import run_scaling
 from step_memory import measure_memory, memory_result
@@ -81,6 +85,40 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         options["prompt_to_response"] = options["prompt_to_response"] or next(iter(WORDS))
     publish(_COMMANDS[command](options), console, output, chart)
+
+
+def publish(
+    results: Sequence[Result], console: Console, output: Path | None, chart: Path | None
+) -> None:
+    """Prints the tables, and writes the files that were asked for."""
+    for result in results:
+        console.print(result.table)
+    if output is not None:
+        libraries = ("hf_sft_plugin", "torch", "transformers", "trl", "peft", "liger-kernel")
+        found = [
+            {
+                "title": str(result.table.title),
+                "setup": _as_json(result.setup),
+                "records": _as_json(result.records),
+            }
+            for result in results
+        ]
+        contents = {"versions": {name: version(name) for name in libraries}, "results": found}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(contents, indent=1), encoding="utf-8")
+    if chart is not None:
+        # Loaded here, because nothing else needs matplotlib.
+        importlib.import_module("charts").draw_ratios(chart, results)
+
+
+def _as_json(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    return value
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -284,7 +322,3 @@ _COMMANDS = {
     "processes": _run_processes,
     "models": _run_models,
 }
-
-
-if __name__ == "__main__":
-    main()
