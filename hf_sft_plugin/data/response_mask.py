@@ -5,12 +5,12 @@ that inference waits for. Neither the role header before it nor the newline afte
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping, MutableSequence, Sequence
+from collections.abc import Collection, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from hf_sft_plugin.data.rendering import Range, RenderedText, Span
-from hf_sft_plugin.data.text_encoding import JoinedEncoding, TextEncoding
+from hf_sft_plugin.data.text_encoding import PartEncoder, TextEncoding
 from hf_sft_plugin.types import Boundary, RowError, TrainedSpan
 
 
@@ -24,7 +24,7 @@ class MaskedText:
         weights: How much each token counts; None where every trained one counts 1.
         spans: What is trained, and why.
         proofs: Runs of trained tokens with the text that they must decode to.
-        num_straddled: Tokens that reached across the edge of a span.
+        num_straddled: Edges of spans at which the whole text has other tokens than its parts.
     """
 
     input_ids: MutableSequence[int]
@@ -38,7 +38,7 @@ class MaskedText:
 def mask_text(
     rendered: RenderedText,
     encoding: TextEncoding,
-    encode: Callable[[Sequence[str]], JoinedEncoding],
+    encode: PartEncoder,
     stops: Mapping[int, str],
     boundary: Boundary,
     index: int,
@@ -47,7 +47,9 @@ def mask_text(
 
     The text is tokenized as a whole. Where a token reaches across the edge of a span, `boundary`
     decides; `split` tokenizes again in parts that meet at this edge, as inference does, which
-    tokenizes the prompt without knowing the response.
+    tokenizes the prompt without knowing the response. It also does so where the response changes
+    the tokens before it: two line breaks may be one token at the end of a prompt, and two before a
+    word.
 
     Args:
         rendered: The text and its spans.
@@ -65,6 +67,9 @@ def mask_text(
     places = [_find_stop(span, text, stops) for span in rendered.spans]
     edges = _edges(rendered, places, encoding)
     straddled = {edge for edge in edges if not _is_clean(encoding, edge)}
+    if boundary == "split":
+        starts = edges.intersection(span.start for span in rendered.spans) - straddled
+        straddled |= {edge for edge in starts if not encode.is_same_alone(text, encoding, edge)}
     num_straddled = len(straddled) if encoding.tells_characters else 0
     cuts: set[int] = set()
     if boundary == "split" or not encoding.tells_characters:
