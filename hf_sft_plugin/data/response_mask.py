@@ -47,9 +47,8 @@ def mask_text(
 
     The text is tokenized as a whole. Where a token reaches across the edge of a span, `boundary`
     decides; `split` tokenizes again in parts that meet at this edge, as inference does, which
-    tokenizes the prompt without knowing the response. It also does so where the response changes
-    the tokens before it: two line breaks may be one token at the end of a prompt, and two before a
-    word.
+    tokenizes the prompt alone. It also does so where a response changes the tokens before it: two
+    line breaks may be one token at the end of a prompt.
 
     Args:
         rendered: The text and its spans.
@@ -281,6 +280,7 @@ def _check_turns(span: Span, chars: Range, rendered: RenderedText, index: int) -
     if span.kind == "text":
         return
     for turn, content in enumerate(rendered.contents):
+        content = span.content if turn == span.turn else content
         if content is None:
             continue
         is_inside = chars[0] <= content[0] and content[1] <= chars[1]
