@@ -210,7 +210,8 @@ def _mask_span(
             "empty response",
         )
     _check_turns(span, (span.start, last), rendered, index)
-    _check_calls(span, last, text, stops, index)
+    if place is not None and span.needs_stop:
+        _check_stops(span, place, text, stops, index)
     masked.mask[start:end] = bytes([span.weight > 0]) * (end - start)
     if masked.weights is not None:
         masked.weights[start:end] = [span.weight] * (end - start)
@@ -231,18 +232,12 @@ def _last_character(span: Span) -> int:
 
 
 def _find_stop(span: Span, text: str, stops: Mapping[int, str]) -> Range | None:
-    """The characters of the stop token that ends a turn: the first one after its content."""
-    if span.content is None and span.bound < len(text) and span.kind != "rewritten":
-        # The bound is the end of the turn, which may hold stop tokens before its calls.
+    """The characters of the stop token that ends a turn: the first one after what it says."""
+    if span.content is None and (span.bound == len(text) or span.kind != "rewritten"):
+        # Nothing shows where the content ends, but the bound is the end of the turn.
         ending = _any_of(stops.values())
         last = re.compile(rf"({ending})(?:\s|{ending})*\Z").search(text, span.start, span.bound)
         start, stop = (last.start(), last[1]) if last else (-1, "")
-    elif span.content is None and span.bound == len(text):
-        # Nothing shows where the content ends, but this is the last turn: the last one counts.
-        found = [(text.rfind(stop, span.start), stop) for stop in stops.values()]
-        start, stop = max(found, default=(-1, ""))
-        if text[start + len(stop) :].strip():
-            return None
     else:
         first = span.content[1] if span.content else span.start
         found = [(text.find(stop, first, span.bound), stop) for stop in stops.values()]
@@ -254,19 +249,22 @@ def _find_stop(span: Span, text: str, stops: Mapping[int, str]) -> Range | None:
     return start, start + len(stop)
 
 
-def _check_calls(span: Span, end: int, text: str, stops: Mapping[int, str], index: int) -> None:
-    """Refuses a turn that goes on behind the stop token at which its training ends."""
-    if not span.has_calls or not span.needs_stop or span.kind == "rewritten":
-        return
-    last = max((text.rfind(stop, end, span.bound) for stop in stops.values()), default=-1)
-    beyond = text[end : max(last, end)]
-    if re.sub(_any_of(stops.values()), "", beyond).strip():
+def _check_stops(span: Span, place: Range, text: str, stops: Mapping[int, str], index: int) -> None:
+    """Refuses a response that goes on behind a stop token, where inference stops."""
+    ending = re.compile(_any_of(stops.values()))
+    beyond = ""
+    if first := ending.search(text, span.start, span.content[0] if span.content else place[0]):
+        beyond = text[first.end() : place[0]]
+    elif span.has_calls and span.kind != "rewritten":
+        last = max((text.rfind(stop, place[1], span.bound) for stop in stops.values()), default=-1)
+        beyond = ending.sub("", text[place[1] : max(last, place[1])])
+    if beyond.strip():
         raise RowError(
             index,
             f"the chat template writes a stop token within message {span.turn}, before "
-            f"{beyond.strip()[:80]!r}, so inference would stop there and the tool call would not "
-            "be trained. Set stop_token to the token that ends a whole turn of the chat template.",
-            "a stop token before a tool call",
+            f"{beyond.strip()[:80]!r}, so inference would stop there and never write what follows. "
+            "Set stop_token to the token that ends a whole turn of the chat template.",
+            "a stop token within a response",
         )
 
 

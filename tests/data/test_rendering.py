@@ -231,9 +231,12 @@ def test_reasoning_beside_the_content_is_trained(
     assert trained_of("qwen3", tokenize_with("qwen3", row)) == [[("exact", THOUGHT + IM)]]
     row[1]["thinking"] = "why"
     channels = "<|channel|>analysis<|message|>why<|end|><|start|>assistant" + FINAL
-    assert trained_of("channels", tokenize_with("channels", row)) == [
-        [("exact", channels + "so<|return|>")]
-    ]
+    outcome = tokenize_with("channels", row, stop_token="<|return|>")
+    assert trained_of("channels", outcome) == [[("exact", channels + "so<|return|>")]]
+    # Where inference stops behind the reasoning, it never writes the content.
+    outcome = tokenize_with("channels", row)
+    assert outcome.error is not None
+    assert outcome.error.reason == "a stop token within a response"
 
 
 def call(arguments: Any) -> list[dict[str, Any]]:
