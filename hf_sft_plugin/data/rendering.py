@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin.data.chat_template import render_turns
 from hf_sft_plugin.data.generation_markers import check_markers, marked_ranges
+from hf_sft_plugin.data.messages import calls_of
 from hf_sft_plugin.data.response_openings import (
     TAGS,
     after_opening,
@@ -194,7 +195,7 @@ class _Rendering:
             turn=turn,
             kind="exact",
             weight=self._turns[turn].weight,
-            has_calls=bool(self._messages[turn].get("tool_calls")),
+            has_calls=bool(calls_of(self._messages[turn])),
         )
         if self._messages[turn]["role"] != "assistant":
             if content is None:

@@ -351,6 +351,39 @@ def test_arguments_that_hold_the_names_of_calls_are_found(order: str) -> None:
     check_written(turn, 1, (0, 0), None, text, (0, len(text)), True, 0)
 
 
+OLD_CALL = "{% if m.function_call %}{{ m.function_call | tojson }}{% endif %}"
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+def test_a_call_under_its_old_name_is_a_response(
+    content: dict[str, Any], tokenizer_factory: Callable[..., Any]
+) -> None:
+    """As rows for the first API with functions have it: no content, and no tool_calls."""
+    tokenizer = tokenizer_factory(chat_template=template(CONTENT, OLD_CALL))
+    made = {"name": "look", "arguments": '{"at": "B"}'}
+    messages = answer(**content, function_call=made, tool_calls=None)
+    messages += [{"role": "function", "name": "look", "content": "42"}, *answer(content="so")[1:]]
+    (outcome,) = tokenize_rows([{"messages": messages}], [0], tokenizer, make_options({}))
+    assert outcome.error is None, outcome.error
+    (example,), (spans,) = outcome.examples, outcome.spans
+    told = [tokenizer.decode(example["input_ids"][s.start : s.end]) for s in spans]
+    assert told == [json.dumps(made) + "<|im_end|>", "so<|im_end|>"]
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+def test_a_call_under_its_old_name_that_is_not_written_costs_the_row(
+    content: dict[str, Any], reason_with: Callable[..., str | None]
+) -> None:
+    made = {"function_call": {"name": "look", "arguments": '{"at": "B"}'}}
+    assert reason_with(template(CONTENT), answer(**content, **made)) == DROPS_CALLS
+    assert reason_with(template(CONTENT, CALLS), answer(**content, **made)) == DROPS_CALLS
+    none = {"function_call": {"name": None, "arguments": None}}
+    reason = reason_with(template(CONTENT, OLD_CALL), answer(**content, **none))
+    assert reason == (
+        "empty response" if content == {"content": ""} else "message content is not text"
+    )
+
+
 def test_a_call_under_its_old_name_has_to_be_written(
     reason_with: Callable[..., str | None],
 ) -> None:
