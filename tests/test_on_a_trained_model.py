@@ -1,5 +1,6 @@
 """What is promised holds on a trained model: its logits are peaked, its template is a real one."""
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 
-from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
+from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer, tokenize_example
 
 pytestmark = pytest.mark.trained
 
@@ -97,6 +98,27 @@ def test_a_step_logs_the_figures_of_full_logits_in_float64(
     log = trainer.state.log_history[0]
     assert {name: log[name] for name in truth} == pytest.approx(truth, rel=1e-5)
     assert log["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("opening", ["\n", "\n\n", "\n<think>\n\n</think>\n\n", ": ", ":  ", ""])
+def test_before_a_response_stand_the_tokens_that_inference_feeds(
+    opening: str, trained_tokenizer: Any, rows: list[dict[str, Any]]
+) -> None:
+    """Its tokenizer makes one token of two line breaks at an end, and two before a word."""
+    tokenizer = copy.deepcopy(trained_tokenizer)
+    template = str(tokenizer.chat_template)
+    tokenizer.chat_template = template.replace("+ '\n' + message", f"+ '{opening}' + message")
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n", f"assistant{opening}")
+    for row in rows:
+        for example in tokenize_example(row, tokenizer):
+            start = example["response_mask"].index(1)
+            fed = [
+                tokenizer.apply_chat_template(
+                    row["messages"][:turn], add_generation_prompt=True, return_dict=False
+                )
+                for turn in range(1, len(row["messages"]), 2)
+            ]
+            assert example["input_ids"][:start] in fed
 
 
 def test_what_is_trained_is_what_the_model_would_generate(

@@ -1,13 +1,16 @@
 """Texts to tokens that know their characters, and back."""
 
 from bisect import bisect_right
-from collections.abc import MutableSequence, Sequence
+from collections.abc import Callable, MutableSequence, Sequence
 from typing import Protocol
 
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin.encoding.words import WordEncoder
+
+# How many beginnings of texts are remembered.
+_MAX_BEGINNINGS = 4096
 
 
 class TextEncoding(Protocol):
@@ -108,6 +111,11 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self._encode_words = WordEncoder(tokenizer.backend_tokenizer) if tokenizer.is_fast else None
 
+    @property
+    def cuts_before_spaces(self) -> bool:
+        """Whether a word is known to begin at a space that stands alone, whatever is around it."""
+        return self._encode_words is not None and self._encode_words.cuts_before_spaces
+
     def __call__(self, texts: list[str]) -> list[TextEncoding]:
         """One encoding per text."""
         if self._encode_words is None:
@@ -141,3 +149,63 @@ def encode_parts(parts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Jo
     )
     lengths = [len(part) for part in parts]
     return JoinedEncoding(list(zip(ids, places, strict=True)), lengths, tokenizer.is_fast)
+
+
+class PartEncoder:
+    """Encodes parts of a text apart, as inference encodes a prompt without the response.
+
+    Args:
+        tokenizer: Its added tokens are found in a text before all others.
+        encode: Encodes consecutive parts of a text; None: the tokenizer does.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        encode: Callable[[Sequence[str]], JoinedEncoding] | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._encode = encode
+        self._encode_whole = TextEncoder(tokenizer)
+        self._added = frozenset(tokenizer.added_tokens_decoder)
+        self._known: dict[str, MutableSequence[int]] = {}
+
+    def __call__(self, parts: Sequence[str]) -> JoinedEncoding:
+        """One encoding of all parts."""
+        return encode_parts(parts, self._tokenizer) if self._encode is None else self._encode(parts)
+
+    def is_same_alone(self, text: str, encoding: TextEncoding, end: int) -> bool:
+        """Whether the start of a text has the same tokens where nothing follows it.
+
+        Args:
+            text: The whole text.
+            encoding: Its encoding.
+            end: Where the start ends; a token begins there.
+        """
+        after = encoding.token_at(end)
+        assert after is not None
+        ids = encoding.ids[:after]
+        # Added tokens part a text before anything else looks at it, so the last one will do for a
+        # beginning. It and what follows are mostly the template's, and the same in many rows.
+        first = self._last_word(text, encoding, end)
+        first = next((t for t in range(after - 1, first, -1) if ids[t] in self._added), first)
+        told = text[encoding.characters(first)[0] if first else 0 : end]
+        if told not in self._known:
+            if len(self._known) >= _MAX_BEGINNINGS:
+                self._known.clear()
+            self._known[told] = self._encode_alone(told)
+        return [*ids[first:]] == [*self._known[told][first - after :]]
+
+    def _last_word(self, text: str, encoding: TextEncoding, end: int) -> int:
+        """The token of the last space at which a word begins whatever is around it; 0 if none."""
+        if not self._encode_whole.cuts_before_spaces:
+            return 0
+        place = text.rfind(" ", 1, end - 1)
+        while place > 0 and (text[place - 1].isspace() or text[place + 1].isspace()):
+            place = text.rfind(" ", 1, place)
+        return encoding.token_at(place) or 0 if place > 0 else 0
+
+    def _encode_alone(self, text: str) -> MutableSequence[int]:
+        if self._encode is not None:
+            return self._encode([text]).ids
+        return self._encode_whole([text])[0].ids

@@ -72,6 +72,9 @@ class WordEncoder:
 
     Args:
         backend: The tokenizer; its added tokens and pre-tokenizer must not change any more.
+
+    Attributes:
+        cuts_before_spaces: Whether a word is known to begin at every space that stands alone.
     """
 
     def __init__(self, backend: Tokenizer) -> None:
@@ -88,10 +91,10 @@ class WordEncoder:
             self._pairs[token.content] = _to_bytes([token_id], [len(token.content)])
         # There are fewer pieces between spaces than words, and it takes no pattern to find them.
         self._cut: Callable[[str], list[str]] = self._cut_by_steps
-        self._has_pieces = False
+        self.cuts_before_spaces = False
         if self._cutters is not None and len(self._cutters) == 1:
             self._cut = self._cutters[0].findall
-            self._has_pieces = cuts_before_spaces(self._cutters[0].pattern)
+            self.cuts_before_spaces = cuts_before_spaces(self._cutters[0].pattern)
         self._pieces = _Table(self._encode_piece)
         # What stands between two added tokens; most of the short ones are the template's.
         self._segments = _Table(self._encode_segment)
@@ -128,7 +131,7 @@ class WordEncoder:
 
     def _encode_segment(self, segment: str) -> bytes | None:
         """What stands between two added tokens."""
-        if not self._has_pieces:
+        if not self.cuts_before_spaces:
             return self._encode_words(segment)
         first, *others = segment.split(" ")
         # Words may reach over several spaces, or over a line break and a space.

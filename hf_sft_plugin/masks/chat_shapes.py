@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_sft_plugin.masks.chat_template import TEMPLATE_ERRORS, render_messages, render_turns
 from hf_sft_plugin.masks.opaque_contents import OpaqueTemplate
 from hf_sft_plugin.masks.rendering import Range, RenderedText, Span, render_chat
+from hf_sft_plugin.masks.response_openings import common_length
 from hf_sft_plugin.masks.stop_tokens import stop_probes
 from hf_sft_plugin.types import Conversation, DataOptions, RowError
 
@@ -196,6 +197,10 @@ class ChatRenderer:
                     hollow, span.turn, self.tokenizer, 0, self.options, generation_prompt=True
                 )
                 prompt = _PLACEHOLDERS.split(written)
+                # Some contents may begin as the prompt goes on, which changes what is trained.
+                beyond = written[common_length(texts[-1].text, written) :][:1]
+                if beyond.strip() and beyond not in _TELLING_START:
+                    return _Shape(None)
         except RowError:
             return _Shape(None)
         is_whole = len(texts[-1].contents) == len(turns)

@@ -26,6 +26,7 @@ from hf_sft_plugin.masks.response_openings import (
 )
 from hf_sft_plugin.masks.stop_tokens import stop_behind
 from hf_sft_plugin.masks.written_parts import check_written
+from hf_sft_plugin.rows.messages import calls_of
 from hf_sft_plugin.types import Conversation, DataOptions, RowError, SpanKind
 
 
@@ -35,8 +36,8 @@ class Span:
 
     Attributes:
         start: Where the model begins to write.
-        content: The content of the message without the space around it; None where no rendering
-            shows where it went.
+        content: What of the message's content is trained, without the space around it; None where
+            no rendering shows where it went.
         bound: Where the text of the next turn begins, or the end of the text. The stop token lies
             before it.
         turn: Position of the message.
@@ -194,7 +195,7 @@ class _Rendering:
             turn=turn,
             kind="exact",
             weight=self._turns[turn].weight,
-            has_calls=bool(self._messages[turn].get("tool_calls")),
+            has_calls=bool(calls_of(self._messages[turn])),
         )
         if self._messages[turn]["role"] != "assistant":
             if content is None:
@@ -215,7 +216,9 @@ class _Rendering:
             else:
                 span = replace(span, bound=min(span.bound, max(end, start)))
         weighted = self._weighted(turn, text, content, start)
-        return replace(span, kind=kind, start=start, weighted=weighted)
+        # Inference may supply how the content begins.
+        content = content and (min(max(start, content[0]), content[1]), content[1])
+        return replace(span, kind=kind, start=start, content=content, weighted=weighted)
 
     def _begin(
         self, turn: int, text: str, contents: Sequence[Range | None]
@@ -226,7 +229,7 @@ class _Rendering:
         prompt = self(turn, generation_prompt=True)
         is_second = turn > 0 and self._messages[turn - 1]["role"] == "assistant"
         if text.startswith(prompt) and not is_second:
-            return min(len(prompt), limit), "exact"
+            return len(prompt), "exact"
         base = self(turn)
         opening = prompt[len(base) :] if prompt.startswith(base) else ""
         if is_second and prompt == base:
@@ -235,7 +238,7 @@ class _Rendering:
             earlier, opened = self(first), self(first, generation_prompt=True)
             opening = opened[len(earlier) :] if opened.startswith(earlier) else ""
         elif text.startswith(prompt):
-            return min(len(prompt), limit), "exact"
+            return len(prompt), "exact"
         if opening and text.startswith(base):
             closing = self._stop_texts if is_second else ()
             start, rest = after_opening(text, len(base), opening, closing) or (None, "")
@@ -244,7 +247,7 @@ class _Rendering:
             ):
                 return min(start, limit), "shared_prefix"
         if text.startswith(prompt):
-            return min(len(prompt), limit), "exact"
+            return len(prompt), "exact"
         before = max((r[1] for r in contents[:turn] if r), default=0)
         found = text.rfind(opening, before, limit)
         start = content[0] if content else max(before, common_length(text, prompt))
@@ -380,11 +383,8 @@ class _Rendering:
         if self._messages[turn]["role"] != "assistant" or turn == 0:
             return 0
         prompt = self(turn, generation_prompt=True)
-        base = len(self(turn))
         common = common_length(text, prompt)
-        if common < base:
-            return 0
-        return before_open_tag(text[:common])
+        return before_open_tag(text[:common]) if common >= len(self(turn)) else 0
 
     def _search(self, num_messages: int, text: str) -> tuple[Range | None, ...]:
         """Looks the contents up in order, for a template that sentinels disturb."""

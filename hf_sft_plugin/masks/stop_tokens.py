@@ -9,6 +9,8 @@ from hf_sft_plugin.types import RowError
 
 # Private characters that stand for a response and for the turn after it.
 _RESPONSE, _NEXT = "\U000ffffc", "\U000ffffd"
+# Keys under which a response calls tools, and the role of their answers.
+_ANSWERS = {"tool_calls": "tool", "function_call": "function"}
 
 
 def find_stop_token(tokenizer: PreTrainedTokenizerBase, stop_token: str) -> int:
@@ -86,14 +88,15 @@ def stop_probes(messages: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]
         messages: The last one is a response.
 
     Returns:
-        The chat with another response; and with one more turn, to which the tools answer where
-        the response calls them.
+        The chat with another response; and with one more turn, in which a tool answers where the
+        response calls one.
     """
     *before, response = messages
     plain = {"role": response["role"], "content": _RESPONSE}
-    calls = response.get("tool_calls")
-    called = {**plain, "tool_calls": calls} if calls else plain
-    following = {"role": "tool" if calls else "user", "content": _NEXT}
+    calls = {key: response[key] for key in _ANSWERS if response.get(key)}
+    called = {**plain, **calls}
+    role = next((_ANSWERS[key] for key in calls), "user")
+    following = {"role": role, "content": _NEXT}
     return [[*before, plain], [*before, called, following]]
 
 

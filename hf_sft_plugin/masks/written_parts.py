@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hf_sft_plugin.masks.content_markers import Range
-from hf_sft_plugin.rows.messages import reasoning_of
+from hf_sft_plugin.rows.messages import calls_of, reasoning_of
 from hf_sft_plugin.types import RowError, Turn
 
 _THINK_TAG = re.compile(r"</?think>")
@@ -53,9 +53,7 @@ def check_written(
     message = turn.message
     given = message.get("content")
     given = given if isinstance(given, str) else ""
-    calls = message.get("tool_calls") or ()
-    if not calls and isinstance(message.get("function_call"), Mapping):
-        calls = [message["function_call"]]
+    calls = calls_of(message)
     reasoning = reasoning_of(message)
     if core[0] > 0 and all(weight for begin, _, weight in turn.weighted if begin < core[0]):
         reasoning.append(_THINK_TAG.sub("", given[: core[0]]))

@@ -53,7 +53,8 @@ class Ledger:
         is_pad_eos: Whether rows are padded with the eos token.
         spans: Trained spans by kind; see `TrainedSpan`.
         control_tokens: How often each control token stood in the contents.
-        num_straddled_tokens: Tokens that reached across the edge of a response.
+        num_straddled_tokens: Edges of responses at which the whole text has other tokens than its
+            parts: one token reaches across, or what follows changes the tokens before.
         remarks: First rows with something to know of, by what it is.
         num_remarks: How many rows there are of each.
         certificate: See `certify_masks`.
@@ -247,8 +248,8 @@ def _in_words(control_tokens: Mapping[str, int], num_straddled: int) -> list[str
         found = ", ".join(f"{token} ({n:,})" for token, n in control_tokens.items())
         words.append(f"control tokens in the contents: {found}")
     if num_straddled:
-        noun = "token" if num_straddled == 1 else "tokens"
-        words.append(f"{num_straddled:,} {noun} straddled the edge of a response")
+        edges = "edge of a response has" if num_straddled == 1 else "edges of responses have"
+        words.append(f"{num_straddled:,} {edges} other tokens in the whole text than in its parts")
     return words
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin.rows.formats import RowFormat, RowKind
-from hf_sft_plugin.rows.messages import ROLES_HELP, read_messages, reasoning_of
+from hf_sft_plugin.rows.messages import ROLES_HELP, calls_of, read_messages, reasoning_of
 from hf_sft_plugin.rows.values import (
     RowSource,
     check_unicode,
@@ -275,7 +275,7 @@ def _make_chat(turns: list[Turn], source: RowSource) -> Conversation:
     for position in trained:
         message = turns[position].message
         content = message.get("content", "")
-        if not content.strip() and not (message.get("tool_calls") or reasoning_of(message)):
+        if not content.strip() and not (calls_of(message) or reasoning_of(message)):
             raise _empty_response(source)
     return Conversation(
         turns=tuple(turns),

@@ -65,6 +65,18 @@ def reasoning_of(message: Mapping[str, Any]) -> list[str]:
     return [text for text in texts if isinstance(text, str) and text.strip()]
 
 
+def calls_of(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The tool calls of a message; its `function_call`, as they were once written, if it has none.
+
+    Examples:
+        >>> calls_of({"role": "assistant", "function_call": {"name": "add", "arguments": "{}"}})
+        [{'name': 'add', 'arguments': '{}'}]
+    """
+    old = message.get("function_call")
+    olds = [old] if isinstance(old, Mapping) and old.get("name") else []
+    return list(message.get("tool_calls") or olds)
+
+
 def _is_clean(message: dict[Any, Any]) -> bool:
     """Whether a message of two keys is a role and a content, both text that cannot be broken."""
     role, content = message.get("role"), message.get("content")
@@ -86,9 +98,10 @@ def _read_turn(message: Any, source: RowSource, weight: float, place: str) -> Tu
     flag = read_flag(message.get("train"), source, place)
     train = role in source.options.train_roles if flag is None else flag
     share = read_weight(message.get("weight"), weight, source, place)
-    has_calls = "tool_calls" in message and _has_tool_calls(message, source, place)
+    _check_tool_calls(message, source, place)
+    has_calls = bool(calls_of(message))
     dropped = [key for key in _TRAINING_KEYS if key in message]
-    if not has_calls and "tool_calls" in message:
+    if "tool_calls" in message and not message["tool_calls"]:
         # An empty list says that there are none; templates test for presence.
         dropped.append("tool_calls")
     if dropped:
@@ -114,17 +127,16 @@ def _read_turn(message: Any, source: RowSource, weight: float, place: str) -> Tu
     return Turn(cleaned, train, share, weighted if train else ())
 
 
-def _has_tool_calls(message: Mapping[str, Any], source: RowSource, place: str) -> bool:
+def _check_tool_calls(message: Mapping[str, Any], source: RowSource, place: str) -> None:
     calls = message.get("tool_calls")
     if calls is None:
-        return False
+        return
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise source.error(
             f"{place} has tool_calls {calls!r:.60}, but a list of dicts is needed. Convert or "
             "remove the row.",
             "tool_calls is not a list of dicts",
         )
-    return bool(calls)
 
 
 def _read_parts(

@@ -5,11 +5,11 @@ that inference waits for. Neither the role header before it nor the newline afte
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping, MutableSequence, Sequence
+from collections.abc import Collection, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from hf_sft_plugin.encoding.texts import JoinedEncoding, TextEncoding
+from hf_sft_plugin.encoding.texts import PartEncoder, TextEncoding
 from hf_sft_plugin.masks.rendering import Range, RenderedText, Span
 from hf_sft_plugin.types import Boundary, RowError, TrainedSpan
 
@@ -24,7 +24,7 @@ class MaskedText:
         weights: How much each token counts; None where every trained one counts 1.
         spans: What is trained, and why.
         proofs: Runs of trained tokens with the text that they must decode to.
-        num_straddled: Tokens that reached across the edge of a span.
+        num_straddled: Edges of spans at which the whole text has other tokens than its parts.
     """
 
     input_ids: MutableSequence[int]
@@ -38,7 +38,7 @@ class MaskedText:
 def mask_text(
     rendered: RenderedText,
     encoding: TextEncoding,
-    encode: Callable[[Sequence[str]], JoinedEncoding],
+    encode: PartEncoder,
     stops: Mapping[int, str],
     boundary: Boundary,
     index: int,
@@ -47,7 +47,8 @@ def mask_text(
 
     The text is tokenized as a whole. Where a token reaches across the edge of a span, `boundary`
     decides; `split` tokenizes again in parts that meet at this edge, as inference does, which
-    tokenizes the prompt without knowing the response.
+    tokenizes the prompt alone. It also does so where a response changes the tokens before it: two
+    line breaks may be one token at the end of a prompt.
 
     Args:
         rendered: The text and its spans.
@@ -65,6 +66,9 @@ def mask_text(
     places = [_find_stop(span, text, stops) for span in rendered.spans]
     edges = _edges(rendered, places, encoding)
     straddled = {edge for edge in edges if not _is_clean(encoding, edge)}
+    if boundary == "split":
+        starts = edges.intersection(span.start for span in rendered.spans) - straddled
+        straddled |= {edge for edge in starts if not encode.is_same_alone(text, encoding, edge)}
     num_straddled = len(straddled) if encoding.tells_characters else 0
     cuts: set[int] = set()
     if boundary == "split" or not encoding.tells_characters:
@@ -206,7 +210,8 @@ def _mask_span(
             "empty response",
         )
     _check_turns(span, (span.start, last), rendered, index)
-    _check_calls(span, last, text, stops, index)
+    if place is not None and span.needs_stop:
+        _check_stops(span, place, text, stops, index)
     masked.mask[start:end] = bytes([span.weight > 0]) * (end - start)
     if masked.weights is not None:
         masked.weights[start:end] = [span.weight] * (end - start)
@@ -227,18 +232,12 @@ def _last_character(span: Span) -> int:
 
 
 def _find_stop(span: Span, text: str, stops: Mapping[int, str]) -> Range | None:
-    """The characters of the stop token that ends a turn: the first one after its content."""
-    if span.content is None and span.bound < len(text) and span.kind != "rewritten":
-        # The bound is the end of the turn, which may hold stop tokens before its calls.
+    """The characters of the stop token that ends a turn: the first one after what it says."""
+    if span.content is None and (span.bound == len(text) or span.kind != "rewritten"):
+        # Nothing shows where the content ends, but the bound is the end of the turn.
         ending = _any_of(stops.values())
         last = re.compile(rf"({ending})(?:\s|{ending})*\Z").search(text, span.start, span.bound)
         start, stop = (last.start(), last[1]) if last else (-1, "")
-    elif span.content is None and span.bound == len(text):
-        # Nothing shows where the content ends, but this is the last turn: the last one counts.
-        found = [(text.rfind(stop, span.start), stop) for stop in stops.values()]
-        start, stop = max(found, default=(-1, ""))
-        if text[start + len(stop) :].strip():
-            return None
     else:
         first = span.content[1] if span.content else span.start
         found = [(text.find(stop, first, span.bound), stop) for stop in stops.values()]
@@ -250,19 +249,22 @@ def _find_stop(span: Span, text: str, stops: Mapping[int, str]) -> Range | None:
     return start, start + len(stop)
 
 
-def _check_calls(span: Span, end: int, text: str, stops: Mapping[int, str], index: int) -> None:
-    """Refuses a turn that goes on behind the stop token at which its training ends."""
-    if not span.has_calls or not span.needs_stop or span.kind == "rewritten":
-        return
-    last = max((text.rfind(stop, end, span.bound) for stop in stops.values()), default=-1)
-    beyond = text[end : max(last, end)]
-    if re.sub(_any_of(stops.values()), "", beyond).strip():
+def _check_stops(span: Span, place: Range, text: str, stops: Mapping[int, str], index: int) -> None:
+    """Refuses a response that goes on behind a stop token, where inference stops."""
+    ending = re.compile(_any_of(stops.values()))
+    beyond = ""
+    if first := ending.search(text, span.start, span.content[0] if span.content else place[0]):
+        beyond = text[first.end() : place[0]]
+    elif span.has_calls and span.kind != "rewritten":
+        last = max((text.rfind(stop, place[1], span.bound) for stop in stops.values()), default=-1)
+        beyond = ending.sub("", text[place[1] : max(last, place[1])])
+    if beyond.strip():
         raise RowError(
             index,
             f"the chat template writes a stop token within message {span.turn}, before "
-            f"{beyond.strip()[:80]!r}, so inference would stop there and the tool call would not "
-            "be trained. Set stop_token to the token that ends a whole turn of the chat template.",
-            "a stop token before a tool call",
+            f"{beyond.strip()[:80]!r}, so inference would stop there and never write what follows. "
+            "Set stop_token to the token that ends a whole turn of the chat template.",
+            "a stop token within a response",
         )
 
 
@@ -276,6 +278,7 @@ def _check_turns(span: Span, chars: Range, rendered: RenderedText, index: int) -
     if span.kind == "text":
         return
     for turn, content in enumerate(rendered.contents):
+        content = span.content if turn == span.turn else content
         if content is None:
             continue
         is_inside = chars[0] <= content[0] and content[1] <= chars[1]

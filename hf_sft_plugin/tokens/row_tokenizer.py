@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedTokenizerBase
 
 from hf_sft_plugin.encoding.decoding import TokenDecoder
-from hf_sft_plugin.encoding.texts import JoinedEncoding, TextEncoder, TextEncoding, encode_parts
+from hf_sft_plugin.encoding.texts import JoinedEncoding, PartEncoder, TextEncoder, TextEncoding
 from hf_sft_plugin.masks.rendering import RenderedText
 from hf_sft_plugin.masks.row_variables import RowRenderer
 from hf_sft_plugin.masks.special_tokens import ControlTokenMarker
@@ -52,7 +52,7 @@ class RowOutcome:
         num_stopped: Examples whose last trained token is a stop token.
         num_cut_before_stop: Examples that would be, had they not been truncated before it.
         control_tokens: Control tokens that stood in the contents.
-        num_straddled: Tokens that reached across the edge of a response.
+        num_straddled: Edges of responses at which the whole text has other tokens than its parts.
         is_lossy: Whether the tokenizer cannot give the text back exactly, as one that lowers case.
         is_altered: Whether the chat template wrote a response otherwise than it was given.
         is_unseen: Whether a second rendering could not show where every content went.
@@ -122,6 +122,8 @@ class RowTokenizer:
         self._limit = max_row_length(tokenizer, options.max_length)
         self._marker = ControlTokenMarker(tokenizer)
         self._encode = TextEncoder(tokenizer)
+        self._encode_parts = PartEncoder(tokenizer)
+        self._encode_hidden = PartEncoder(tokenizer, self._marker.encode)
         self._decode = TokenDecoder(tokenizer)
         self._render = RowRenderer(tokenizer, options, stop_texts(tokenizer, self._stops))
 
@@ -238,9 +240,7 @@ class RowTokenizer:
     def _mask_chat(
         self, outcome: RowOutcome, text: RenderedText, encoding: TextEncoding, is_hidden: bool
     ) -> list[Proof]:
-        encode: Callable[[Sequence[str]], JoinedEncoding] = (
-            self._marker.encode if is_hidden else partial(encode_parts, tokenizer=self._tokenizer)
-        )
+        encode = self._encode_hidden if is_hidden else self._encode_parts
         show = self._marker.show if is_hidden else str
         try:
             masked = mask_text(

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import ByT5Tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AddedToken, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from hf_sft_plugin.encoding.decoding import TokenDecoder
-from hf_sft_plugin.encoding.texts import JoinedEncoding, TextEncoder, encode_parts
+from hf_sft_plugin.encoding.texts import JoinedEncoding, PartEncoder, TextEncoder, encode_parts
 
 TEXT = "a \U0001f30d<|im_end|>\n\u00e9"
 
@@ -141,3 +142,81 @@ def test_special_tokens_of_the_tokenizers_own_are_not_added(
     tokenizer = tokenizer_factory(bos_token="<|endoftext|>", add_bos_token=True)
     assert encoded("a", tokenizer).ids == encode_parts(["a"], tokenizer).ids == [67]
     assert encoded("<|endoftext|>a", tokenizer).ids == [0, 67]
+
+
+# Ways to cut a text into words; most of them look at what follows white space.
+WORDS = {
+    "gpt2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "digits": pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "llama3": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(
+                Regex(
+                    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+                    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+                ),
+                "isolated",
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+    "none": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    "first": pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
+    "always": pre_tokenizers.Metaspace(prepend_scheme="always", split=True),
+}
+
+
+def tokenizer_of(words: str, **added: Any) -> Any:
+    alphabet = sorted({*pre_tokenizers.ByteLevel.alphabet(), "\u2581", " ", "\n"})
+    space, line = ("\u2581", "\n") if words in ("first", "always") else ("\u0120", "\u010a")
+    merges = [(line, line), (space, space), (space, "a"), ("a", "b"), (line, space)]
+    texts = [*alphabet, *(a + b for a, b in merges)]
+    backend = Tokenizer(models.BPE({text: n for n, text in enumerate(texts)}, merges))
+    backend.pre_tokenizer = WORDS[words]
+    backend.decoder = decoders.ByteLevel()
+    backend.normalizer = normalizers.NFC() if words == "llama3" else None
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer.add_tokens([AddedToken("<|x y|>", **added)], special_tokens=True)
+    return tokenizer
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    words=st.sampled_from([*WORDS]),
+    pieces=st.lists(
+        st.sampled_from(
+            ["</s>", "<|x y|>", "ab", "a", "b", " ", "  ", "\n", "\n\n", "1", "'s", "."]
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+    place=st.integers(0, 40),
+    added=st.sampled_from([{}, {"lstrip": True}, {"rstrip": True}, {"single_word": True}]),
+)
+def test_the_start_of_a_text_is_known_to_have_other_tokens_alone(
+    words: str, pieces: list[str], place: int, added: dict[str, bool]
+) -> None:
+    tokenizer = tokenizer_of(words, **added)
+    text = "".join(pieces)
+    encoding = encoded(text, tokenizer)
+    end = min(place, len(text) - 1)
+    token = encoding.token_at(end)
+    if token is None or encoding.characters(token)[0] != end:
+        return
+    is_same = PartEncoder(tokenizer).is_same_alone(text, encoding, end)
+    assert is_same == (encoded(text[:end], tokenizer).ids == [*encoding.ids[:token]])
+
+
+@pytest.mark.parametrize("words", ["gpt2", "digits", "llama3", "none"])
+def test_two_line_breaks_are_one_token_where_nothing_follows(words: str) -> None:
+    tokenizer = tokenizer_of(words)
+    encode = PartEncoder(tokenizer)
+    assert tokenizer.tokenize("b\n\n") == ["b", "\u010a\u010a"]
+    text = "b\n\nab"
+    is_same = encode.is_same_alone(text, encoded(text, tokenizer), 3)
+    assert is_same is (words in ("llama3", "none"))
+    assert encode(["b\n\n", "ab"]).ids == tokenizer.convert_tokens_to_ids(
+        ["b", "\u010a\u010a", "ab"]
+    )

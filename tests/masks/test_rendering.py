@@ -231,9 +231,12 @@ def test_reasoning_beside_the_content_is_trained(
     assert trained_of("qwen3", tokenize_with("qwen3", row)) == [[("exact", THOUGHT + IM)]]
     row[1]["thinking"] = "why"
     channels = "<|channel|>analysis<|message|>why<|end|><|start|>assistant" + FINAL
-    assert trained_of("channels", tokenize_with("channels", row)) == [
-        [("exact", channels + "so<|return|>")]
-    ]
+    outcome = tokenize_with("channels", row, stop_token="<|return|>")
+    assert trained_of("channels", outcome) == [[("exact", channels + "so<|return|>")]]
+    # Where inference stops behind the reasoning, it never writes the content.
+    outcome = tokenize_with("channels", row)
+    assert outcome.error is not None
+    assert outcome.error.reason == "a stop token within a response"
 
 
 def call(arguments: Any) -> list[dict[str, Any]]:
@@ -401,3 +404,47 @@ def test_all_responses_before_the_first_prompt_are_context(
     (outcome,) = tokenize_rows([{"messages": chat(*opening)}], [0], tokenizer, make_options({}))
     assert outcome.error is not None
     assert outcome.error.reason == "response without a prompt"
+
+
+ANSWER = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\nAnswer: {% endif %}"
+)
+
+
+def test_what_the_generation_prompt_writes_of_a_content_is_not_trained(
+    tokenizer_factory: Callable[..., Any],
+) -> None:
+    """Inference supplies it. Most rows do not have it, and all are rendered alike."""
+    tokenizer = tokenizer_factory(chat_template=ANSWER)
+    contents = ["none", "so", "Answer", "Answer: ", "Answer: yes", "Answer: Answer: yes"]
+    rows = [
+        {"messages": chat(("user", f"q{n}"), ("assistant", text))}
+        for n, text in enumerate(contents * 3)
+    ]
+    outcomes = tokenize_rows(rows, range(len(rows)), tokenizer, make_options({}))
+    for number, (text, outcome) in enumerate(zip(contents * 3, outcomes, strict=True)):
+        if text == "Answer: ":
+            assert outcome.error is not None
+            assert outcome.error.reason == "empty response"
+            continue
+        (example,), ((span,),) = outcome.examples, outcome.spans
+        rest = text.removeprefix("Answer: ")
+        ids = example["input_ids"]
+        assert tokenizer.decode(ids[span.start : span.end]) == rest + IM
+        fed = tokenizer.apply_chat_template(
+            rows[number]["messages"][:1], add_generation_prompt=True, return_dict=False
+        )
+        assert span.kind == ("exact" if rest != text else "shared_prefix")
+        assert (ids[: span.start] == fed) == (span.kind == "exact")
+
+
+def test_parts_of_a_content_that_the_generation_prompt_writes_are_not_trained(
+    tokenizer_factory: Callable[..., Any],
+) -> None:
+    tokenizer = tokenizer_factory(chat_template=ANSWER)
+    texts = [("Ans", 2.0), ("wer: y", 3.0), ("es", 4.0)]
+    parts = [{"type": "text", "text": text, "weight": weight} for text, weight in texts]
+    messages = [*chat(("user", "q")), {"role": "assistant", "content": parts}]
+    (example,) = tokenize_example({"messages": messages}, tokenizer)
+    assert [weight for weight in example["loss_weights"] if weight] == [3.0, 4.0, 4.0, 1.0]

@@ -51,6 +51,8 @@ TWO = {"tool_calls": [call("look", {"at": "Bern"}), call("look", {"at": "Oslo"})
 DROPS_CALLS = "the chat template drops tool calls of a response"
 DROPS_REASONING = "the chat template drops reasoning of a response"
 DROPS_CONTENT = "the chat template drops a content of a response"
+STOPPED = "a stop token within a response"
+CONTINUES = "response does not continue the generation prompt"
 
 
 @pytest.mark.parametrize(
@@ -226,39 +228,71 @@ THOUGHT_FIRST = (
 
 
 @pytest.mark.parametrize("multi_turn", ["auto", "joint", "split"])
-def test_a_call_behind_a_thought_that_ends_in_a_stop_token_is_trained_in_every_layout(
-    multi_turn: str, tokenizer_factory: Callable[..., Any]
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": "", "reasoning_content": "I need it", **CALLING},
+        {"content": "so", "reasoning_content": "I need it"},
+        {"content": "sure", **CALLING},
+    ],
+)
+def test_a_stop_token_before_the_end_of_a_response_costs_the_row_in_every_layout(
+    message: dict[str, Any], multi_turn: str, tokenizer_factory: Callable[..., Any]
 ) -> None:
     tokenizer = tokenizer_factory(chat_template=THOUGHT_FIRST)
-    messages = answer(content="", reasoning_content="I need it", **CALLING)
-    messages += [{"role": "tool", "content": "42"}, {"role": "assistant", "content": "done"}]
+    following = [{"role": "tool", "content": "42"}, {"role": "assistant", "content": "done"}]
     options = make_options({"multi_turn": multi_turn})
-    (outcome,) = tokenize_rows([{"messages": messages}], [0], tokenizer, options, [0, 2])
-    assert outcome.error is None, outcome.error
-    told = [
-        tokenizer.decode(example["input_ids"][span.start : span.end])
-        for example, spans in zip(outcome.examples, outcome.spans, strict=True)
-        for span in spans
-    ]
-    called = '{"name": "look", "arguments": {"at": "Bern"}}'
-    assert told == [f"I need it<|endoftext|>{called}<|im_end|>", "done<|im_end|>"]
+    for more in ([], following, following + answer(**message)):
+        row = {"messages": answer(**message) + more}
+        (outcome,) = tokenize_rows([row], [0], tokenizer, options, [0, 2])
+        assert outcome.error is not None
+        assert outcome.error.reason == STOPPED
+        assert "stop_token" in str(outcome.error)
+        (outcome,) = tokenize_rows([row], [0], tokenizer, options, [2])
+        assert outcome.error is None, outcome.error
 
 
-@pytest.mark.parametrize("is_followed", [False, True])
-def test_a_stop_token_between_a_content_and_its_calls_costs_the_row(
-    is_followed: bool, tokenizer_factory: Callable[..., Any]
+LAST_OR_NONE = "loop.last or not m.tool_calls"
+# Each call ends in a stop token of its own, and some openings are not written.
+EACH_CALL = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}<|endoftext|>{% endfor %}"
+    "{{ '<|im_end|>\n' if LAST }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\nOPENING{% endif %}"
+)
+
+
+@pytest.mark.parametrize("multi_turn", ["auto", "joint", "split"])
+@pytest.mark.parametrize("last", ["true", LAST_OR_NONE, "not m.tool_calls"])
+@pytest.mark.parametrize("opening", ["", "<think>\n\n</think>\n\n", "to=user "])
+def test_no_span_goes_beyond_a_stop_token(
+    opening: str, last: str, multi_turn: str, tokenizer_factory: Callable[..., Any]
 ) -> None:
-    tokenizer = tokenizer_factory(chat_template=THOUGHT_FIRST)
-    messages = answer(content="sure", **CALLING)
-    if is_followed:
-        messages += [{"role": "tool", "content": "42"}, {"role": "assistant", "content": "done"}]
-    row, options = {"messages": messages}, make_options({})
+    source = EACH_CALL.replace("LAST", last).replace("OPENING", opening)
+    tokenizer = tokenizer_factory(chat_template=source)
+    options = make_options({"multi_turn": multi_turn})
+    tool, done = {"role": "tool", "content": "42"}, {"role": "assistant", "content": "done"}
+    called = '{"name": "look", "arguments": {"at": "Bern"}}<|endoftext|>'
+    calling = {"role": "assistant", "content": "", **CALLING}
+    for more in ([], [calling], [tool, done], [tool, calling], [tool, calling, tool, done]):
+        row = {
+            "messages": [*answer(content="one"), {"role": "user", "content": "q"}, calling, *more]
+        }
+        (outcome,) = tokenize_rows([row], [0], tokenizer, options, [0, 2])
+        told = [
+            tokenizer.decode(example["input_ids"][span.start : span.end])
+            for example, spans in zip(outcome.examples, outcome.spans, strict=True)
+            for span in spans
+        ]
+        assert {*told} <= {"one<|im_end|>", "done<|im_end|>", called}
+        assert told or outcome.error is not None
+        # Neither such an opening nor a missing end goes on as inference would.
+        is_other = opening == "to=user " or (last == LAST_OR_NONE and more == [calling])
+        assert (outcome.error is None) is not is_other or multi_turn == "joint"
+    row = {"messages": answer(content="", **TWO)}
     (outcome,) = tokenize_rows([row], [0], tokenizer, options, [0, 2])
     assert outcome.error is not None
-    assert outcome.error.reason == "a stop token before a tool call"
-    assert "stop_token" in str(outcome.error)
-    (outcome,) = tokenize_rows([row], [0], tokenizer, options, [2])
-    assert outcome.error is None, outcome.error
+    assert outcome.error.reason == (STOPPED if opening != "to=user " else CONTINUES)
 
 
 def test_escapes_that_are_no_characters_are_letters_like_others(
@@ -315,6 +349,39 @@ def test_arguments_that_hold_the_names_of_calls_are_found(order: str) -> None:
     )
     turn = Turn({"role": "assistant", "tool_calls": calls}, train=True)
     check_written(turn, 1, (0, 0), None, text, (0, len(text)), True, 0)
+
+
+OLD_CALL = "{% if m.function_call %}{{ m.function_call | tojson }}{% endif %}"
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+def test_a_call_under_its_old_name_is_a_response(
+    content: dict[str, Any], tokenizer_factory: Callable[..., Any]
+) -> None:
+    """As rows for the first API with functions have it: no content, and no tool_calls."""
+    tokenizer = tokenizer_factory(chat_template=template(CONTENT, OLD_CALL))
+    made = {"name": "look", "arguments": '{"at": "B"}'}
+    messages = answer(**content, function_call=made, tool_calls=None)
+    messages += [{"role": "function", "name": "look", "content": "42"}, *answer(content="so")[1:]]
+    (outcome,) = tokenize_rows([{"messages": messages}], [0], tokenizer, make_options({}))
+    assert outcome.error is None, outcome.error
+    (example,), (spans,) = outcome.examples, outcome.spans
+    told = [tokenizer.decode(example["input_ids"][s.start : s.end]) for s in spans]
+    assert told == [json.dumps(made) + "<|im_end|>", "so<|im_end|>"]
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+def test_a_call_under_its_old_name_that_is_not_written_costs_the_row(
+    content: dict[str, Any], reason_with: Callable[..., str | None]
+) -> None:
+    made = {"function_call": {"name": "look", "arguments": '{"at": "B"}'}}
+    assert reason_with(template(CONTENT), answer(**content, **made)) == DROPS_CALLS
+    assert reason_with(template(CONTENT, CALLS), answer(**content, **made)) == DROPS_CALLS
+    none = {"function_call": {"name": None, "arguments": None}}
+    reason = reason_with(template(CONTENT, OLD_CALL), answer(**content, **none))
+    assert reason == (
+        "empty response" if content == {"content": ""} else "message content is not text"
+    )
 
 
 def test_a_call_under_its_old_name_has_to_be_written(

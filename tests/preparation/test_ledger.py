@@ -212,7 +212,7 @@ def test_the_printed_account_adds_up_line_by_line() -> None:
         "        19.8% lost theirs to truncation",
         "        pad is the eos token too, which is harmless: masks go by position",
         "        control tokens in the contents: <|im_end|> (3)",
-        "        2 tokens straddled the edge of a response",
+        "        2 edges of responses have other tokens in the whole text than in its parts",
         f"        1 row: {ALTERED} (row 7)",
         "columns messages: messages, source",
         "        not used: id, url",
@@ -239,7 +239,10 @@ def test_where_every_example_ends_with_a_stop_token_none_lost_it() -> None:
 
 def test_a_single_token_is_not_plural() -> None:
     ledger = Ledger(num_rows=1, num_rows_trained=1, num_examples=1, num_straddled_tokens=1)
-    assert "        1 token straddled the edge of a response" in str(ledger).splitlines()
+    assert (
+        "        1 edge of a response has other tokens in the whole text than in its parts"
+        in str(ledger).splitlines()
+    )
 
 
 def test_what_is_saved_names_rows_and_reasons_but_quotes_no_data(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_every_fact_of_an_outcome_is_a_remark(tokenizer: PreTrainedTokenizerFast
     outcome.num_straddled = 1
     outcome.is_lossy = outcome.is_altered = outcome.is_unseen = True
     assert preview_outcome(outcome, {}, TokenizationSetup(tokenizer)).remarks == (
-        "1 token straddled the edge of a response",
+        "1 edge of a response has other tokens in the whole text than in its parts",
         "the tokenizer cannot give the response back exactly",
         "the chat template changes the text of a response",
         "a content could not be found a second time",

@@ -66,12 +66,16 @@ def wrap(backend: Tokenizer, template: str) -> Any:
 
 
 def byte_level(
-    template: str, *merges: tuple[str, str], normalizer: Any = None, trims: bool = False
+    template: str,
+    *merges: tuple[str, str],
+    normalizer: Any = None,
+    trims: bool = False,
+    has_words: bool = False,
 ) -> Any:
     """Bytes and a few merges."""
     texts = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
     backend = Tokenizer(models.BPE({t: n for n, t in enumerate(texts)}, list(merges)))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=has_words)
     backend.decoder = decoders.ByteLevel()
     if normalizer is not None:
         backend.normalizer = normalizer
@@ -99,7 +103,9 @@ def metaspace(template: str, prepend: str, *merges: tuple[str, str]) -> Any:
     return wrap(backend, template)
 
 
-G = "\u0120"  # how byte-level tokenizers write a space
+G, C = "\u0120", "\u010a"  # how byte-level tokenizers write a space and a line break
+# The generation prompt ends in two line breaks: one token where nothing follows.
+PARTED = SPACED.replace(": ", "\n\n")
 
 
 def test_split_cuts_where_inference_cuts() -> None:
@@ -170,6 +176,41 @@ def test_two_straddled_responses_are_both_cut() -> None:
         for example, spans in zip(outcome.examples, outcome.spans, strict=True):
             is_fed = [example["input_ids"][: s.start] == fed(row, s.turn, tokenizer) for s in spans]
             assert is_fed == [span.kind == "exact" for span in spans]
+
+
+@pytest.mark.parametrize("marks", [("", ""), ("[i]", "[/i]")])
+@pytest.mark.parametrize("control", ["", "</s>"])
+def test_the_prompt_has_the_tokens_that_it_has_alone(marks: tuple[str, str], control: str) -> None:
+    """No token reaches across the edge, but what follows the line breaks decides about them."""
+    template = PARTED.replace("m.role }}", f"m.role }}}}{marks[0]}").replace(
+        "%}assistant", f"%}}assistant{marks[0]}"
+    )
+    tokenizer = byte_level(template, (C, C), has_words=True)
+    assert tokenizer.tokenize("t\n\n") == ["t", C + C]
+    assert tokenizer.tokenize("t\n\nthe") == ["t", C, C, "t", "h", "e"]
+    row = chat(("user", "hi" + control), *CHAT[1:])
+    outcome = outcome_of(row, tokenizer)
+    assert trained_tokens(outcome, tokenizer) == [*"the", G, *"end", "</s>"]
+    (span,) = outcome.spans[0]
+    ids = outcome.examples[0]["input_ids"]
+    assert span.kind == "exact"
+    assert tokenizer.convert_ids_to_tokens(ids[: span.start])[-1] == C + C
+    if not control:
+        assert ids[: span.start] == fed(row, 1, tokenizer)
+    assert outcome.num_straddled == 1
+    whole = outcome_of(row, tokenizer, boundary="include")
+    assert trained_tokens(whole, tokenizer) == [*"the", G, *"end", "</s>"]
+    assert whole.num_straddled == 0
+
+
+def test_each_response_after_a_prompt_of_other_tokens_is_an_example() -> None:
+    """The first one is read with the tokens of the whole text once a second one follows."""
+    tokenizer = byte_level(PARTED, (C, C), has_words=True)
+    row = chat(*CHAT, *CHAT)
+    outcome = outcome_of(row, tokenizer)
+    assert [[span.kind for span in spans] for spans in outcome.spans] == [["exact"], ["exact"]]
+    for example, (span,) in zip(outcome.examples, outcome.spans, strict=True):
+        assert example["input_ids"][: span.start] == fed(row, span.turn, tokenizer)
 
 
 def test_a_token_of_half_a_character_across_the_edge_is_cut() -> None:
@@ -380,7 +421,7 @@ NEWLINES = (
     deadline=None, max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    template=st.sampled_from([SPACED, CLEAN, COLON, NEWLINES]),
+    template=st.sampled_from([SPACED, CLEAN, COLON, PARTED, NEWLINES]),
     seed=st.integers(0, 23),
     texts=st.lists(TEXTS.filter(str.strip), min_size=2, max_size=8),
     multi_turn=st.sampled_from(["auto", "joint"]),
@@ -418,7 +459,7 @@ def test_any_conversation_with_any_vocabulary_trains_its_responses_and_nothing_e
     deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    template=st.sampled_from([SPACED, CLEAN, COLON, NEWLINES]),
+    template=st.sampled_from([SPACED, CLEAN, COLON, PARTED, NEWLINES]),
     seed=st.integers(0, 23),
     question=TEXTS.filter(str.strip),
     answer=TEXTS.filter(str.strip),
