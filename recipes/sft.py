@@ -17,7 +17,7 @@ import cpu_threads  # noqa: F401  # before torch is loaded
 import evaluate
 from arguments import named_flags, nearest, parse_arguments
 from datasets import Dataset
-from parallel import end_together, show_progress_once, use_all_cores
+from parallel import show_progress_once, use_all_cores
 from peft import LoraConfig
 from quickstart import build_model, train_tokenizer
 from rich.console import Console
@@ -84,13 +84,7 @@ class ModelArguments:
 
 
 def main() -> None:
-    """Runs the recipe, on as many processes as were launched."""
-    train()
-    end_together()
-
-
-def train() -> None:
-    """Trains, evaluates and saves; no trainer outlives it."""
+    """Trains, evaluates and saves, on as many processes as were launched."""
     model_args, data_args, args = parse_arguments(
         (ModelArguments, DataArguments, MaskedSFTConfig),
         sys.argv[1:],

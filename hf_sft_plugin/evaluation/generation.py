@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
-from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -256,8 +255,7 @@ def _generation_mode(model: PreTrainedModel, config: GenerationConfig) -> Iterat
     What is not set in a `GenerationConfig` is otherwise taken from the one saved with the model,
     such as a penalty on repetitions.
     """
-    given: Any = model
-    owner = given.get_base_model() if isinstance(given, PeftModel) else given
+    owner = getattr(model, "get_base_model", lambda: model)()
     saved, was_training = owner.generation_config, model.training
     owner.generation_config = config
     model.eval()

@@ -1,7 +1,8 @@
 """A model in float64 for a while: the truth by which its other ways of running are judged.
 
-Its weights are widened one decoder layer at a time, so the whole model is never held twice. Norms,
-routers and softmax, which models cast to float32, are in float64 as well.
+Its weights are widened one decoder layer at a time, and those of a large LM head in slices, so the
+whole model is never held twice. Norms, routers and softmax, which models cast to float32, are in
+float64 as well.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -27,6 +29,8 @@ MODEL_ERRORS = (
 # Largest relative difference between the float64 logits of a token in two ways of running it.
 # Rounding stays below 1e-12.
 TOLERANCE = 1e-6
+# Bytes of a linear layer outside of the decoder layers that are widened at a time.
+SLICE_BYTES = 2**28
 
 
 @contextmanager
@@ -107,6 +111,27 @@ class _NoNarrowing(TorchFunctionMode):
         return torch.promote_types(value, self._dtype) if is_floating else value
 
 
+class _InSlices(TorchFunctionMode):
+    """Has a linear layer widen some of its outputs after others: each is a sum by itself.
+
+    Args:
+        dtype: The wider dtype.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not linear:
+            return func(*args, **(kwargs or {}))
+        hidden, weight, bias = args
+        num_rows = max(1, SLICE_BYTES // (weight.shape[1] * self._dtype.itemsize))
+        slices = [linear(hidden, some.to(self._dtype)) for some in weight.split(num_rows)]
+        output = torch.cat(slices, dim=-1)
+        return output if bias is None else output + bias.to(self._dtype)
+
+
 class _Widened:
     """The weights of a module in another dtype while it runs, and no autocast.
 
@@ -128,6 +153,9 @@ class _Widened:
         if isinstance(self._module, nn.Embedding):
             # Its rows are widened when they have been looked up; all of them would be many.
             return
+        if self._is_large_linear():
+            self._stack.enter_context(_InSlices(self._dtype))
+            return
         if not isinstance(self._module, nn.Linear):
             self._stack.enter_context(_NoNarrowing(self._dtype))
         for module in self._module.modules():
@@ -145,6 +173,14 @@ class _Widened:
         if isinstance(self._module, nn.Embedding) and self._is_narrow(output):
             return output.to(self._dtype)
         return output
+
+    def _is_large_linear(self) -> bool:
+        module: Any = self._module
+        # A gradient would keep the slices, and quantized layers have a forward of their own.
+        if torch.is_grad_enabled() or type(module).forward is not nn.Linear.forward:
+            return False
+        is_large = module.weight.numel() * self._dtype.itemsize > SLICE_BYTES
+        return is_large and self._is_narrow(module.weight)
 
     def _is_narrow(self, tensor: Any) -> bool:
         is_floating = isinstance(tensor, Tensor) and tensor.is_floating_point()

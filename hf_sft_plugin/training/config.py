@@ -1,5 +1,6 @@
 """The settings of a run: those of `TrainingArguments`, those of the data, and a few of our own."""
 
+import argparse
 import copy
 import json
 import math
@@ -173,6 +174,10 @@ class MaskedSFTConfig(DataOptions, SpeedOptions, TrainingArguments):
             "torch.utils.checkpoint.checkpoint, as JSON."
         },
     )
+    # A copy has it from the original, and so knows which of two names was changed.
+    resolved_checkpointing: dict[str, Any] | None = field(
+        default=None, metadata={"help": argparse.SUPPRESS}
+    )
 
     # Strings that may be JSON on the command line, as `TrainingArguments` wants them listed.
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
@@ -230,6 +235,10 @@ class MaskedSFTConfig(DataOptions, SpeedOptions, TrainingArguments):
         TrainingArguments.__post_init__(self)
         # Now it is no longer JSON.
         self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        self.resolved_checkpointing = {
+            "activation_checkpointing": self.activation_checkpointing,
+            "activation_checkpointing_kwargs": self.activation_checkpointing_kwargs,
+        }
         accelerator_config: Any = self.accelerator_config
         if accelerator_config.dispatch_batches is None:
             # Batches of a stream differ in length, so one process cannot cut them up for all.
@@ -281,13 +290,26 @@ class MaskedSFTConfig(DataOptions, SpeedOptions, TrainingArguments):
         return {**self.__dict__, "hub_token": None}
 
     def _name_checkpointing_twice(self) -> None:
-        """Gives both names the same value, so that every transformers finds it and none warns."""
-        if self.activation_checkpointing is None:
-            self.activation_checkpointing = bool(self.gradient_checkpointing)
-        if self.activation_checkpointing_kwargs is None:
-            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
-        self.gradient_checkpointing = self.activation_checkpointing
-        self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs
+        """Gives both names the same value, so that every transformers finds it and none warns.
+
+        Raises:
+            ValueError: If they say different things, and none of them is known from a copy.
+        """
+        for end in ("", "_kwargs"):
+            names = f"activation_checkpointing{end}", f"gradient_checkpointing{end}"
+            values = [getattr(self, name) for name in names]
+            known = [getattr(type(self), name) for name in names]
+            if self.resolved_checkpointing is not None:
+                known = [self.resolved_checkpointing[names[0]]] * 2
+            given = [value for value, old in zip(values, known, strict=True) if value != old]
+            if len(given) == 2 and given[0] != given[1]:
+                raise ValueError(
+                    f"{names[0]} is {values[0]}, and {names[1]}, its older name, is {values[1]}. "
+                    "Leave one of the two out."
+                )
+            value = next(iter(given or [each for each in known if each is not None]), None)
+            for name in names:
+                setattr(self, name, value if end else bool(value))
 
     def _check_packing(self) -> None:
         if not self.packing:

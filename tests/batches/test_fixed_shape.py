@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from torch import Tensor
-from transformers import TrainerCallback
+from one_step import Gradients
 
 from hf_sft_plugin import MaskedSFTTrainer, pack_dataset
 from hf_sft_plugin.batches.fixed_shape import fill_up
@@ -39,24 +38,13 @@ def make_rows() -> list[dict[str, Any]]:
     return rows
 
 
-class Watch(TrainerCallback):
-    """Keeps the gradient of every step."""
-
-    def __init__(self) -> None:
-        self.gradients: list[Tensor] = []
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        gradients = [p.grad.flatten() for p in kwargs["model"].parameters()]
-        self.gradients.append(torch.cat(gradients))
-
-
 @pytest.fixture
 def train(model_factory: Make, make_config: Make, tokenizer: Any, widen: Make) -> Make:
     """An epoch and an evaluation; gives the trainer, its gradients, and all shapes in training."""
 
     def run(model_type: str = "llama", **settings: Any) -> Any:
         fields = settings.pop("fields", {})
-        model, watch = model_factory(model_type, **fields).double(), Watch()
+        model, gradients = model_factory(model_type, **fields).double(), Gradients()
         widen(model)
         shapes: dict[bool, set[tuple[int, ...]]] = {True: set(), False: set()}
 
@@ -80,14 +68,14 @@ def train(model_factory: Make, make_config: Make, tokenizer: Any, widen: Make) -
             train_dataset=Dataset.from_list(make_rows()),
             eval_dataset=Dataset.from_list(make_rows()),
             processing_class=tokenizer,
-            callbacks=[watch],
+            callbacks=[gradients],
         )
         model.base_model.register_forward_pre_hook(note, with_kwargs=True)
         trainer.train()
         # Of evaluation only; what was tried out before the first step is not training either.
         shapes[False].clear()
         trainer.evaluate()
-        return trainer, watch.gradients, shapes
+        return trainer, gradients.values, shapes
 
     return run
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from one_step import Gradients
 from torch import Tensor
-from transformers import TrainerCallback
 
 from hf_sft_plugin import (
     DataCollatorForPromptResponse,
@@ -72,15 +72,6 @@ def test_other_batches_are_left_alone(tokenizer: Any) -> None:
         assert move_padding_right(batch) is batch
 
 
-class Keeper(TrainerCallback):
-    """Keeps the gradient of the last optimizer step."""
-
-    gradient: Tensor
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.gradient = torch.cat([p.grad.flatten() for p in kwargs["model"].parameters()])
-
-
 @pytest.mark.parametrize("model_type", ["qwen3", "gpt2"])
 def test_padding_on_the_left_has_the_budget_and_the_gradient_of_padding_on_the_right(
     model_type: str,
@@ -97,7 +88,7 @@ def test_padding_on_the_left_has_the_budget_and_the_gradient_of_padding_on_the_r
 
     own = {"n_inner": 48, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
     for collator in (DataCollatorForPromptResponse(tokenizer), LeftCollator(tokenizer)):
-        keeper = Keeper()
+        keeper = Gradients()
         trainer = Watched(
             model_factory(model_type, **(own if model_type == "gpt2" else {})).double(),
             make_config(
@@ -112,7 +103,7 @@ def test_padding_on_the_left_has_the_budget_and_the_gradient_of_padding_on_the_r
             callbacks=[keeper],
         )
         trainer.train()
-        gradients.append(keeper.gradient)
+        gradients += keeper.values
         assert "GB needed for" in trainer.describe_speed()["memory"]
     # All nine rows at once, both times.
     assert len(ran) == 2

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_sft_plugin.models import float64_run
 from hf_sft_plugin.models.float64_run import in_float64, largest_error, typical_error
 
 Make = Callable[..., Any]
@@ -73,6 +75,39 @@ def test_gradients_reach_the_weights_as_they_are(model_factory: Make) -> None:
         assert one.grad.dtype == torch.bfloat16
         # Gradients are rounded to bfloat16, those of tied weights where they add up, too.
         assert (one.grad.float() - other.grad).norm() < 2**-7 * other.grad.norm()
+
+
+class LargestWidened(TorchDispatchMode):
+    """Keeps the size of the largest tensor that another dtype was made of."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self.numel = max(self.numel, output.numel())
+        return output
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_large_head_is_widened_a_slice_at_a_time(
+    has_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Seven rows of it, which do not divide its 300.
+    monkeypatch.setattr(float64_run, "SLICE_BYTES", 7 * 32 * 8 + 5)
+    torch.manual_seed(0)
+    head = nn.Linear(32, 300, bias=has_bias).bfloat16()
+    hidden = torch.randn(2, 5, 32, dtype=torch.float64)
+    expected = copy.deepcopy(head).double()(hidden)
+    with torch.no_grad(), in_float64(head), LargestWidened() as largest:
+        found = head(hidden)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    # As large as the bias; the whole weight has 9,600 numbers.
+    assert 0 < largest.numel <= 300
+    # A gradient needs all of it in the backward pass.
+    with in_float64(head):
+        head(hidden).sum().backward()
+    assert head.weight.grad.dtype == torch.bfloat16
 
 
 def test_a_run_that_breaks_off_leaves_the_model_as_it_was(model: Any) -> None:

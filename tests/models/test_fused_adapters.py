@@ -1,16 +1,14 @@
 """LoRA layers run as one function each, and nothing else changes."""
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from one_step import fused, gradient_of
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-
-from hf_sft_plugin.models.fused_layers import FusedLayers
 
 Make = Callable[..., Any]
 IDS = torch.randint(3, 300, (3, 40), generator=torch.Generator().manual_seed(0))
@@ -24,15 +22,6 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-@contextmanager
-def fused(model: nn.Module) -> Iterator[FusedLayers]:
-    layers = FusedLayers(model)
-    try:
-        yield layers
-    finally:
-        layers.give_back()
-
-
 def with_adapter(model: Any, **settings: Any) -> Any:
     torch.manual_seed(1)
     lora = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **settings}
@@ -44,8 +33,7 @@ def gradient(model: Any) -> Tensor:
     model.zero_grad()
     torch.manual_seed(2)
     model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
-    grads = [p.grad for p in model.parameters() if p.requires_grad]
-    return torch.cat([grad.double().flatten() for grad in grads])
+    return gradient_of(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

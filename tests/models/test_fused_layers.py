@@ -2,18 +2,18 @@
 
 import copy
 import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from one_step import OwnTrainer, fused, gradient_of
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.models.llama import modeling_llama
 
-from hf_sft_plugin import DataCollatorForPromptResponse, MaskedLossMixin
+from hf_sft_plugin import DataCollatorForPromptResponse
 from hf_sft_plugin.models import fused_layers
 from hf_sft_plugin.models.fused_layers import FusedLayers
 
@@ -29,20 +29,11 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
 IDS = torch.randint(3, 300, (3, 40), generator=torch.Generator().manual_seed(0))
 
 
-@contextmanager
-def fused(model: nn.Module) -> Iterator[FusedLayers]:
-    layers = FusedLayers(model)
-    try:
-        yield layers
-    finally:
-        layers.give_back()
-
-
 def gradient(model: Any, **settings: Any) -> Tensor:
     """Of the mean loss of some tokens, in float64."""
     model.zero_grad()
     model(IDS, labels=IDS, use_cache=False, **settings).loss.backward()
-    return torch.cat([p.grad.double().flatten() for p in model.parameters()])
+    return gradient_of(model)
 
 
 def kept_bytes(model: Any) -> int:
@@ -259,10 +250,6 @@ def test_angles_that_are_trained_take_the_models_own_rotation(model_factory: Mak
     assert angles.grad is not None
 
 
-class MaskedTrainer(MaskedLossMixin, Trainer):
-    """As users write it."""
-
-
 class Watcher(TrainerCallback):
     """Sees what is fused at a step, and may fail there."""
 
@@ -278,9 +265,9 @@ class Watcher(TrainerCallback):
 
 def make_trainer(
     model: Any, make_config: Make, tokenizer: Any, watcher: Watcher, **settings: Any
-) -> MaskedTrainer:
+) -> OwnTrainer:
     rows = [{"input_ids": row.tolist(), "response_mask": [0] * 10 + [1] * 30} for row in IDS]
-    return MaskedTrainer(
+    return OwnTrainer(
         model,
         make_config(max_steps=1, **settings),
         data_collator=DataCollatorForPromptResponse(tokenizer),

@@ -1,7 +1,6 @@
 """The last layer runs at trained positions only, and nothing changes."""
 
 import re
-from collections import UserList
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from one_step import Gradients, OwnTrainer, Rows, tokens
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
 
-from hf_sft_plugin import DataCollatorForPromptResponse, MaskedLossMixin
+from hf_sft_plugin import DataCollatorForPromptResponse
 from hf_sft_plugin.loss.masked_loss import LossNormalization
 from hf_sft_plugin.models.attention_choice import choose_attention
 from hf_sft_plugin.models.last_layer import LastLayer, LastLayerMixin
@@ -29,11 +28,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 LORA = LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)
 Make = Callable[..., Any]
-
-
-def tokens(seed: int, count: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 300, (count,), generator=generator).tolist()
 
 
 def make_rows() -> list[dict[str, Any]]:
@@ -54,32 +48,13 @@ NUM_READ = sum(len(row["input_ids"]) for row in make_rows())
 NUM_TRAINED = sum(sum(row["response_mask"]) for row in make_rows())
 
 
-class Rows(UserList[Any]):
-    """Rows that the trainer leaves to the collator."""
-
-
-class OwnTrainer(MaskedLossMixin, Trainer):
-    """A Trainer of one's own."""
-
-
-class Gradient(TrainerCallback):
-    """Keeps the gradient of the last optimizer step."""
-
-    def __init__(self) -> None:
-        self.value = torch.zeros(0)
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        grads = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-        self.value = torch.cat([grad.flatten().double() for grad in grads])
-
-
 class Run:
     """One optimizer step and one evaluation."""
 
-    def __init__(self, trainer: OwnTrainer, gradient: Gradient) -> None:
+    def __init__(self, trainer: OwnTrainer, gradients: Gradients) -> None:
         self.trainer = trainer
         trainer.train()
-        self.gradient = gradient.value
+        self.gradient = gradients.values[-1]
         self.numbers = dict(trainer.state.log_history[0]) | trainer.evaluate()
         for name in ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second"):
             del self.numbers[name]
@@ -94,7 +69,7 @@ def make_trainer(model_factory: Make, tokenizer: Any, make_config: Make) -> Make
         fields: dict[str, Any] | None = None,
         rows: list[dict[str, Any]] | None = None,
         **settings: Any,
-    ) -> tuple[OwnTrainer, Gradient]:
+    ) -> tuple[OwnTrainer, Gradients]:
         own = {
             name: settings.pop(name)
             for name in ("trained_positions_only", "fused_head", "padding_free", "shared_prompts")
@@ -107,7 +82,7 @@ def make_trainer(model_factory: Make, tokenizer: Any, make_config: Make) -> Make
         if adapter is not None:
             torch.manual_seed(5)
             model = get_peft_model(model, adapter)
-        gradient = Gradient()
+        gradients = Gradients()
         torch.manual_seed(7)
         trainer = OwnTrainer(
             model,
@@ -115,11 +90,11 @@ def make_trainer(model_factory: Make, tokenizer: Any, make_config: Make) -> Make
             data_collator=DataCollatorForPromptResponse(tokenizer),
             train_dataset=Rows(make_rows() if rows is None else rows),
             eval_dataset=Rows(make_rows()),
-            callbacks=[gradient],
+            callbacks=[gradients],
         )
         for name, value in own.items():
             setattr(trainer, name, value)
-        return trainer, gradient
+        return trainer, gradients
 
     return make
 

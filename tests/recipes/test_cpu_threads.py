@@ -8,25 +8,51 @@ from pathlib import Path
 import cpu_threads
 import pytest
 
+SECOND = "0::/pod/task\n"
+FIRST = "8:memory:/\n4:cpu,cpuacct:/pod/task\n0::/\n"
+
 
 @pytest.mark.parametrize(
-    ("limit", "expected"),
+    ("membership", "files", "expected"),
     [
-        ("max 100000\n", 6),
-        ("200000 100000\n", 2),
-        ("150000 100000\n", 2),
-        ("10000 100000\n", 1),
-        ("900000 100000\n", 6),
-        (None, 6),
+        (SECOND, {"pod/task/cpu.max": "max 100000\n"}, 6),
+        (SECOND, {"pod/task/cpu.max": "200000 100000\n"}, 2),
+        (SECOND, {"pod/task/cpu.max": "150000 100000\n"}, 2),
+        (SECOND, {"pod/task/cpu.max": "10000 100000\n"}, 1),
+        (SECOND, {"pod/task/cpu.max": "900000 100000\n"}, 6),
+        (SECOND, {"pod/task/cpu.max": "max 100000\n", "pod/cpu.max": "300000 100000\n"}, 3),
+        # In a container its own group may be mounted as the root of all.
+        (SECOND, {"cpu.max": "200000 100000\n"}, 2),
+        (
+            FIRST,
+            {
+                "cpu/pod/task/cpu.cfs_quota_us": "-1\n",
+                "cpu/pod/task/cpu.cfs_period_us": "100000\n",
+                "cpu/pod/cpu.cfs_quota_us": "400000\n",
+                "cpu/pod/cpu.cfs_period_us": "100000\n",
+            },
+            4,
+        ),
+        (SECOND, {}, 6),
+        (None, {"cpu.max": "200000 100000\n"}, 6),
     ],
 )
 def test_a_container_uses_no_more_cores_than_its_quota(
-    limit: str | None, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    membership: str | None,
+    files: dict[str, str],
+    expected: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)))
-    if limit is not None:
-        (tmp_path / "cpu.max").write_text(limit)
-    assert cpu_threads.count_usable_cores(tmp_path) == expected
+    if membership is not None:
+        (tmp_path / "membership").write_text(membership)
+    for name, text in files.items():
+        path = tmp_path / "groups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    found = cpu_threads.count_usable_cores(tmp_path / "groups", tmp_path / "membership")
+    assert found == expected
 
 
 @pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])

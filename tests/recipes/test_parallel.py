@@ -1,4 +1,4 @@
-"""Processes share the cores, show their progress once, and end together with nothing running."""
+"""Processes share the cores, show their progress once, and end with nothing running."""
 
 import json
 from pathlib import Path

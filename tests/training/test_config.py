@@ -1,11 +1,13 @@
 """The settings: defaults, refusals, the command line, and what leaves the process."""
 
+import argparse
 import copy
 import dataclasses
 import io
 import json
 import math
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +82,7 @@ def test_every_setting_of_our_own_has_its_default_and_a_help_text() -> None:
     fields = {field.name: field for field in dataclasses.fields(MaskedSFTConfig)}
     own = {*vars(MaskedSFTConfig)["__annotations__"], *DataOptions.__dataclass_fields__}
     own |= SpeedOptions.__dataclass_fields__.keys()
+    own -= {name for name in own if fields[name].metadata["help"] == argparse.SUPPRESS}
     assert own == {*OWN_DEFAULTS, *DATA_DEFAULTS}
     for name, default in (OWN_DEFAULTS | DATA_DEFAULTS).items():
         factory = fields[name].default_factory
@@ -419,11 +422,47 @@ def test_tags_are_a_list_of_names(make_config: Make) -> None:
 def test_checkpointing_goes_by_both_of_its_names(name: str, make_config: Make) -> None:
     config = make_config(**{name: True, f"{name}_kwargs": '{"use_reentrant": false}'})
     copied = copy.deepcopy(dataclasses.replace(config, logging_steps=3))
-    switched_off = dataclasses.replace(config, activation_checkpointing=False)
-    for each, is_on in ((config, True), (copied, True), (switched_off, False)):
-        assert (each.activation_checkpointing, each.gradient_checkpointing) == (is_on, is_on)
+    for each in (config, copied):
+        assert (each.activation_checkpointing, each.gradient_checkpointing) == (True, True)
         assert each.activation_checkpointing_kwargs == {"use_reentrant": False}
         assert each.gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+@pytest.mark.parametrize("is_on", [False, True])
+@pytest.mark.parametrize("is_rebuilt", [False, True])
+def test_a_copy_can_be_changed_by_both_names_of_checkpointing(
+    name: str, is_on: bool, is_rebuilt: bool, make_config: Make
+) -> None:
+    config = make_config(
+        gradient_checkpointing=not is_on, activation_checkpointing_kwargs={"use_reentrant": True}
+    )
+    changes = {name: is_on, f"{name}_kwargs": {"use_reentrant": False}}
+    if is_rebuilt:
+        changed = MaskedSFTConfig(**{**config.to_dict(), **changes})
+    else:
+        changed = dataclasses.replace(config, **changes)
+    # And one of a copy.
+    back = dataclasses.replace(changed, **{name: not is_on, f"{name}_kwargs": None})
+    for each, state, options in (
+        (changed, is_on, {"use_reentrant": False}),
+        (back, not is_on, None),
+    ):
+        assert each.activation_checkpointing is each.gradient_checkpointing is state
+        assert each.activation_checkpointing_kwargs == each.gradient_checkpointing_kwargs == options
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("", (False, True)), ("_kwargs", ({"use_reentrant": True}, {}))]
+)
+def test_names_of_checkpointing_that_contradict_each_other_are_refused(
+    name: str, values: tuple[Any, Any], make_config: Make
+) -> None:
+    both = [f"{each}_checkpointing{name}" for each in ("activation", "gradient")]
+    message = f"{both[0]} is {values[0]}, and {both[1]}, its older name, is {values[1]}. Leave one"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_config(**dict(zip(both, values, strict=True)))
 
 
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])

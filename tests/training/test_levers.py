@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from one_step import Gradients, gradient_of
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import TrainerCallback
 
 from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
 
@@ -57,11 +57,6 @@ def make_rows() -> list[dict[str, Any]]:
     ]
 
 
-def gradient_of(model: nn.Module) -> Tensor:
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    return torch.cat([grad.flatten() for grad in grads])
-
-
 def reference(model: Any) -> tuple[float, Tensor]:
     """Loss and gradient of the rows, one at a time on full logits."""
     total, weight = torch.zeros((), dtype=torch.float64), 0.0
@@ -75,13 +70,6 @@ def reference(model: Any) -> tuple[float, Tensor]:
     model.zero_grad()
     loss.backward()
     return loss.item(), gradient_of(model)
-
-
-class Keeper(TrainerCallback):
-    """Keeps the gradient of the step."""
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.gradient = gradient_of(kwargs["model"])
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -98,7 +86,7 @@ def train_one_step(
 ) -> tuple[MaskedSFTTrainer, Tensor]:
     """The trainer after a step that changes nothing, and the gradient of the step."""
     model.zero_grad()
-    keeper = Keeper()
+    gradients = Gradients()
     args = make_config(
         **{
             "per_device_train_batch_size": 8,
@@ -113,10 +101,10 @@ def train_one_step(
         args,
         train_dataset=Dataset.from_list(make_rows()),
         processing_class=tokenizer,
-        callbacks=[keeper],
+        callbacks=[gradients],
     )
     trainer.train()
-    return trainer, keeper.gradient
+    return trainer, gradients.values[-1]
 
 
 @pytest.mark.parametrize("levers", LEVERS, ids=lambda levers: ", ".join(map(str, levers.values())))
