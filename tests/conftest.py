@@ -37,8 +37,9 @@ from hf_sft_plugin import MaskedSFTConfig
 datasets.disable_progress_bars()
 
 
-def pytest_collection_finish() -> None:
-    """Every training looks for garbage; what was made by imports is none."""
+@pytest.fixture(scope="module", autouse=True)
+def little_to_look_through() -> None:
+    """Every training looks for garbage; what is left of earlier files and imports is none."""
     gc.collect()
     gc.freeze()
 

@@ -10,6 +10,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ PRELOADED = [
     "hf_sft_plugin.verification.verification",
     "transformers.models.llama.modeling_llama",
 ]
+
+
+def forking() -> ForkServerContext:
+    """Starts processes from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def run_on_processes(
@@ -44,16 +52,35 @@ def run_on_processes(
     Raises:
         AssertionError: If a process raised, died or hung; with its traceback.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    group |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_processes))
+    environments = [
+        {**group, **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))}
+        for rank in range(num_processes)
+    ]
+    return _run_all(environments, function, args, timeout)
+
+
+def run_alone(function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> Any:
+    """Calls a function in a process of its own, which belongs to no group; see above."""
+    return _run_all([{}], function, args, timeout)[0]
+
+
+def _run_all(
+    environments: list[dict[str, str]],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    timeout: float,
+) -> list[Any]:
+    context = forking()
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, f"{rank}.pickle") for rank in range(num_processes)]
+        files = [Path(folder, f"{rank}.pickle") for rank in range(len(environments))]
         processes = [
-            context.Process(target=_run, args=(rank, num_processes, port, file, function, args))
-            for rank, file in enumerate(files)
+            context.Process(target=_run, args=(environment, file, function, args))
+            for environment, file in zip(environments, files, strict=True)
         ]
         for process in processes:
             process.start()
@@ -84,21 +111,9 @@ def _read(file: Path) -> tuple[str | None, Any]:
 
 
 def _run(
-    rank: int,
-    num_processes: int,
-    port: int,
-    file: Path,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
+    environment: dict[str, str], file: Path, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(num_processes),
-        "LOCAL_WORLD_SIZE": str(num_processes),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-    }
+    os.environ |= environment
     torch.set_num_threads(1)
     # Every training looks for garbage; what was made by imports is none.
     gc.collect()

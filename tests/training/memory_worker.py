@@ -1,13 +1,7 @@
-"""What a test of memory runs in a process of its own: `memory_worker.py CASES`.
+"""What a test of memory runs in a process of its own."""
 
-Trains models for two steps each and prints for each, as JSON, in bytes: what the process held
-before it, what its steps were estimated to need, how much of that beside the model, and what the
-process took at its highest point.
-"""
-
+import ctypes
 import gc
-import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,7 +19,6 @@ from transformers import (
 
 from hf_sft_plugin import MaskedSFTConfig, MaskedSFTTrainer
 from hf_sft_plugin.batches.microbatches import Microbatches
-from hf_sft_plugin.training import callbacks
 
 
 def memory(name: str) -> int:
@@ -70,7 +63,13 @@ def make_model(model: dict[str, Any] | str, dtype: str) -> Any:
 
 def measure(
     model: dict[str, Any] | str, settings: dict[str, Any], is_lora: bool, dtype: str = "float32"
-) -> None:
+) -> dict[str, float]:
+    """Trains for two steps.
+
+    Returns:
+        In bytes: what the process held before it, what its steps were estimated to need, how much
+        of that beside the model, and what the process took at its highest point.
+    """
     words = {"a": 0, "b": 1, **{str(number): number for number in range(2, 1000)}}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="a")),
@@ -104,19 +103,22 @@ def measure(
             callbacks=[peaks],
         )
         trainer.train()
-    print(json.dumps({"before": before, **trainer.found, "peak": peaks.found[-1]}))
+    return {"before": before, **trainer.found, "peak": peaks.found[-1]}
 
 
-def main(cases: list[dict[str, Any]]) -> None:
-    torch.set_num_threads(1)
-    # They take longer than the training.
-    callbacks.write_report = lambda folder: []
+def measure_all(
+    cases: list[dict[str, Any]], are_tensors_mapped: bool = False
+) -> list[dict[str, float]]:
+    """Measures one case after the other.
+
+    Args:
+        cases: Arguments of `measure`.
+        are_tensors_mapped: Whether every tensor is a mapping of its own, which leaves no gaps.
+    """
+    if are_tensors_mapped:
+        # M_MMAP_THRESHOLD of malloc.h.
+        ctypes.CDLL(None).mallopt(-3, 2**16)
     # What libraries take at their first use is not the model's.
     warm = torch.nn.Linear(256, 256)
     warm(torch.randn(512, 256)).sum().backward()
-    for case in cases:
-        measure(**case)
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    return [measure(**case) for case in cases]

@@ -1,9 +1,5 @@
 """The estimate is what a real step takes, and making it changes nothing."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from memory_worker import measure_all
 from peft import LoraConfig, get_peft_model
+from processes import run_alone
 from torch import Tensor, nn
 
 from hf_sft_plugin.training.available_memory import held_memory
 from hf_sft_plugin.training.memory import Growth, StepMemory, measure_step_memory
 
-WORKER = Path(__file__).parent / "memory_worker.py"
 QWEN = {
     "model_type": "qwen3",
     "vocab_size": 8192,
@@ -76,24 +73,10 @@ ONLY_LINUX = pytest.mark.skipif(
 )
 
 
-def measure(cases: list[dict[str, Any]], **surroundings: str) -> list[dict[str, float]]:
-    """What a process of its own finds of each case."""
-    answer = subprocess.run(
-        [sys.executable, str(WORKER), json.dumps(cases)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **surroundings},
-    )
-    assert answer.returncode == 0, answer.stderr
-    return [json.loads(line) for line in answer.stdout.splitlines() if line.startswith('{"before"')]
-
-
 @pytest.fixture(scope="module")
 def measured() -> dict[str, dict[str, float]]:
     """Estimate and peak of each case."""
-    # Every tensor is a mapping of its own, which leaves no gaps.
-    found = measure([*CASES.values()], MALLOC_MMAP_THRESHOLD_="65536")
-    return dict(zip(CASES, found, strict=True))
+    return dict(zip(CASES, run_alone(measure_all, [*CASES.values()], True), strict=True))
 
 
 @ONLY_LINUX
@@ -109,7 +92,7 @@ def test_the_estimate_is_within_a_quarter_of_what_the_model_takes(
 @ONLY_LINUX
 @pytest.mark.parametrize("case", WHOLE_CASES)
 def test_the_estimate_is_within_a_quarter_of_what_the_process_takes(case: str) -> None:
-    (found,) = measure([WHOLE_CASES[case]])
+    (found,) = run_alone(measure_all, [WHOLE_CASES[case]])
     assert found["estimate"] == pytest.approx(found["peak"], rel=0.25), found
 
 
@@ -119,7 +102,7 @@ def test_the_estimate_is_within_a_quarter_of_what_the_process_takes(case: str) -
 def test_the_estimate_of_a_trained_model_is_within_a_quarter_of_what_the_process_takes(
     case: str, trained_model_path: str
 ) -> None:
-    (found,) = measure([{"model": trained_model_path, **TRAINED_CASES[case]}])
+    (found,) = run_alone(measure_all, [{"model": trained_model_path, **TRAINED_CASES[case]}])
     assert found["estimate"] == pytest.approx(found["peak"], rel=0.25), found
 
 

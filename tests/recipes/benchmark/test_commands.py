@@ -20,6 +20,7 @@ def results_of(*argv: str, output: Path) -> Any:
     return result["records"]
 
 
+@pytest.mark.usefixtures("forked_contestants")
 def test_a_benchmark_measures_all_contestants(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -34,6 +35,7 @@ def test_a_benchmark_measures_all_contestants(
     assert all(step["wall"] > 0 and step["peak"] > 2**26 for step in records["ours"])
 
 
+@pytest.mark.usefixtures("forked_contestants")
 def test_a_whole_run_is_measured(tmp_path: Path) -> None:
     train = ("train", *TINY, "--batch_size", "1", "--repetitions", "2", "--steps_per_turn", "1")
     records = results_of(*train, "--contestants", "ours", output=tmp_path / "result.json")
@@ -43,6 +45,7 @@ def test_a_whole_run_is_measured(tmp_path: Path) -> None:
     assert all(turn["wall"] > 0 for turn in run["turns"])
 
 
+@pytest.mark.usefixtures("forked_contestants")
 def test_memory_ends_at_its_limit(tmp_path: Path) -> None:
     # Hardly enough for the libraries alone.
     memory = ("memory", *TINY, "--repetitions", "1", "--batch_sizes", "1", "2")
@@ -52,6 +55,7 @@ def test_memory_ends_at_its_limit(tmp_path: Path) -> None:
     assert records == {"1": {"ours": None}}
 
 
+@pytest.mark.usefixtures("forked_contestants")
 def test_heads_are_measured_at_every_precision(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     head = ("head", "--shape", "tiny", "--num_rows", "8", "--repetitions", "1", "--threads", "1")

@@ -87,6 +87,7 @@ def short_rows(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.usefixtures("forked_contestants")
 def test_a_small_model_is_shown(
     model_factory: Callable[..., Any], tokenizer: Any, short_rows: str, tmp_path: Path
 ) -> None:
@@ -97,6 +98,7 @@ def test_a_small_model_is_shown(
 
 
 @pytest.mark.trained
+@pytest.mark.usefixtures("forked_contestants")
 def test_a_trained_model_is_shown(trained_model_path: str, short_rows: str) -> None:
     setup = replace(SETUP, rows=short_rows, precision="bf16 weights", lora=True)
     found = check(setup, Path(trained_model_path))

@@ -14,6 +14,7 @@ from workload import Setup, row_lengths
 SETUP = Setup("tiny", None, 4, 1, 2, "float32", 1, steps_per_turn=1)
 
 
+@pytest.mark.usefixtures("forked_contestants")
 def test_one_and_two_processes_are_measured_on_the_same_steps(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     size = ("--shape", "tiny", "--batch_size", "2", "--repetitions", "1", "--steps_per_turn", "2")

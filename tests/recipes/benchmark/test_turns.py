@@ -57,12 +57,14 @@ def test_contestants_take_turns(tasks: str, tmp_path: Path) -> None:
         assert all(usage.cpu < usage.wall for usage in usages)
 
 
+@pytest.mark.usefixtures("forked_contestants")
 def test_a_contestant_that_cannot_start_is_named(tasks: str) -> None:
     with pytest.raises(ContestantEnded, match="'nobody' could not take part") as end:
         take_turns(["nobody"], 1, pytest.importorskip(tasks).fail, SETUP)
     assert not end.value.is_by_memory
 
 
+@pytest.mark.usefixtures("forked_contestants")
 def test_who_takes_more_memory_than_allowed_is_told_from_one_that_failed(tasks: str) -> None:
     limited: Any = SimpleNamespace(threads=1, memory_limit=4)
     with pytest.raises(ContestantEnded, match="'greedy' asked for more memory") as end:
