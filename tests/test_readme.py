@@ -13,6 +13,7 @@ from hf_sft_plugin import MaskedSFTConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPES = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
 # The page of each room.
 PAGES = sorted((ROOT / "hf_sft_plugin").glob("*/README.md"))
 # An example, and what it prints where that is shown.
@@ -20,7 +21,8 @@ EXAMPLES = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", flags=
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 SHELL_LINES = [
     line
-    for block in re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+    for page in (README, RECIPES, *(page.read_text(encoding="utf-8") for page in PAGES))
+    for block in re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL)
     for line in block.splitlines()
 ]
 
@@ -34,10 +36,9 @@ def test_the_python_blocks_run_one_after_the_other(
     names: dict[str, Any] = {"__name__": "readme"}
     for number, block in enumerate(PYTHON_BLOCKS):
         exec(compile(block, f"README.md, block {number}", "exec"), names)  # noqa: S102
-    assert len(PYTHON_BLOCKS) == 5
+    assert len(PYTHON_BLOCKS) == 3
     assert Path("outputs/adapter/adapter_model.safetensors").is_file()
     assert names["ledger"].num_rows_trained == 2
-    assert names["loss"].item() > 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
@@ -85,14 +86,22 @@ def test_every_flag_and_file_of_the_commands_exists() -> None:
 
 
 def test_the_map_leads_to_every_room_and_names_every_recipe() -> None:
-    section = README.partition("## Map of the package")[2]
+    section = README.partition("## Where to read on")[2]
     links = [path.relative_to(ROOT).as_posix() for path in PAGES]
     assert [link for link in links if f"]({link})" not in section] == []
     recipes = (ROOT / "recipes").rglob("*.py")
-    assert [path.name for path in recipes if f"{path.name}`" not in section] == []
+    assert [path.name for path in recipes if f"{path.name}`" not in RECIPES] == []
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.parent.name)
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 250
+
+
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", ROOT / "recipes" / "README.md", *PAGES],
+    ids=lambda page: page.parent.name,
+)
 def test_the_links_of_a_page_are_files_of_the_project(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     targets = re.findall(r"\]\((?!https?://)([^)#]+)\)", text)
