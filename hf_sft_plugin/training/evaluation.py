@@ -10,10 +10,12 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
+from datasets import Dataset
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_sft_plugin.data.arguments import stored_rows
 from hf_sft_plugin.data.tokenization import tokenize_example
 from hf_sft_plugin.training.loading import last_position
 from hf_sft_plugin.training.repeats import rows_of_dataset
@@ -104,9 +106,11 @@ def examples_to_answer(
             f"generated for one. Pass one of them, such as eval_dataset[{next(iter(dataset))!r}]."
         )
     refuse_stream(dataset)
-    count = len(dataset) if num_rows is None else min(num_rows, len(dataset))
+    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
+        # A format such as "torch" would make tensors of lists and numbers.
+        dataset = stored_rows(dataset, "The dataset")
     examples: list[TokenizedExample] = []
-    for index in range(count):
+    for index in range(len(dataset))[:num_rows]:
         row = dataset[index]
         if row.get("response_mask") is not None:
             examples.append(row)
@@ -252,9 +256,8 @@ def _generation_mode(model: PreTrainedModel, config: GenerationConfig) -> Iterat
     What is not set in a `GenerationConfig` is otherwise taken from the one saved with the model,
     such as a penalty on repetitions.
     """
-    owner: Any = model
-    if isinstance(owner, PeftModel):
-        owner = owner.get_base_model()
+    given = cast(Any, model)
+    owner = given.get_base_model() if isinstance(given, PeftModel) else given
     saved, was_training = owner.generation_config, model.training
     owner.generation_config = config
     model.eval()

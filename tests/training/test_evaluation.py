@@ -324,6 +324,20 @@ def test_prepared_rows_are_answered_as_they_are_and_raw_rows_are_tokenized(token
         assert examples_to_answer(rows, 9, tokenizer) == examples
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy", "arrow", None])
+def test_rows_are_answered_as_they_are_stored_whatever_their_format(
+    kind: Any, tokenizer: Any
+) -> None:
+    raw = Dataset.from_list([{"prompt": "hello", "response": " world", "weight": 0.5}])
+    prepared, _ = prepare_dataset(raw, tokenizer)
+    for rows in (raw, prepared):
+        examples = examples_to_answer(rows.with_format(kind), None, tokenizer)
+        assert examples == prepared.to_list()
+    shout = raw.with_transform(lambda rows: {**rows, "response": [" WORLD"] * len(rows["prompt"])})
+    (example,) = examples_to_answer(shout, None, tokenizer)
+    assert tokenizer.decode(last_prompt(example)[1]) == " WORLD<|im_end|>"
+
+
 def test_raw_rows_are_tokenized_with_the_options_of_the_run(tokenizer: Any) -> None:
     rows = [{"q": "hello", "a": "0 1 2 3 4"}]
     options: Any = {"prompt_column": "q", "response_column": "a", "max_length": 5}
