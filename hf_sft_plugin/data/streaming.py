@@ -69,7 +69,7 @@ def prepare_stream(
     columns = dataset.column_names or list(next(iter(dataset), {}))
     if not columns:
         raise ValueError("The stream is empty: it needs at least one row.")
-    row_format = detect_format(columns, data_options)
+    row_format = detect_format(columns, data_options, dataset.features)
     tokenize = RowTokenizer(tokenizer, data_options, stop_token_ids, eval_masks)
     marks = ("eval_masks",) if needs_column(data_options, eval_masks) else ()
     made = (*_COLUMNS, *marks)

@@ -70,8 +70,7 @@ def load_metric(name: str) -> Metric:
     """The built-in `exact_match`, or any other metric of `evaluate` by its name or path."""
     if name == "exact_match":
         return ExactMatch()
-    # Imported here, because that takes longer than to import everything else of this package. In
-    # memory, because the processes of a run would share a file.
+    # Importing evaluate takes long, and the processes of a run would share a file.
     metric: Metric = importlib.import_module("evaluate").load(name, keep_in_memory=True)
     return metric
 
@@ -157,7 +156,7 @@ def plan_batches(
 ) -> list[tuple[list[int], int]]:
     """Batches of prompts of similar length, which have room for as many new tokens each.
 
-    So no prompt is answered more briefly for the company that it is in.
+    So a long prompt does not shorten the answers to the other prompts of its batch.
 
     Args:
         lengths: Tokens of each prompt.
