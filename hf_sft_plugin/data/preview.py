@@ -289,7 +289,7 @@ def tokenize_like(
     """Tokenizes rows as a setup does, without stopping at a row that is too long."""
     options = setup.options
     if options.overflow == "error":
-        # The row that would stop the run is what one wants to see.
+        # A preview should show the row that would stop the run.
         options = replace(options, overflow="drop")
     return tokenize_rows(rows, indices, setup.tokenizer, options, setup.stop_token_ids)
 

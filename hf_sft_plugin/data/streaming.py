@@ -37,8 +37,8 @@ def prepare_stream(
 ) -> IterableDataset:
     """Tokenizes a stream and marks what is trained, as `prepare_dataset` does for a dataset.
 
-    Nobody knows in advance what a stream holds. So a row that cannot be trained is left out with a
-    warning that names it, and the stream stops once too many of the rows so far were left out.
+    The rows of a stream are not known in advance. So a row that cannot be trained is left out with
+    a warning that names it, and the stream stops once too many of the rows so far were left out.
 
     Args:
         dataset: Raw or tokenized rows.

@@ -252,7 +252,7 @@ def generate(
 def _generation_mode(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Evaluation mode, with these settings alone; everything is put back afterwards.
 
-    What is not set in a `GenerationConfig` is otherwise taken from the one saved with the model,
+    `generate` takes settings that are None from the config that was saved with the model,
     such as a penalty on repetitions.
     """
     given = cast(Any, model)
