@@ -55,7 +55,7 @@ class WholeEncoding:
     def characters(self, token: int) -> tuple[int, int]:
         """See `TextEncoding`."""
         characters: tuple[int, int] | None = self._encoding.token_to_chars(token)
-        # None only for what a tokenizer adds of itself, which was not asked for.
+        # Only special tokens that a tokenizer adds itself have none, and it adds none here.
         assert characters is not None
         return characters
 
@@ -120,7 +120,7 @@ class TextEncoder:
         """One encoding per text."""
         if self._encode_words is None:
             return [encode_parts([text], self._tokenizer) for text in texts]
-        # The backend itself: transformers would copy every list once more, and forget characters.
+        # The backend itself: transformers would copy every list and lose the characters.
         backend = self._tokenizer.backend_tokenizer
         backend.no_padding()
         backend.no_truncation()

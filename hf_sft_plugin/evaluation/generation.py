@@ -69,8 +69,7 @@ def load_metric(name: str) -> Metric:
     """The built-in `exact_match`, or any other metric of `evaluate` by its name or path."""
     if name == "exact_match":
         return ExactMatch()
-    # Imported here, because that takes longer than to import everything else of this package. In
-    # memory, because the processes of a run would share a file.
+    # Importing evaluate takes long, and the processes of a run would share a file.
     metric: Metric = importlib.import_module("evaluate").load(name, keep_in_memory=True)
     return metric
 
@@ -156,7 +155,7 @@ def plan_batches(
 ) -> list[tuple[list[int], int]]:
     """Batches of prompts of similar length, which have room for as many new tokens each.
 
-    So no prompt is answered more briefly for the company that it is in.
+    So a long prompt does not shorten the answers to the other prompts of its batch.
 
     Args:
         lengths: Tokens of each prompt.
@@ -252,7 +251,7 @@ def generate(
 def _generation_mode(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Evaluation mode, with these settings alone; everything is put back afterwards.
 
-    What is not set in a `GenerationConfig` is otherwise taken from the one saved with the model,
+    `generate` takes settings that are None from the config that was saved with the model,
     such as a penalty on repetitions.
     """
     owner = getattr(model, "get_base_model", lambda: model)()

@@ -1,11 +1,11 @@
 """Rendering chats of one shape without rendering each of them many times.
 
-Most chats of a dataset differ in their contents alone: the same roles in the same order. Where a
-template treats contents as opaque text, what it writes around them is the same for all of them. So
-one chat of each shape is rendered in full, with a placeholder for each content, and the others are
-filled in. Where it is proven that the template cannot tell contents apart, that is all; else the
-whole and the prompt of the last response of every row are still rendered, and must equal what was
-filled in. Rows whose contents a template might look at, and every hundredth row, take the full way.
+Most chats of a dataset have the same roles in the same order and differ only in their contents. A
+template that treats contents as opaque text writes the same around them in all these chats. So one
+chat of each shape is rendered in full, with a placeholder for each content, and the contents of the
+others are filled in. If the template provably cannot tell contents apart, this is enough. Otherwise
+the whole chat and the prompt of its last response are rendered too, and must equal what was filled
+in. Rows whose contents a template might inspect, and every hundredth row, are rendered in full.
 """
 
 import re
@@ -127,7 +127,7 @@ class ChatRenderer:
             return None
         key = tuple((t.message["role"], t.train, t.weight) for t in conversation.turns)
         if key not in self._shapes:
-            # Most shapes of long chats are seen once, and then not worth the while.
+            # Most shapes of long chats occur only once; a shape pays off from the second chat on.
             self._shapes[key] = None
             return None
         shape = self._shapes[key]
@@ -142,7 +142,7 @@ class ChatRenderer:
                 return _Candidate(shape, texts, None, is_as_rendered=True)
         prompt = None
         if shape.prompt is not None:
-            # What is written around the contents, and the contents, in turn.
+            # The text around the contents alternates with the contents.
             filled = zip_longest(shape.prompt, contents[: len(shape.prompt) - 1], fillvalue="")
             prompt = "".join(chain.from_iterable(filled))
         return _Candidate(shape, texts, prompt, is_as_rendered=False)
@@ -150,7 +150,7 @@ class ChatRenderer:
     def _decide(
         self, conversation: Conversation, candidate: _Candidate | None, index: int
     ) -> list[RenderedText]:
-        """What was filled in, if it holds; else, and now and then all the same, the full way."""
+        """What was filled in; the full rendering if that is wrong, and for a sample of rows."""
         if candidate is None or candidate.shape.texts is None:
             return self._in_full(conversation, index)
         shape = candidate.shape

@@ -1,10 +1,9 @@
 """From a chat to the text a model reads, and to the characters of it that are trained.
 
 A trained span begins right after the text that inference supplies: the turns before the response,
-rendered with the generation prompt. Nothing is looked up in the template; everything is found by
-rendering. A second rendering, in which every content stands between two sentinels, is the witness:
-it says independently where each content went. Markers in the template, where there are any, are
-another.
+rendered with the generation prompt. The template itself is not parsed; everything is found by
+rendering. A second rendering puts each content between two sentinels and shows independently where
+each content went. `{% generation %}` markers, where a template has them, are a third check.
 """
 
 from collections.abc import Collection, Sequence
@@ -96,10 +95,10 @@ def render_chat(
 ) -> list[RenderedText]:
     """Renders a chat with the tokenizer's chat template and finds what of it is trained.
 
-    A template may write an earlier turn differently once later turns exist (one that drops old
-    reasoning does, and so does one that ends the last turn in a token of its own). Then no single
-    text shows every response as it is at inference, and the conversation becomes one text per
-    response, unless `multi_turn` is `joint`.
+    A template may write an earlier turn differently once later turns exist: one may drop old
+    reasoning, another may end the last turn in a different token. Then no single text shows every
+    response as it is at inference, and the conversation becomes one text per response, unless
+    `multi_turn` is `joint`.
 
     Args:
         conversation: A conversation with turns.
@@ -233,7 +232,8 @@ class _Rendering:
         base = self(turn)
         opening = prompt[len(base) :] if prompt.startswith(base) else ""
         if is_second and prompt == base:
-            # Nothing opens a second response in a row, but its header is written all the same.
+            # The generation prompt writes nothing before a second response in a row, but the
+            # template writes a header.
             first = max(n for n in range(turn) if self._messages[n]["role"] != "assistant") + 1
             earlier, opened = self(first), self(first, generation_prompt=True)
             opening = opened[len(earlier) :] if opened.startswith(earlier) else ""

@@ -57,7 +57,7 @@ def resolve_stop_tokens(
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase, stops: Mapping[int, str]) -> int:
-    """The token that is put after a text that is trained to its end.
+    """The token to put behind a text whose end is trained.
 
     Raises:
         ValueError: If there is none.
@@ -74,7 +74,7 @@ def end_token(tokenizer: PreTrainedTokenizerBase, stops: Mapping[int, str]) -> i
 
 
 def stop_texts(tokenizer: PreTrainedTokenizerBase, stops: Mapping[int, str]) -> list[str]:
-    """The texts of the stop tokens; first the default one."""
+    """The texts of the stop tokens; the default one comes first."""
     if not stops:
         return []
     first = end_token(tokenizer, stops)
@@ -105,8 +105,8 @@ def stop_behind(
 ) -> str | None:
     """The stop token to put behind the last response of a chat, where the template writes none.
 
-    It is what stands there once another turn follows, as where inference stops at the header of
-    the next turn; else the first of the stop tokens.
+    If a stop token stands there once another turn follows, as where inference stops at the header
+    of the next turn, it is this one; otherwise it is the first of the stop tokens.
 
     Args:
         render: Writes the first so many of some messages; may raise `RowError`.
@@ -132,7 +132,7 @@ def stop_behind(
     if _RESPONSE in both:
         between = both.rpartition(_RESPONSE)[2]
     else:
-        # The template writes calls in place of a content: what it adds to them stands behind them.
+        # The template writes the calls instead of a content; take what follows the calls.
         between = both[len(alone) :] if both.startswith(alone) else ""
     found = [(between.find(stop), -len(stop), stop) for stop in stops if stop in between]
     if not found:

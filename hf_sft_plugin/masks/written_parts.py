@@ -1,7 +1,7 @@
 """Proof that a chat template wrote all of a response: its content, its reasoning and its calls.
 
-A template that does not know a key of a message passes over it without a word, and what is left of
-the response would be trained in place of the whole.
+A template ignores a key of a message that it does not know. Then the rest of the response would be
+trained as if it were all of it.
 """
 
 import html

@@ -58,7 +58,7 @@ def prepare_dataset(
     """
     dataset = _require_dataset(dataset)
     data_options = make_options(options)
-    row_format = detect_format(dataset.column_names, data_options)
+    row_format = detect_format(dataset.column_names, data_options, dataset.features)
     marks = needs_column(data_options, eval_masks)
     features = _features(dataset.column_names, marks)
     accounted = dataset.map(

@@ -37,8 +37,8 @@ def prepare_stream(
 ) -> IterableDataset:
     """Tokenizes a stream and marks what is trained, as `prepare_dataset` does for a dataset.
 
-    Nobody knows in advance what a stream holds. So a row that cannot be trained is left out with a
-    warning that names it, and the stream stops once too many of the rows so far were left out.
+    The rows of a stream are not known in advance. So a row that cannot be trained is left out with
+    a warning that names it, and the stream stops once too many of the rows so far were left out.
 
     Args:
         dataset: Raw or tokenized rows.
@@ -69,7 +69,7 @@ def prepare_stream(
     columns = dataset.column_names or list(next(iter(dataset), {}))
     if not columns:
         raise ValueError("The stream is empty: it needs at least one row.")
-    row_format = detect_format(columns, data_options)
+    row_format = detect_format(columns, data_options, dataset.features)
     tokenize = RowTokenizer(tokenizer, data_options, stop_token_ids, eval_masks)
     marks = ("eval_masks",) if needs_column(data_options, eval_masks) else ()
     made = (*_COLUMNS, *marks)

@@ -101,7 +101,7 @@ def diff_rows(
     """
     num_compared, num_changed = 0, 0
     shown: list[RowChange] = []
-    for rows, indices in batches_of(dataset, here.tokenizer, containing, source):
+    for rows, indices in batches_of(dataset, here, containing, source):
         pairs = zip(
             tokenize_like(rows, indices, here), tokenize_like(rows, indices, there), strict=True
         )

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_sft_plugin.masks.stop_tokens import find_stop_token
 from hf_sft_plugin.preparation.ledger import remarks_of
 from hf_sft_plugin.rows.arguments import one_dataset, require_choice, require_tokenizer
+from hf_sft_plugin.rows.formats import detect_format
 from hf_sft_plugin.tokens.row_tokenizer import RowOutcome
 from hf_sft_plugin.tokens.tokenization import make_options, tokenize_rows
 from hf_sft_plugin.types import DataOptions, RowError, TokenizedExample, TrainedSpan
@@ -197,7 +198,7 @@ def preview_rows(
     setup = TokenizationSetup(tokenizer, make_options(options), stop_token_ids)
     keeps = _FILTERS[only]
     found: list[tuple[RowOutcome, Mapping[str, Any]]] = []
-    for rows, indices in batches_of(dataset, tokenizer, containing, source):
+    for rows, indices in batches_of(dataset, setup, containing, source):
         outcomes = tokenize_like(rows, indices, setup)
         found += [pair for pair in zip(outcomes, rows, strict=True) if keeps(pair[0])]
         if only == "longest":
@@ -264,15 +265,17 @@ def split_pieces(
 
 
 def batches_of(
-    dataset: Rows, tokenizer: PreTrainedTokenizerBase, containing: str | None, source: str | None
+    dataset: Rows, setup: TokenizationSetup, containing: str | None, source: str | None
 ) -> Iterator[tuple[list[Mapping[str, Any]], list[int]]]:
     """The rows that pass the filters on what they say, with their positions, some at a time."""
     rows: Rows = one_dataset(dataset)
+    if isinstance(rows, Dataset) and len(rows):
+        detect_format(rows.column_names, setup.options, rows.features)
     passing = (
         (index, row)
         for index, row in enumerate(rows)
         if (source is None or str(row.get("source")) == source)
-        and (containing is None or _holds(row, containing, tokenizer))
+        and (containing is None or _holds(row, containing, setup.tokenizer))
     )
     while batch := list(islice(passing, _BATCH_SIZE)):
         yield [row for _, row in batch], [index for index, _ in batch]
@@ -284,7 +287,7 @@ def tokenize_like(
     """Tokenizes rows as a setup does, without stopping at a row that is too long."""
     options = setup.options
     if options.overflow == "error":
-        # The row that would stop the run is what one wants to see.
+        # A preview should show the row that would stop the run.
         options = replace(options, overflow="drop")
     return tokenize_rows(rows, indices, setup.tokenizer, options, setup.stop_token_ids)
 

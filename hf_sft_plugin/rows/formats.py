@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from datasets import Audio, Image, Video
+
 from hf_sft_plugin.types import DataOptions
 
 RowKind = Literal[
@@ -106,13 +108,16 @@ class RowFormat:
         return f"{self.kind}: {', '.join(parts)}"
 
 
-def detect_format(columns: Collection[str], options: DataOptions) -> RowFormat:
+def detect_format(
+    columns: Collection[str], options: DataOptions, features: Mapping[str, Any] | None = None
+) -> RowFormat:
     """Decides from the column names how rows are written.
 
     Args:
         columns: The column names of the dataset, or the keys of one row.
         options: `data_format`, `prompt_column`, `response_column` and `messages_column` overrule
             the usual names; `ignored_columns` are as good as absent.
+        features: The types of the columns; None where they are not known.
 
     Raises:
         ValueError: If no format fits, more than one does, or options contradict each other.
@@ -148,7 +153,8 @@ def detect_format(columns: Collection[str], options: DataOptions) -> RowFormat:
             "set use_loss_mask=False to train every token, or set data_format to train on other "
             f"columns. {found}"
         )
-    unseen = [column for column in usable if column in _MEDIA and column not in taken]
+    media = {*_MEDIA, *(name for name, each in (features or {}).items() if _holds_media(each))}
+    unseen = [column for column in usable if column in media and column not in taken]
     if unseen:
         raise ValueError(
             f"Column {unseen[0]!r} is not text, and this package trains on text alone: the model "
@@ -159,6 +165,14 @@ def detect_format(columns: Collection[str], options: DataOptions) -> RowFormat:
     pairs = [(column, part) for part, column in held_by.items()]
     pairs += [(part, part) for part in optional if part in usable]
     return RowFormat(kind, tuple(pairs), tuple(part for part in optional if part not in usable))
+
+
+def _holds_media(feature: Any) -> bool:
+    """Whether values of a type are images, audio or video, or hold any."""
+    if isinstance(feature, Mapping):
+        return any(map(_holds_media, feature.values()))
+    inner = getattr(feature, "feature", None)
+    return isinstance(feature, Image | Audio | Video) or (inner is not None and _holds_media(inner))
 
 
 def _choose_kind(usable: Collection[str], options: DataOptions, found: str) -> RowKind:

@@ -46,7 +46,7 @@ def read_messages(part: str, source: RowSource, weight: float) -> list[Turn]:
         if is_sharegpt:
             message = _from_sharegpt(message, source, here)
         if type(message) is dict and len(message) == 2 and _is_clean(message):
-            # Nearly all messages are such, and raise none of the questions of the others.
+            # The usual case: a role and a content need no further checks.
             train = message["role"] in source.options.train_roles
             turns.append(Turn(message, train, weight))
         else:
@@ -113,7 +113,7 @@ def _read_turn(message: Any, source: RowSource, weight: float, place: str) -> Tu
         message = {**message, "content": "".join(texts)}
         weighted = _weighted_ranges(texts, weights, share)
         if flag is not False:
-            # Without one trained part the text is not trained; what stands beside it still is.
+            # Without a trained part the text is not trained, but calls and reasoning still are.
             has_more = has_calls or bool(reasoning_of(message)) or not texts
             is_any_trained = any(weight is not None for weight in weights)
             train = is_any_trained or (train and has_more)

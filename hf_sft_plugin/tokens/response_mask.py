@@ -195,7 +195,7 @@ def _mask_span(
         cut = encoding.token_at(last)
         end += boundary == "include" and cut is not None and encoding.characters(cut)[0] < last
     else:
-        # A control token may swallow the space after it, so it is found by its first character.
+        # A control token may include the space after it, so it is found by its first character.
         stop = end - 1 if last in encoding.seams else encoding.token_at(told)
         if stop is None or stops.get(masked.input_ids[stop]) != text[told:last]:
             raise _disagreement(span, span.turn, text[span.start : last], index)
@@ -274,7 +274,7 @@ def _any_of(stops: Collection[str]) -> str:
 
 
 def _check_turns(span: Span, chars: Range, rendered: RenderedText, index: int) -> None:
-    """The second derivation: the turn's content lies in what is trained, and no other does."""
+    """The second derivation: the span holds the content of its turn and no other content."""
     if span.kind == "text":
         return
     for turn, content in enumerate(rendered.contents):

@@ -50,11 +50,11 @@ class RowOutcome:
         num_tokens: Tokens of all examples before truncation.
         num_lost: Tokens of them that are in no example.
         num_stopped: Examples whose last trained token is a stop token.
-        num_cut_before_stop: Examples that would be, had they not been truncated before it.
+        num_cut_before_stop: Examples that lost their stop token to truncation.
         control_tokens: Control tokens that stood in the contents.
         num_straddled: Edges of responses at which the whole text has other tokens than its parts.
         is_lossy: Whether the tokenizer cannot give the text back exactly, as one that lowers case.
-        is_altered: Whether the chat template wrote a response otherwise than it was given.
+        is_altered: Whether the chat template changed the text of a response.
         is_unseen: Whether a second rendering could not show where every content went.
         added_stops: Stop tokens put behind last responses, where the chat template writes none.
         remarks: Likely mistakes in a row that can be trained.
@@ -96,7 +96,7 @@ class RowOutcome:
 
 
 class RowTokenizer:
-    """Everything that is the same for all rows of a dataset, and the walk of a batch of them.
+    """Tokenizes batches of rows; holds everything that is the same for all rows of a dataset.
 
     Args:
         tokenizer: See `tokenize_example`.
@@ -201,7 +201,7 @@ class RowTokenizer:
             for outcome, conversation in chats:
                 spans = [span for made in outcome.spans for span in made]
                 if any(span.kind == "rewritten" for span in spans):
-                    # A cut in one response would stand in the context of later ones.
+                    # Later responses would be trained with the cut tokens in their context.
                     outcome.examples, outcome.spans, outcome.num_straddled = [], [], 0
                     alone += [(outcome, conversation.up_to(span.turn)) for span in spans]
             proofs += self._tokenize_chats(alone) if alone else []
@@ -300,7 +300,7 @@ class RowTokenizer:
         for (outcome, ids, told, encode_alone), read in zip(proofs, decoded, strict=True):
             if read == told or outcome.error is not None:
                 continue
-            # Some tokenizers cannot give any text back exactly; then both must lose the same.
+            # Some tokenizers never give a text back exactly; then both must lose the same.
             alone = ids if encode_alone is None else encode_alone().ids
             if read.strip() == self._decode([alone])[0].strip():
                 outcome.is_lossy = True

@@ -4,7 +4,9 @@ import pickle
 from typing import Any
 
 import pytest
+from datasets import Audio, Dataset, Features, Image, LargeList, List, Value, Video
 
+from hf_sft_plugin import prepare_dataset, prepare_stream, preview_rows
 from hf_sft_plugin.rows.formats import TOKEN_MARKS, RowFormat, detect_format
 from hf_sft_plugin.types import DataOptions
 
@@ -260,6 +262,37 @@ def test_a_column_that_a_text_model_cannot_see_is_refused(columns: list[str], na
     ):
         describe([*columns, name])
     assert describe([*columns, name], ignored_columns=[name]) == describe(columns)
+
+
+MEDIA = [Image(), Audio(), Video(), List(Image()), LargeList(Audio()), {"first": Image()}]
+
+
+@pytest.mark.parametrize("feature", MEDIA, ids=range(len(MEDIA)))
+@pytest.mark.parametrize("kind", ["rows", "stream", "preview"])
+def test_a_column_of_a_type_that_a_text_model_cannot_see_is_refused_whatever_its_name(
+    feature: Any, kind: str, tokenizer: Any
+) -> None:
+    texts = {"prompt": ["q"] * 2, "response": ["a"] * 2}
+    features = Features({**{name: Value("string") for name in texts}, "shot": feature})
+    rows = Dataset.from_dict({**texts, "shot": [None] * 2}, features=features)
+
+    def read(**options: Any) -> None:
+        if kind == "rows":
+            prepare_dataset(rows, tokenizer, **options)
+        elif kind == "stream":
+            next(iter(prepare_stream(rows.to_iterable_dataset(), tokenizer, **options)))
+        else:
+            preview_rows(rows, tokenizer, **options)
+
+    with pytest.raises(ValueError, match=r"Column 'shot' is not text.*shot in ignored_columns"):
+        read()
+    read(ignored_columns=["shot"])
+
+
+def test_a_column_without_such_a_type_may_hold_anything(tokenizer: Any) -> None:
+    rows = [{"prompt": "q", "response": "a", "shot": {"path": "a.png", "sizes": [1, 2]}}]
+    _, ledger = prepare_dataset(Dataset.from_list(rows), tokenizer)
+    assert ledger.unused_columns == ["shot"]
 
 
 def test_a_column_of_such_a_name_that_is_read_as_text_is_taken() -> None:
