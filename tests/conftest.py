@@ -42,6 +42,13 @@ def little_to_look_through() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run draws its curves where a test looks at them; they take longer than its training."""
+    if request.node.get_closest_marker("curves") is None:
+        monkeypatch.setattr("hf_sft_plugin.training.callbacks.write_report", lambda folder: [])
+
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -1,4 +1,4 @@
-"""Trainings of a few rows draw no curves, which would take longer than the training."""
+"""What tests of training share: an old PEFT, float64 for norms, and weights like trained ones."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,15 +7,6 @@ import pytest
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-
-# Here the curves are looked at.
-WITH_CURVES = ("test_callbacks.py", "test_trainer.py")
-
-
-@pytest.fixture(autouse=True)
-def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.path.name not in WITH_CURVES:
-        monkeypatch.setattr("hf_sft_plugin.training.callbacks.write_report", lambda folder: [])
 
 
 @pytest.fixture
