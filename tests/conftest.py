@@ -44,6 +44,13 @@ def little_to_look_through() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run draws its curves where a test looks at them; they take longer than its training."""
+    if request.node.get_closest_marker("curves") is None:
+        monkeypatch.setattr("hf_sft_plugin.training.callbacks.write_report", lambda folder: [])
+
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -202,22 +209,6 @@ def chat_rows() -> list[dict[str, Any]]:
             turns += [("user", "again"), ("assistant", str(number))]
         rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
     return rows
-
-
-# Here the curves are looked at.
-WITH_CURVES = ("test_callbacks.py", "test_trainer.py")
-
-
-# Where rows are trained on by the dozen.
-ROOMS_THAT_TRAIN = {"batches", "checkpoints", "evaluation", "models", "training", "verification"}
-
-
-@pytest.fixture(autouse=True)
-def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainings of a few rows draw no curves, which would take longer than the training."""
-    trains = request.path.parent.name in ROOMS_THAT_TRAIN
-    if trains and request.path.name not in WITH_CURVES:
-        monkeypatch.setattr("hf_sft_plugin.training.callbacks.write_report", lambda folder: [])
 
 
 @pytest.fixture

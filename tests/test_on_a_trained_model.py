@@ -86,18 +86,19 @@ def tokens_of(turns: list[str], tokenizer: Any) -> tuple[list[int], int]:
     return ids[0] + ids[1], len(ids[0])
 
 
-@pytest.mark.parametrize("peft_config", [None, LoraConfig(**ADAPTER)], ids=["full", "lora"])
+def assert_logged(log: Mapping[str, float], truth: Mapping[str, float]) -> None:
+    assert {name: log[name] for name in truth} == pytest.approx(truth, rel=1e-5)
+    assert log["grad_norm"] > 0
+
+
 def test_a_step_logs_the_figures_of_full_logits_in_float64(
-    peft_config: LoraConfig | None,
     make_trainer: Callable[..., MaskedSFTTrainer],
     load_trained_model: Callable[..., Any],
     truth: Mapping[str, float],
 ) -> None:
-    trainer = make_trainer(load_trained_model(), peft_config)
+    trainer = make_trainer(load_trained_model())
     trainer.train()
-    log = trainer.state.log_history[0]
-    assert {name: log[name] for name in truth} == pytest.approx(truth, rel=1e-5)
-    assert log["grad_norm"] > 0
+    assert_logged(trainer.state.log_history[0], truth)
 
 
 @pytest.mark.parametrize("opening", ["\n", "\n\n", "\n<think>\n\n</think>\n\n", ": ", ":  ", ""])
@@ -148,16 +149,19 @@ def test_what_is_trained_is_what_the_model_would_generate(
     assert figures["eval_token_accuracy"] == 1.0
 
 
-def test_an_adapter_is_resumed_exactly_and_gives_the_same_logits_when_it_is_loaded(
+def test_an_adapter_logs_the_same_resumes_exactly_and_gives_the_same_logits_when_it_is_loaded(
     make_trainer: Callable[..., MaskedSFTTrainer],
     load_trained_model: Callable[..., Any],
     trained_tokenizer: Any,
+    truth: Mapping[str, float],
     tmp_path: Path,
 ) -> None:
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     adapter = LoraConfig(**ADAPTER, lora_dropout=0.1)
     whole, resumed = (make_trainer(load_trained_model(), adapter, **settings) for _ in range(2))
     whole.train()
+    # At first, an adapter adds nothing.
+    assert_logged(whole.state.log_history[0], truth)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     losses = [log["loss"] for log in whole.state.log_history if "loss" in log]
     assert [log["loss"] for log in resumed.state.log_history if "loss" in log] == losses

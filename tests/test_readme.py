@@ -27,6 +27,7 @@ SHELL_LINES = [
 ]
 
 
+@pytest.mark.curves
 def test_the_python_blocks_run_one_after_the_other(
     model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,7 @@ def train_file(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.curves
 def test_the_quickstart_says_what_it_does_and_shows_what_it_learned(
     run: Callable[..., str], recipes: Path, tmp_path: Path
 ) -> None:

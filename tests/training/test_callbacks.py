@@ -361,6 +361,7 @@ def test_an_optimizer_that_is_not_torchs_may_round_as_it_likes(
 REPORT = {f"report/{name}.png" for name in ("loss", "token_entropy", "token_accuracy")}
 
 
+@pytest.mark.curves
 def test_report_and_card_are_renewed_at_every_evaluation_and_at_the_end(run: Run) -> None:
     run.call("on_train_begin")
     run.log(**BEFORE)
@@ -377,6 +378,7 @@ def test_report_and_card_are_renewed_at_every_evaluation_and_at_the_end(run: Run
     assert str(LEDGER) in card.text
 
 
+@pytest.mark.curves
 def test_an_evaluation_after_training_renews_report_and_card(run: Run) -> None:
     run.call("on_train_begin")
     run.state.global_step = 6
@@ -390,6 +392,7 @@ def test_an_evaluation_after_training_renews_report_and_card(run: Run) -> None:
     assert (run.folder / "report" / "loss.png").read_bytes() != old
 
 
+@pytest.mark.curves
 def test_a_report_that_cannot_be_written_does_not_end_the_run(
     run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:

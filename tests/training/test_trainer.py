@@ -31,6 +31,7 @@ def dataset(chat_rows: list[dict[str, Any]]) -> Dataset:
     return Dataset.from_list(chat_rows)
 
 
+@pytest.mark.curves
 def test_training_lowers_the_loss_and_leaves_everything_in_the_output_folder(
     dataset: Dataset, model: Any, tokenizer: Any, make_config: Make
 ) -> None:
@@ -464,6 +465,7 @@ class FakeHub:
         return upload
 
 
+@pytest.mark.curves
 def test_an_adapter_reaches_the_hub_with_its_card_and_without_the_token(
     dataset: Dataset,
     model: Any,

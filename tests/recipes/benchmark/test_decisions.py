@@ -71,7 +71,7 @@ def test_rows_are_chats_where_there_is_a_template() -> None:
 
 
 def check(setup: Setup, folder: Path) -> Decision:
-    """One case in a process of its own."""
+    """One case in a process of its own, whose memory is what was said within a quarter."""
     found: Decision = take_turns(["case"], 1, decisions.take_part, setup, str(folder))["case"][0]
     assert {"attention", "head", "layers", "memory"} <= found.lines.keys()
     assert len(found.wall) == 1
@@ -82,8 +82,9 @@ def check(setup: Setup, folder: Path) -> Decision:
 @pytest.fixture
 def short_rows(tmp_path: Path) -> str:
     path = tmp_path / "rows.jsonl"
-    row = json.dumps({"question": "what is this", "answer": "the answer to this question"})
-    path.write_text(f"{row}\n" * 4, encoding="utf-8")
+    answer = "the answer to this question "
+    rows = [{"question": f"{number} what is this", "answer": answer * 10} for number in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
 
@@ -100,6 +101,6 @@ def test_a_small_model_is_shown(
 @pytest.mark.trained
 @pytest.mark.usefixtures("forked_contestants")
 def test_a_trained_model_is_shown(trained_model_path: str, short_rows: str) -> None:
-    setup = replace(SETUP, rows=short_rows, precision="bf16 weights", lora=True)
+    setup = replace(SETUP, rows=short_rows, precision="bf16 autocast", lora=True)
     found = check(setup, Path(trained_model_path))
     assert "61 norms, 30 gated MLPs" in found.lines["layers"]
