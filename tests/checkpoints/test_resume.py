@@ -19,7 +19,9 @@ from hf_sft_plugin.tokens.row_tokenizer import RowTokenizer
 Make = Callable[..., Any]
 TIMES = ("runtime", "samples_per_second", "steps_per_second")
 # Of 13 rows, two at a time, every epoch has four steps, the last of them of one row.
-SETTINGS = {"max_steps": 10, "gradient_accumulation_steps": 2, "logging_steps": 3}
+SETTINGS: dict[str, Any] = {"max_steps": 10, "gradient_accumulation_steps": 2, "logging_steps": 3}
+# Otherwise every run measures first what it needs.
+SETTINGS["max_tokens_per_microbatch"] = 4096
 EPOCHS = {"logging_strategy": "epoch", "eval_strategy": "epoch"}
 
 
@@ -150,6 +152,7 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "rebalanced": ((6,), {"train_sampling_strategy": "batch_rebalance"}),
     "budget": ((3,), {"max_tokens_per_microbatch": 24}),
     "as they come": ((3,), {"max_tokens_per_microbatch": None}),
+    "as memory allows": ((6,), {"max_tokens_per_microbatch": "auto", "model": DROPOUT}),
     "workers": ((6,), {"dataloader_num_workers": 2, "model": DROPOUT}),
     "persistent workers": (
         (3,),
