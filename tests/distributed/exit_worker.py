@@ -1,5 +1,6 @@
 """What every process of a test of the end of a script runs."""
 
+import atexit
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,6 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_sft_plugin import MaskedLossMixin
-from hf_sft_plugin.checkpoints.process_group import end_group
 
 
 class OwnTrainer(MaskedLossMixin, Trainer):
@@ -21,6 +21,8 @@ def run(folder: str) -> tuple[bool, list[str], list[str]]:
     Returns:
         Whether there is still a process group, and the names of the threads before and after.
     """
+    # What the process that this one was forked from does at its end.
+    atexit._clear()
     fields: dict[str, Any] = {"num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 32}
     fields |= {"hidden_size": 16, "intermediate_size": 32, "model_type": "llama"}
     row = {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "attention_mask": [1, 1, 1]}
@@ -34,7 +36,7 @@ def run(folder: str) -> tuple[bool, list[str], list[str]]:
     )
     trainer.train()
     before = _threads()
-    end_group()
+    atexit._run_exitfuncs()
     assert trainer.state.global_step == 2
     return torch.distributed.is_initialized(), before, _threads()
 
