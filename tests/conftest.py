@@ -37,6 +37,12 @@ from hf_sft_plugin import MaskedSFTConfig
 datasets.disable_progress_bars()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the trained model come first: they take longest, and would end alone."""
+    with_model = {item.path for item in items if item.get_closest_marker("trained")}
+    items.sort(key=lambda item: item.path not in with_model)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def little_to_look_through() -> None:
     """Every training looks for garbage; what is left of earlier files and imports is none."""

@@ -10,7 +10,7 @@ import prepare_dataset
 import pytest
 from datasets import Dataset, DatasetDict
 
-from hf_sft_plugin.cli.main import prepare_files
+from hf_sft_plugin.cli import prepare_files
 from hf_sft_plugin.shards.dataset import ShardDataset, check_tokenizer
 
 PAIRS = [{"prompt": f"Say {number}", "response": f"{number}!"} for number in range(20)]
