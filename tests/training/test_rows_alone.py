@@ -209,7 +209,13 @@ MIXES = "padded, because tokens of one row reach another"
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "gemma2": (
         "gemma2",
-        {**WINDOWS, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 3.0},
+        {
+            **WINDOWS,
+            "final_logit_softcapping": 5.0,
+            "attn_logit_softcapping": 3.0,
+            # Older versions of transformers take SDPA, which drops the cap of attention.
+            "attn_implementation": "eager",
+        },
         NO_PADDING,
         SHORT_WAY,
     ),
