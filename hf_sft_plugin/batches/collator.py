@@ -14,6 +14,7 @@ from hf_sft_plugin.rows.arguments import require_row, require_tokenizer
 from hf_sft_plugin.rows.formats import detect_format
 from hf_sft_plugin.tokens.tokenization import make_options, tokenize_rows
 from hf_sft_plugin.tokens.tokenized_rows import check_tokenized_row
+from hf_sft_plugin.tokens.truncation import max_row_length
 from hf_sft_plugin.types import (
     IGNORE_INDEX,
     DataOptions,
@@ -161,7 +162,8 @@ class DataCollatorForPromptResponse:
 
     def _tokenized(self, rows: Sequence[Mapping[str, Any]]) -> list[TokenizedExample]:
         options = self.options
-        if all(row.get(name) is not None for row in rows for name in _PREPARED):
+        is_prepared = all(row.get(name) is not None for row in rows for name in _PREPARED)
+        if is_prepared:
             # The options name the columns that the rows had before they were prepared.
             options = replace(
                 options,
@@ -171,6 +173,9 @@ class DataCollatorForPromptResponse:
                 messages_column=None,
             )
         _require_one_format(rows, options)
+        checked = self._checked(rows) if is_prepared else None
+        if checked is not None:
+            return checked
         outcomes = tokenize_rows(
             rows, range(len(rows)), self.tokenizer, options, self.stop_token_ids
         )
@@ -179,6 +184,25 @@ class DataCollatorForPromptResponse:
             if outcome.error is not None:
                 examples.append(self._context_only(row, outcome.error))
             examples += outcome.examples
+        return examples
+
+    def _checked(self, rows: Sequence[Mapping[str, Any]]) -> list[TokenizedExample] | None:
+        """Prepared rows as they are; None if one has to be cut or trains nothing."""
+        if self.options.trained_mask == "all":
+            return None
+        limit = max_row_length(self.tokenizer, self.options.max_length)
+        ignored = self.options.ignored_columns or ()
+        examples: list[TokenizedExample] = []
+        for number, row in enumerate(rows):
+            seen = {name: value for name, value in row.items() if name not in ignored}
+            example = check_tokenized_row(seen, number, len(self.tokenizer))
+            # Nothing comes before the first token, so nothing predicts it.
+            for marks in (example["response_mask"], example.get("eval_masks", [])):
+                marks[0:1] = [0] * len(marks[0:1])
+            is_long = limit is not None and len(example["input_ids"]) > limit
+            if is_long or not any(example["response_mask"]):
+                return None
+            examples.append(example)
         return examples
 
     def _context_only(self, row: Mapping[str, Any], error: RowError) -> TokenizedExample:
