@@ -62,4 +62,4 @@ def test_deepspeed_takes_accumulation_and_clipping_from_the_trainer(stage: int) 
 def test_the_readme_or_the_config_says_how_to_use_it(name: str) -> None:
     text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
     assert text.startswith("# ")
-    assert f"`{name}.yaml`" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"`{name}.yaml`" in (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")

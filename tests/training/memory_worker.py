@@ -121,4 +121,6 @@ def measure_all(
     # What libraries take at their first use is not the model's.
     warm = torch.nn.Linear(256, 256)
     warm(torch.randn(512, 256)).sum().backward()
+    warm.zero_grad()
+    warm.bfloat16()(torch.randn(512, 256).bfloat16()).sum().backward()
     return [measure(**case) for case in cases]
