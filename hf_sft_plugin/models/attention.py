@@ -66,12 +66,11 @@ def document_attention(
     Raises:
         ValueError: If it is asked for what it cannot do exactly.
     """
-    _refuse(module, query, key, document_lengths, position_bias)
-    assert document_lengths is not None, "else it was refused"
+    lengths = _read_lengths(module, query, key, document_lengths, position_bias)
     assert cu_seq_lens_q is not None, "it comes together with the lengths"
     dtype = value.dtype
     query, key, value = _in_one_dtype(query, key, value)
-    longest = max(document_lengths), others.get("max_length_k") or max(document_lengths)
+    longest = max(lengths), others.get("max_length_k") or max(lengths)
     window = sliding_window if sliding_window and sliding_window < longest[1] else None
     is_plain = softcap is None and s_aux is None
     if is_plain and _takes_varlen(query, value, dropout):
@@ -80,7 +79,7 @@ def document_attention(
         return _attend_varlen(query, key, value, *seen, scaling, window), None
     plainly = partial(_attend_plainly, softcap=softcap, sinks=s_aux)
     attend = partial(_attend_fused if is_plain else plainly, scaling=scaling, dropout=dropout)
-    documents = document_lengths, document_contexts or [[]] * len(document_lengths)
+    documents = lengths, [*(document_contexts or [[]] * len(lengths))]
     output = _attend_per_document(query, key, value, *documents, window, attend)
     return output.to(dtype), None
 
@@ -88,14 +87,18 @@ def document_attention(
 AttentionInterface.register(IMPLEMENTATION, document_attention)
 
 
-def _refuse(
+def _read_lengths(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     document_lengths: Sequence[int] | None,
     position_bias: Tensor | None,
-) -> None:
-    """Raises where the documents cannot be told apart, or scores are not only those of tokens."""
+) -> list[int]:
+    """Raises where the documents cannot be told apart, or scores are not only those of tokens.
+
+    Returns:
+        The lengths of the documents.
+    """
     name, num_tokens = type(module).__name__, query.shape[2]
     if document_lengths is None:
         raise ValueError(
@@ -103,13 +106,15 @@ def _refuse(
             "Set padding_free to 'off' where a model is run in other ways within the same backward "
             "pass."
         )
-    if sum(document_lengths) != num_tokens or key.shape[2] != num_tokens or len(query) != 1:
+    lengths = [*document_lengths]
+    if sum(lengths) != num_tokens or key.shape[2] != num_tokens or len(query) != 1:
         raise ValueError(
             f"{name} attends from {len(query)} x {num_tokens} to {key.shape[2]} tokens, but the "
-            f"documents have {sum(document_lengths)} together."
+            f"documents have {sum(lengths)} together."
         )
     if position_bias is not None:
         raise ValueError(f"{name} adds a bias of positions to its scores.")
+    return lengths
 
 
 def _in_one_dtype(*tensors: Tensor) -> list[Tensor]:
